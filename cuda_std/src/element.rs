@@ -1,0 +1,135 @@
+//! The types that a kernel loads, stores and computes with.
+use crate::machine::{self, Access};
+pub use half::{bf16, f16};
+
+/// The dtype of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// bfloat16: the upper half of a binary32.
+    BF16,
+}
+
+impl DType {
+    /// The size of one element in bytes.
+    pub const fn bytes(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+
+    /// The name that kernel names and reports use: `f32`, `f16` or `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+        }
+    }
+}
+
+/// A value that fits one memory access.
+pub trait Scalar: Copy + 'static {
+    /// The same bits as the machine loads and stores them.
+    type Bits: Access;
+    /// Its bits.
+    fn to_bits(self) -> Self::Bits;
+    /// The value that has these bits.
+    fn from_bits(bits: Self::Bits) -> Self;
+}
+
+/// A [`Scalar`] that attention is computed on. Arithmetic is in f32.
+pub trait Element: Scalar + Send + Sync {
+    /// Which one it is.
+    const DTYPE: DType;
+    /// Exact.
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest, ties to even.
+    fn from_f32(x: f32) -> Self;
+    /// Rounds two at once.
+    fn from_f32_pair(pair: [f32; 2]) -> [Self; 2];
+}
+
+macro_rules! plain_scalar {
+    ($($t:ty: $bits:ty),*) => {$(
+        impl Scalar for $t {
+            type Bits = $bits;
+            #[inline(always)]
+            fn to_bits(self) -> $bits { self as $bits }
+            #[inline(always)]
+            fn from_bits(bits: $bits) -> Self { bits as $t }
+        }
+    )*};
+}
+plain_scalar!(u16: u16, u32: u32, i32: u32, u64: u64, i64: u64);
+
+macro_rules! float_scalar {
+    ($($t:ty: $bits:ty),*) => {$(
+        impl Scalar for $t {
+            type Bits = $bits;
+            #[inline(always)]
+            fn to_bits(self) -> $bits { <$t>::to_bits(self) }
+            #[inline(always)]
+            fn from_bits(bits: $bits) -> Self { <$t>::from_bits(bits) }
+        }
+    )*};
+}
+float_scalar!(f32: u32, f64: u64, f16: u16, bf16: u16);
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn from_f32_pair(pair: [f32; 2]) -> [Self; 2] {
+        pair
+    }
+}
+
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        machine::f16_to_f32(self.to_bits())
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        f16::from_bits(machine::f32_to_f16(x))
+    }
+    #[inline(always)]
+    fn from_f32_pair([low, high]: [f32; 2]) -> [Self; 2] {
+        halves(machine::pack_f16(low, high)).map(f16::from_bits)
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        bf16::from_bits(machine::f32_to_bf16(x))
+    }
+    #[inline(always)]
+    fn from_f32_pair([low, high]: [f32; 2]) -> [Self; 2] {
+        halves(machine::pack_bf16(low, high)).map(bf16::from_bits)
+    }
+}
+
+/// The lower and the upper half of a register.
+#[inline(always)]
+fn halves(x: u32) -> [u16; 2] {
+    [x as u16, (x >> 16) as u16]
+}

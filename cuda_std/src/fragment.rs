@@ -1,0 +1,348 @@
+//! Matrices in the registers of a warp, and their products with tiles in shared memory.
+//!
+//! f16 and bf16 are multiplied on the tensor cores (`mma.sync`), f32 exactly, with fused multiply-adds; a kernel is the same
+//! for all three. Positions follow the tensor cores: with g = lane / 4 and q = lane % 4, a lane holds of each 16 x 8
+//! block of an accumulator the rows g and g + 8 at columns 2q and 2q + 1.
+use crate::element::Element;
+use crate::matrix::{self, TensorCoreElement};
+use crate::warp::{self, ALL};
+use crate::{SmemTile, math, thread};
+use half::{bf16, f16};
+
+/// A matrix of f32 in the registers of one warp: 16 `M` rows, 8 `N` columns; 4 `M N` registers a lane.
+///
+/// A lane's rows are numbered by `m` in 0..M and `half` in 0..2: row 16 m + 8 half + lane / 4.
+#[derive(Clone, Copy)]
+pub struct Accumulator<const M: usize, const N: usize>([[[f32; 4]; N]; M]);
+
+impl<const M: usize, const N: usize> Accumulator<M, N> {
+    /// All zeros.
+    #[inline(always)]
+    pub fn zero() -> Self {
+        // SAFETY: numbers; an array expression would be a loop that stays one, and keep the array in local memory.
+        unsafe { core::mem::zeroed() }
+    }
+
+    /// The row of this lane's `half` of row block `m`.
+    #[inline(always)]
+    pub fn row(m: usize, half: usize) -> u32 {
+        16 * m as u32 + 8 * half as u32 + thread::lane_id() / 4
+    }
+
+    /// The column of this lane's element `i` in 0..2 of column block `n`.
+    #[inline(always)]
+    pub fn column(n: usize, i: usize) -> u32 {
+        8 * n as u32 + 2 * (thread::lane_id() % 4) + i as u32
+    }
+
+    /// Folds this lane's elements of a row, in two chains, that their latencies overlap.
+    #[inline(always)]
+    pub fn fold_row(&self, m: usize, half: usize, combine: impl Fn(f32, f32) -> f32) -> f32 {
+        let mut chains = [self.0[m][0][2 * half], self.0[m][0][2 * half + 1]];
+        for n in 1..N {
+            for i in 0..2 {
+                chains[i] = combine(chains[i], self.0[m][n][2 * half + i]);
+            }
+        }
+        combine(chains[0], chains[1])
+    }
+
+    /// Replaces this lane's elements of a row by `f` of them.
+    #[inline(always)]
+    pub fn map_row(&mut self, m: usize, half: usize, f: impl Fn(f32) -> f32) {
+        for n in 0..N {
+            for i in 0..2 {
+                self.0[m][n][2 * half + i] = f(self.0[m][n][2 * half + i]);
+            }
+        }
+    }
+
+    /// Replaces this lane's elements of a row, two neighbours at a time, by `f(column of the first, elements)`.
+    #[inline(always)]
+    #[track_caller]
+    pub fn map_pairs(&mut self, m: usize, half: usize, f: impl Fn(u32, [f32; 2]) -> [f32; 2]) {
+        for n in 0..N {
+            let x = &mut self.0[m][n];
+            [x[2 * half], x[2 * half + 1]] = f(Self::column(n, 0), [x[2 * half], x[2 * half + 1]]);
+        }
+    }
+
+    /// Replaces all elements by `f(row, column, element)`.
+    #[inline(always)]
+    pub fn map(&mut self, f: impl Fn(u32, u32, f32) -> f32) {
+        for m in 0..M {
+            for half in 0..2 {
+                for n in 0..N {
+                    for i in 0..2 {
+                        let x = &mut self.0[m][n][2 * half + i];
+                        *x = f(Self::row(m, half), Self::column(n, i), *x);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The left operand of a product: columns `step * T::DEPTH` and on of this matrix, rounded to T.
+    #[inline(always)]
+    #[track_caller]
+    pub fn operand<T: MatrixElement>(&self, step: usize) -> LeftOperand<T, M> {
+        T::operand(&self.0, step)
+    }
+
+    /// `self += A Bᵀ`, one step of the product's depth: B is rows `row` to `row + 8 N` of `tile`, at columns
+    /// `step * T::DEPTH` and on.
+    #[inline(always)]
+    #[track_caller]
+    pub fn add_product_transposed<T: MatrixElement, const R: usize, const C: usize>(
+        &mut self,
+        a: &LeftOperand<T, M>,
+        tile: SmemTile<T, R, C>,
+        row: u32,
+        step: usize,
+    ) {
+        T::add_product_transposed(&mut self.0, a, tile, row, step);
+    }
+
+    /// `self += A B`, one step of the product's depth: B is rows `step * T::DEPTH` and on of `tile`, at columns `column` to
+    /// `column + 8 N`.
+    #[inline(always)]
+    #[track_caller]
+    pub fn add_product<T: MatrixElement, const R: usize, const C: usize>(
+        &mut self,
+        a: &LeftOperand<T, M>,
+        tile: SmemTile<T, R, C>,
+        step: usize,
+        column: u32,
+    ) {
+        T::add_product(&mut self.0, a, tile, step, column);
+    }
+
+    /// Writes the matrix, rounded to T, to the rows `row` to `row + 16 M` of a tile.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store<T: Element, const R: usize, const C: usize>(&self, tile: SmemTile<T, R, C>, row: u32) {
+        for m in 0..M {
+            for half in 0..2 {
+                for n in 0..N {
+                    let pair = T::from_f32_pair([self.0[m][n][2 * half], self.0[m][n][2 * half + 1]]);
+                    tile.element(row + Self::row(m, half), Self::column(n, 0)).store_vector(0, pair);
+                }
+            }
+        }
+    }
+}
+
+/// A lane's part of a left operand: 16 `M` rows, `T::DEPTH` columns.
+#[derive(Clone, Copy)]
+pub struct LeftOperand<T: MatrixElement, const M: usize>([T::Left; M]);
+
+impl<T: MatrixElement, const M: usize> LeftOperand<T, M> {
+    /// Rows `row` to `row + 16 M` of a tile, at columns `step * T::DEPTH` and on.
+    #[inline(always)]
+    #[track_caller]
+    pub fn load<const R: usize, const C: usize>(tile: SmemTile<T, R, C>, row: u32, step: usize) -> Self {
+        T::load(tile, row, step)
+    }
+}
+
+/// An element of the matrices that [`Accumulator`] multiplies.
+pub trait MatrixElement: Element {
+    /// Columns of A and rows of B in one step of a product.
+    const DEPTH: usize;
+
+    /// A lane's part of 16 rows and `DEPTH` columns of a left operand.
+    type Left: Copy;
+
+    #[doc(hidden)]
+    fn load<const M: usize, const R: usize, const C: usize>(
+        tile: SmemTile<Self, R, C>,
+        row: u32,
+        step: usize,
+    ) -> LeftOperand<Self, M>;
+
+    #[doc(hidden)]
+    fn operand<const M: usize, const N: usize>(p: &[[[f32; 4]; N]; M], step: usize) -> LeftOperand<Self, M>;
+
+    #[doc(hidden)]
+    fn add_product_transposed<const M: usize, const N: usize, const R: usize, const C: usize>(
+        d: &mut [[[f32; 4]; N]; M],
+        a: &LeftOperand<Self, M>,
+        tile: SmemTile<Self, R, C>,
+        row: u32,
+        step: usize,
+    );
+
+    #[doc(hidden)]
+    fn add_product<const M: usize, const N: usize, const R: usize, const C: usize>(
+        d: &mut [[[f32; 4]; N]; M],
+        a: &LeftOperand<Self, M>,
+        tile: SmemTile<Self, R, C>,
+        step: usize,
+        column: u32,
+    );
+}
+
+/// 16-bit elements: `ldmatrix` and `mma.sync`, 16 columns a step, two chunks of 16 bytes.
+macro_rules! on_tensor_cores {
+    ($($t:ty),*) => {$(
+        impl MatrixElement for $t {
+            const DEPTH: usize = 16;
+            type Left = [u32; 4];
+
+            #[inline(always)]
+            #[track_caller]
+            fn load<const M: usize, const R: usize, const C: usize>(
+                tile: SmemTile<Self, R, C>,
+                row: u32,
+                step: usize,
+            ) -> LeftOperand<Self, M> {
+                // Matrices 0 to 3: the upper and lower eight rows of the first chunk, then of the second.
+                let lane = thread::lane_id();
+                let mut rows = [0; M];
+                for m in 0..M {
+                    rows[m] = tile.chunk(row + 16 * m as u32 + lane % 16, 2 * step as u32 + lane / 16).address();
+                }
+                LeftOperand(matrix::ldmatrix(rows))
+            }
+
+            #[inline(always)]
+            fn operand<const M: usize, const N: usize>(p: &[[[f32; 4]; N]; M], step: usize) -> LeftOperand<Self, M> {
+                // An accumulator's blocks lie in the lanes as the blocks of a left operand do.
+                let mut a = [[0; 4]; M];
+                for m in 0..M {
+                    for i in 0..4 {
+                        let block = &p[m][2 * step + i / 2];
+                        a[m][i] = Self::pack(block[2 * (i % 2)], block[2 * (i % 2) + 1]);
+                    }
+                }
+                LeftOperand(a)
+            }
+
+            #[inline(always)]
+            #[track_caller]
+            fn add_product_transposed<const M: usize, const N: usize, const R: usize, const C: usize>(
+                d: &mut [[[f32; 4]; N]; M],
+                a: &LeftOperand<Self, M>,
+                tile: SmemTile<Self, R, C>,
+                row: u32,
+                step: usize,
+            ) {
+                // Matrices 0 to 3: both chunks of eight rows of the tile, then of the next eight.
+                let lane = thread::lane_id();
+                matrix::mma_shared::<Self, M, N, false>(d, &a.0, |i| {
+                    let row = row + 16 * i + lane % 8 + lane / 16 * 8;
+                    tile.chunk(row, 2 * step as u32 + lane / 8 % 2).address()
+                });
+            }
+
+            #[inline(always)]
+            #[track_caller]
+            fn add_product<const M: usize, const N: usize, const R: usize, const C: usize>(
+                d: &mut [[[f32; 4]; N]; M],
+                a: &LeftOperand<Self, M>,
+                tile: SmemTile<Self, R, C>,
+                step: usize,
+                column: u32,
+            ) {
+                // Matrices 0 to 3: one chunk of both eights of rows, then the next chunk, each transposed on its way.
+                let lane = thread::lane_id();
+                matrix::mma_shared::<Self, M, N, true>(d, &a.0, |i| {
+                    tile.chunk(16 * step as u32 + lane % 16, column / 8 + 2 * i + lane / 16).address()
+                });
+            }
+        }
+    )*};
+}
+on_tensor_cores!(f16, bf16);
+
+/// Exact arithmetic, eight columns a step. `Left` holds rows g and g + 8 whole: every lane of a quad has the same.
+impl MatrixElement for f32 {
+    const DEPTH: usize = 8;
+    type Left = [[f32; 8]; 2];
+
+    #[inline(always)]
+    #[track_caller]
+    fn load<const M: usize, const R: usize, const C: usize>(
+        tile: SmemTile<Self, R, C>,
+        row: u32,
+        step: usize,
+    ) -> LeftOperand<Self, M> {
+        let mut a = [[[0.0; 8]; 2]; M];
+        for m in 0..M {
+            for half in 0..2 {
+                a[m][half] = eight(tile, row + Accumulator::<M, 1>::row(m, half), step);
+            }
+        }
+        LeftOperand(a)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn operand<const M: usize, const N: usize>(p: &[[[f32; 4]; N]; M], step: usize) -> LeftOperand<Self, M> {
+        let quad = thread::lane_id() & !3;
+        let mut a = [[[0.0; 8]; 2]; M];
+        for m in 0..M {
+            for i in 0..4 {
+                for q in 0..4 {
+                    a[m][i / 2][2 * q + i % 2] = warp::shuffle(ALL, p[m][step][i], quad + q as u32);
+                }
+            }
+        }
+        LeftOperand(a)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn add_product_transposed<const M: usize, const N: usize, const R: usize, const C: usize>(
+        d: &mut [[[f32; 4]; N]; M],
+        a: &LeftOperand<Self, M>,
+        tile: SmemTile<Self, R, C>,
+        row: u32,
+        step: usize,
+    ) {
+        for n in 0..N {
+            for i in 0..2 {
+                let b = eight(tile, row + Accumulator::<M, N>::column(n, i), step);
+                for m in 0..M {
+                    for half in 0..2 {
+                        let x = &mut d[m][n][2 * half + i];
+                        for k in 0..8 {
+                            *x = math::fma(a.0[m][half][k], b[k], *x);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn add_product<const M: usize, const N: usize, const R: usize, const C: usize>(
+        d: &mut [[[f32; 4]; N]; M],
+        a: &LeftOperand<Self, M>,
+        tile: SmemTile<Self, R, C>,
+        step: usize,
+        column: u32,
+    ) {
+        for k in 0..8 {
+            for n in 0..N {
+                let at = tile.element(8 * step as u32 + k as u32, column + Accumulator::<M, N>::column(n, 0));
+                let b = at.load_vector::<2>(0);
+                for m in 0..M {
+                    for i in 0..4 {
+                        d[m][n][i] = math::fma(a.0[m][i / 2][k], b[i % 2], d[m][n][i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Eight elements of a row of a tile: chunks `2 step` and `2 step + 1`.
+#[inline(always)]
+#[track_caller]
+fn eight<const R: usize, const C: usize>(tile: SmemTile<f32, R, C>, row: u32, step: usize) -> [f32; 8] {
+    let [a, b, c, d] = tile.chunk(row, 2 * step as u32).load_vector::<4>(0);
+    let [e, f, g, h] = tile.chunk(row, 2 * step as u32 + 1).load_vector::<4>(0);
+    [a, b, c, d, e, f, g, h]
+}

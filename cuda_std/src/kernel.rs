@@ -1,0 +1,17 @@
+//! Kernels as a host sees them.
+
+/// One entry point: a kernel function with all its generic parameters fixed.
+///
+/// The attribute [`kernel`](macro@crate::kernel) makes a table of these where it stands above a generic function.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel<P, C> {
+    /// The name of the entry point in PTX, and in every report.
+    pub name: &'static str,
+    /// What a host needs to choose and to launch it.
+    pub config: C,
+    /// The kernel itself, to run on the simulated GPU.
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub run: fn(P),
+    #[doc(hidden)]
+    pub parameters: core::marker::PhantomData<fn(P)>,
+}

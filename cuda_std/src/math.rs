@@ -1,0 +1,37 @@
+//! Fast arithmetic in f32: one instruction a word. Subnormal inputs and results are 0 (`.ftz`).
+use crate::machine;
+
+/// log2(e): what natural exponents are multiplied with to become powers of two.
+pub const LOG2_E: f32 = core::f32::consts::LOG2_E;
+/// ln(2): what a log2 is multiplied with to become a natural logarithm.
+pub const LN_2: f32 = core::f32::consts::LN_2;
+
+/// 2^x, within 2 ulp; 0 for -inf. PTX ISA: `ex2.approx.ftz.f32`.
+#[inline(always)]
+pub fn ex2(x: f32) -> f32 {
+    machine::ex2(x)
+}
+
+/// log2(x), within 2^-22 absolute or relative; -inf for 0. PTX ISA: `lg2.approx.ftz.f32`.
+#[inline(always)]
+pub fn lg2(x: f32) -> f32 {
+    machine::lg2(x)
+}
+
+/// 1/x, within 1 ulp. PTX ISA: `rcp.approx.ftz.f32`.
+#[inline(always)]
+pub fn rcp(x: f32) -> f32 {
+    machine::rcp(x)
+}
+
+/// a·b + c, rounded once. PTX ISA: `fma.rn.ftz.f32`.
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    machine::fma(a, b, c)
+}
+
+/// The larger; the other if one is NaN. PTX ISA: `max.ftz.f32`.
+#[inline(always)]
+pub fn max(a: f32, b: f32) -> f32 {
+    machine::max(a, b)
+}

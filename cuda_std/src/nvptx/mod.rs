@@ -1,0 +1,28 @@
+//! Each word as PTX.
+//!
+//! Words that threads say together (barriers, shuffles, votes) are LLVM intrinsics: LLVM knows that it must not move
+//! those into or out of branches, which it does not know of inline assembly. Memory is accessed by assembly that names
+//! its state space, since a pointer that comes out of a parameter struct has lost its own. Assembly that reads memory
+//! is `pure, readonly`: it may be moved and merged, though not over a store or a barrier.
+
+mod arithmetic;
+mod atomics;
+mod copies;
+mod matrices;
+mod memory;
+mod special_registers;
+mod synchronisation;
+
+pub use arithmetic::*;
+pub use atomics::*;
+pub use copies::*;
+pub use matrices::*;
+pub use memory::*;
+pub use special_registers::*;
+pub use synchronisation::*;
+
+/// Kernels hold no panic (what is checked on their PTX); the crate that they make needs a handler all the same.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}

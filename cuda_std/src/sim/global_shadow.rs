@@ -1,0 +1,100 @@
+//! The shadow of what one block uses of global memory: pages that are made when they are first used.
+use super::memory::{self, Allocation};
+use super::shadow::{GRANULE, Shadow};
+use super::unit::{Actor, Rival, Use};
+use std::collections::HashMap;
+
+/// A use of a granule of global memory by a block, which may race with other blocks'.
+#[derive(Clone, Copy)]
+pub(super) struct Touch {
+    /// Address / 16.
+    pub granule: u64,
+    pub actor: Actor,
+    pub usage: Use,
+    /// Which pairs of bytes.
+    pub mask: u8,
+}
+
+/// Granules of a page: 4 KiB of memory.
+pub(super) const PAGE_GRANULES: usize = 256;
+
+struct Page {
+    number: u64,
+    first_granule: usize,
+    used: [u64; PAGE_GRANULES / 64],
+}
+
+const RECENT_PAGES: usize = 256;
+
+/// The shadow of one block's view of global memory.
+pub(super) struct GlobalShadow {
+    pub shadow: Shadow,
+    pages: Vec<Page>,
+    by_number: HashMap<u64, u32>,
+    /// A cache before the map.
+    recent: [(u64, u32); RECENT_PAGES],
+}
+
+impl Default for GlobalShadow {
+    fn default() -> Self {
+        GlobalShadow {
+            shadow: Shadow::default(),
+            pages: Vec::new(),
+            by_number: HashMap::new(),
+            recent: [(u64::MAX, 0); RECENT_PAGES],
+        }
+    }
+}
+
+impl GlobalShadow {
+    /// Begins a block.
+    pub fn clear(&mut self) {
+        self.shadow.clear();
+        self.pages.clear();
+        self.by_number.clear();
+        self.recent = [(u64::MAX, 0); RECENT_PAGES];
+    }
+
+    /// The granule at `address`, which lies in `allocation`.
+    #[inline(always)]
+    pub fn granule(&mut self, address: u64, allocation: &Allocation) -> usize {
+        let granule = address / GRANULE as u64;
+        let (number, index) = (granule / PAGE_GRANULES as u64, granule as usize % PAGE_GRANULES);
+        let slot = (number ^ ((number >> 28) * 37)) as usize % RECENT_PAGES;
+        let (cached, mut page) = self.recent[slot];
+        if cached != number {
+            page = self.find_page(number, allocation);
+            self.recent[slot] = (number, page);
+        }
+        let page = &mut self.pages[page as usize];
+        page.used[index / 64] |= 1 << (index % 64);
+        page.first_granule + index
+    }
+
+    #[inline(never)]
+    fn find_page(&mut self, number: u64, allocation: &Allocation) -> u32 {
+        *self.by_number.entry(number).or_insert_with(|| {
+            let first_granule = self.shadow.add(PAGE_GRANULES);
+            let (_, offset) = memory::locate(number * (PAGE_GRANULES * GRANULE) as u64);
+            for i in 0..PAGE_GRANULES {
+                self.shadow.set_initialised(first_granule + i, allocation.written(offset as usize / GRANULE + i));
+            }
+            self.pages.push(Page { number, first_granule, used: [0; PAGE_GRANULES / 64] });
+            self.pages.len() as u32 - 1
+        })
+    }
+
+    /// All that the block has used, in a fixed order.
+    pub fn footprint(&self) -> Vec<Touch> {
+        let mut touches = Vec::new();
+        for page in &self.pages {
+            for index in (0..PAGE_GRANULES).filter(|i| page.used[i / 64] >> (i % 64) & 1 == 1) {
+                let granule = page.number * PAGE_GRANULES as u64 + index as u64;
+                self.shadow.uses(page.first_granule + index, &mut |Rival { usage, actor }, mask| {
+                    touches.push(Touch { granule, actor, usage, mask });
+                });
+            }
+        }
+        touches
+    }
+}

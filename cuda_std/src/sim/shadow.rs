@@ -1,0 +1,170 @@
+//! The shadow of a memory: for each granule of 16 bytes, who used it. A granule that is used in parts is split, into
+//! units of 4 bytes, and these into units of 2: tiles that move by 16 bytes cost a check an access.
+use super::clocks::Clocks;
+use super::unit::{Actor, MoreReaders, Rival, Unit, Use};
+
+/// What is wrong with an access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Wrong {
+    Race(Rival),
+    Uninitialised,
+    /// A copy is on its way here, issued by this actor.
+    UnfinishedCopy(Actor),
+}
+
+/// Bytes of a granule.
+pub(super) const GRANULE: usize = 16;
+
+/// Granules, and parts of granules.
+#[derive(Default)]
+pub(super) struct Shadow {
+    units: Vec<Unit>,
+    free_parts: Vec<u32>,
+    more: MoreReaders,
+}
+
+/// A stretch of a granule.
+#[derive(Clone, Copy)]
+pub(super) struct Span {
+    pub offset: u32,
+    pub bytes: u32,
+}
+
+impl Span {
+    const WHOLE: Span = Span { offset: 0, bytes: GRANULE as u32 };
+
+    /// A bit a pair of bytes.
+    #[inline(always)]
+    pub fn mask(self) -> u8 {
+        (((1u32 << (self.bytes / 2)) - 1) << (self.offset / 2)) as u8
+    }
+}
+
+impl Shadow {
+    /// Begins a block.
+    pub fn clear(&mut self) {
+        self.units.clear();
+        self.free_parts.clear();
+        self.more.clear();
+    }
+
+    /// Adds `count` granules that nobody has used, and gives the first.
+    pub fn add(&mut self, count: usize) -> usize {
+        let first = self.units.len();
+        self.units.resize(first + count, Unit::FRESH);
+        first
+    }
+
+    pub fn set_initialised(&mut self, granule: usize, mask: u8) {
+        self.units[granule].initialised = mask;
+    }
+
+    /// Notes a use of a part of a granule, and says what is wrong with it.
+    #[inline(always)]
+    pub fn access(&mut self, granule: usize, span: Span, usage: Use, actor: Actor, clocks: &Clocks) -> Option<Wrong> {
+        let unit = &mut self.units[granule];
+        if let Some(copy) = unit.copy_in_flight() {
+            return Some(Wrong::UnfinishedCopy(copy));
+        }
+        let mask = span.mask();
+        let initialised = unit.initialised & mask == mask || usage == Use::Write;
+        if usage != Use::Read {
+            unit.initialised |= mask;
+        }
+        // The usual cases first: a whole granule, and one of the four parts of one that is split.
+        let part = if unit.is_split() && span.bytes == 4 { (unit.link + span.offset / 4) as usize } else { granule };
+        let unit = &mut self.units[part];
+        let rival = if !unit.is_split() && (part != granule || span.bytes as usize == GRANULE) {
+            unit.access(usage, actor, clocks, &mut self.more)
+        } else {
+            self.access_parts(granule, GRANULE as u32, span, usage, actor, clocks)
+        };
+        match rival {
+            Some(rival) => Some(Wrong::Race(rival)),
+            None if !initialised => Some(Wrong::Uninitialised),
+            None => None,
+        }
+    }
+
+    /// A copy to this granule begins: its data may come at any time, and nobody may use it before they have.
+    pub fn begin_copy(&mut self, granule: usize, actor: Actor, clocks: &Clocks) -> Option<Wrong> {
+        let wrong = self.access(granule, Span::WHOLE, Use::Write, actor, clocks);
+        self.units[granule].initialised = 0;
+        self.units[granule].set_in_flight(true);
+        wrong
+    }
+
+    /// The issuer of a copy has waited for it.
+    pub fn end_copy(&mut self, granule: usize, actor: Actor, clocks: &Clocks) {
+        self.units[granule].set_in_flight(false);
+        self.access(granule, Span::WHOLE, Use::Write, actor, clocks);
+    }
+
+    /// Calls `found` for the uses of a granule that may race with other blocks', each with its pairs of bytes.
+    pub fn uses(&self, granule: usize, found: &mut impl FnMut(Rival, u8)) {
+        self.uses_of_part(granule, Span::WHOLE, found);
+    }
+
+    fn uses_of_part(&self, unit: usize, span: Span, found: &mut impl FnMut(Rival, u8)) {
+        let unit = &self.units[unit];
+        if unit.is_split() {
+            for (part, span) in parts(span) {
+                self.uses_of_part(unit.link as usize + part, span, found);
+            }
+        } else {
+            unit.uses(&self.more).for_each(|rival| found(rival, span.mask()));
+        }
+    }
+
+    /// An access to a unit of `size` bytes, or to parts of it.
+    #[inline(never)]
+    fn access_parts(
+        &mut self,
+        unit: usize,
+        size: u32,
+        span: Span,
+        usage: Use,
+        actor: Actor,
+        clocks: &Clocks,
+    ) -> Option<Rival> {
+        let whole = span.bytes == size;
+        if !self.units[unit].is_split() {
+            if whole {
+                return self.units[unit].access(usage, actor, clocks, &mut self.more);
+            }
+            self.split(unit, size);
+        }
+        let first = self.units[unit].link as usize;
+        let mut rival = None;
+        for (part, Span { offset, bytes }) in parts(Span { offset: 0, bytes: size }) {
+            let (from, to) = (span.offset.max(offset), (span.offset + span.bytes).min(offset + bytes));
+            if from < to {
+                let span = Span { offset: from - offset, bytes: to - from };
+                let found = self.access_parts(first + part, bytes, span, usage, actor, clocks);
+                rival = rival.or(found);
+            }
+        }
+        if whole && usage == Use::Write {
+            self.free_parts.push(first as u32);
+            self.units[unit].unite(clocks.now(actor.thread()), actor);
+        }
+        rival
+    }
+
+    fn split(&mut self, unit: usize, size: u32) {
+        let first = self.free_parts.pop().map_or_else(|| self.add(MOST_PARTS), |first| first as usize);
+        let known = self.units[unit].split(first as u32);
+        for (part, _) in parts(Span { offset: 0, bytes: size }).skip(1) {
+            self.units[first + part] = known.duplicate(&mut self.more);
+        }
+        self.units[first] = known;
+    }
+}
+
+const MOST_PARTS: usize = 4;
+
+/// The parts that a unit is split into.
+fn parts(unit: Span) -> impl Iterator<Item = (usize, Span)> {
+    let bytes = if unit.bytes == GRANULE as u32 { 4 } else { 2 };
+    (0..unit.bytes / bytes).map(move |part| (part as usize, Span { offset: unit.offset + part * bytes, bytes }))
+}

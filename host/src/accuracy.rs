@@ -1,0 +1,143 @@
+//! The rule by which results are right.
+//!
+//! FlashAttention's own: `max |out - ref|` is at most twice that of a plain implementation in the same dtype, plus 1e-5,
+//! where the reference is f64. In f32, where there is no rounding to hide behind, it is at most 1e-5 of the largest output.
+//! LSE is right within 1e-5 relative (absolute below 1). NaN and infinities are where the reference has them.
+use std::fmt;
+
+use crate::error::{Error, Result};
+use crate::options::AttentionOptions;
+use crate::reference;
+use crate::session::{Attention, Softmax};
+use crate::tensor::{Tensor, TensorRef};
+use cuda_std::DType;
+
+/// What every bound allows.
+const FLOOR: f64 = 1e-5;
+
+/// Errors of a result beside what the rule allows.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Accuracy {
+    /// max |out - reference|.
+    pub out_error: f64,
+    /// max |plain - reference|, of a plain implementation in the same dtype.
+    pub plain_error: f64,
+    /// The most that `out_error` may be.
+    pub out_bound: f64,
+    /// max |LSE - reference| / max(1, |reference|).
+    pub lse_error: f64,
+    /// The most that `lse_error` may be.
+    pub lse_bound: f64,
+    /// Elements of out and LSE that are NaN or infinite where the reference is not, or the other way round, or infinite
+    /// with another sign. None may be.
+    pub misplaced: usize,
+}
+
+impl Accuracy {
+    /// Whether the rule is kept.
+    pub fn passed(&self) -> bool {
+        self.misplaced == 0 && self.out_error <= self.out_bound && self.lse_error <= self.lse_bound
+    }
+}
+
+impl fmt::Display for Accuracy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Accuracy { out_error, plain_error, out_bound, lse_error, lse_bound, misplaced } = self;
+        write!(f, "out {out_error:.2e} (allowed {out_bound:.2e}; plain implementation {plain_error:.2e}), ")?;
+        write!(f, "LSE {lse_error:.2e} (allowed {lse_bound:.0e}), {misplaced} misplaced NaN or inf: ")?;
+        f.write_str(if self.passed() { "passed" } else { "FAILED" })
+    }
+}
+
+/// Compares a result of attention with the reference.
+///
+/// # Errors
+/// As [`Problem::new`](crate::Problem::new), or [`Error::Length`] if the result is not that of these inputs.
+pub fn check<'a>(
+    q: impl Into<TensorRef<'a>>,
+    k: impl Into<TensorRef<'a>>,
+    v: impl Into<TensorRef<'a>>,
+    options: &AttentionOptions,
+    result: &Attention,
+) -> Result<Accuracy> {
+    let (q, k, v) = (q.into(), k.into(), v.into());
+    let reference = reference::attention(&q, &k, &v, options)?;
+    same_length("out", &result.out, reference.out.len())?;
+    same_length("softmax_lse", &result.softmax_lse, reference.softmax_lse.len())?;
+    let plain = reference::plain(&q, &k, &v, options)?;
+    let out = compare_outputs(result.out.dtype(), &result.out.to_f32(), &plain, &reference.out);
+    let lse = compare(&result.softmax_lse.to_f32(), &reference.softmax_lse, |reference| reference.abs().max(1.0));
+    Ok(Accuracy { lse_error: lse.error, misplaced: out.misplaced + lse.misplaced, ..out })
+}
+
+/// Compares a softmax with the reference.
+///
+/// # Errors
+/// [`Error::Length`] if the result is not that of `x`.
+pub fn check_softmax<'a>(x: impl Into<TensorRef<'a>>, result: &Softmax) -> Result<Accuracy> {
+    let x = x.into();
+    let reference = reference::softmax(&x);
+    same_length("y", &result.y, reference.len())?;
+    Ok(compare_outputs(result.y.dtype(), &result.y.to_f32(), &reference::plain_softmax(&x), &reference))
+}
+
+fn compare_outputs(dtype: DType, out: &[f32], plain: &[f32], reference: &[f64]) -> Accuracy {
+    let Comparison { error: out_error, misplaced } = compare(out, reference, |_| 1.0);
+    let plain_error = compare(plain, reference, |_| 1.0).error;
+    let largest = reference.iter().filter(|x| x.is_finite()).fold(1.0, |largest: f64, x| largest.max(x.abs()));
+    let out_bound = match dtype {
+        DType::F32 => FLOOR * largest,
+        DType::F16 | DType::BF16 => 2.0 * plain_error + FLOOR,
+    };
+    Accuracy { out_error, plain_error, out_bound, lse_error: 0.0, lse_bound: FLOOR, misplaced }
+}
+
+struct Comparison {
+    /// The largest difference of two finite elements, in units of their scale.
+    error: f64,
+    misplaced: usize,
+}
+
+fn compare(found: &[f32], reference: &[f64], scale: impl Fn(f64) -> f64) -> Comparison {
+    let mut comparison = Comparison { error: 0.0, misplaced: 0 };
+    for (&found, &reference) in found.iter().zip(reference) {
+        let found = f64::from(found);
+        if found.is_finite() && reference.is_finite() {
+            comparison.error = comparison.error.max((found - reference).abs() / scale(reference));
+        } else if found != reference && !(found.is_nan() && reference.is_nan()) {
+            comparison.misplaced += 1;
+        }
+    }
+    comparison
+}
+
+fn same_length(argument: &'static str, tensor: &Tensor, needed: usize) -> Result<()> {
+    if tensor.len() == needed {
+        return Ok(());
+    }
+    let view = tensor.view();
+    let (shape, strides) = (tensor.shape().to_vec(), view.layout().strides().to_vec());
+    Err(Error::Length { argument, found: tensor.len(), shape, strides, needed: needed.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nan_and_infinities_must_be_where_the_reference_has_them() {
+        let (nan, inf) = (f64::NAN, f64::INFINITY);
+        let reference = [nan, inf, -inf, 1.0, nan, inf];
+        let found = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1.0, f32::NEG_INFINITY];
+        assert_eq!(compare(&found, &reference, |_| 1.0).misplaced, 3);
+    }
+
+    #[test]
+    fn f16_may_err_twice_as_much_as_a_plain_implementation() {
+        let accuracy = |found| compare_outputs(DType::F16, &[found], &[1.001], &[1.0]);
+        assert!(accuracy(1.002).passed());
+        assert!(!accuracy(1.0021).passed());
+        assert!(!compare_outputs(DType::F32, &[1.002], &[1.001], &[1.0]).passed());
+    }
+}

@@ -1,0 +1,25 @@
+//! The outcome of `--verify`.
+use anyhow::{Result, bail};
+use ferroflash::accuracy::Accuracy;
+use serde_json::{Value, json};
+
+/// Numbers beside their bounds, for a program.
+pub fn json(accuracy: &Accuracy) -> Value {
+    json!({
+        "passed": accuracy.passed(),
+        "out_error": accuracy.out_error,
+        "out_bound": accuracy.out_bound,
+        "plain_error": accuracy.plain_error,
+        "lse_error": accuracy.lse_error,
+        "lse_bound": accuracy.lse_bound,
+        "misplaced": accuracy.misplaced,
+    })
+}
+
+/// An error where the rule is broken.
+pub fn require(accuracy: Option<&Accuracy>) -> Result<()> {
+    match accuracy {
+        Some(accuracy) if !accuracy.passed() => bail!("not accurate: {accuracy}"),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,95 @@
+//! `ferroflash run`: attention on the tensors of a file.
+use super::accuracy;
+use super::answer::{Facts, print, print_json};
+use super::choices::{BackendArgument, one_of};
+use super::files::{NewFile, read_tensors};
+use super::measured;
+use super::progress::SimulationBar;
+use anyhow::Result;
+use ferroflash::{AttentionOptions, Kernel};
+use serde_json::json;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+const EXAMPLES: &str = "\
+Examples:
+  ferroflash run attention.safetensors --verify
+  ferroflash run attention.safetensors --causal -o out.safetensors
+  ferroflash run attention.safetensors --backend simulator --kernel flash2
+
+To make an input in Python:
+  from safetensors.numpy import save_file
+  save_file({\"q\": q, \"k\": k, \"v\": v}, \"attention.safetensors\")";
+
+/// Compute attention, softmax(scale · Q Kᵀ) V, on the tensors of a file
+///
+/// Reads tensors q, k and v from a safetensors file, and prints how attention on them was computed and how long it took.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Arguments {
+    /// A safetensors file with tensors q, k and v of shape (batch, seqlen, nheads, headdim), in F32, F16 or BF16
+    input: PathBuf,
+    /// Write the results to this safetensors file: out, shaped like q, and softmax_lse (batch, nheads, seqlen), in F32
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    backend: BackendArgument,
+    /// The kernel on a GPU or the simulator; `auto`: the best that can run the problem
+    #[arg(long, default_value = "auto", value_parser = one_of::<Kernel>(&["auto", "standard", "flash1", "flash2"]))]
+    kernel: Kernel,
+    /// Each query sees only the keys up to its own position (counted from the end, where the lengths differ)
+    #[arg(long)]
+    causal: bool,
+    /// What Q Kᵀ is multiplied with [default: 1/√headdim]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    softmax_scale: Option<f32>,
+    /// Compare the result with f64 arithmetic, and fail if it is less accurate than it should be
+    #[arg(long)]
+    verify: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Compute so many times, after once to warm up, and report the median time
+    #[arg(long, value_name = "N", default_value = "1")]
+    repetitions: NonZeroUsize,
+}
+
+pub fn execute(arguments: Arguments) -> Result<()> {
+    let [q, k, v] = read_tensors(&arguments.input, ["q", "k", "v"])?;
+    let output = arguments.output.map(NewFile::create).transpose()?;
+    let mut options = AttentionOptions::default().causal(arguments.causal);
+    options.softmax_scale = arguments.softmax_scale;
+
+    let repetitions = arguments.repetitions.get();
+    let warmup = if repetitions > 1 { 1 } else { 0 };
+    let session = arguments.backend.session()?.kernel(arguments.kernel).repetitions(warmup, repetitions);
+    let (session, bar) = SimulationBar::on(session);
+    let result = session.attention(&q, &k, &v, &options)?;
+    drop(bar);
+
+    let accuracy = match arguments.verify {
+        true => Some(ferroflash::accuracy::check(&q, &k, &v, &options, &result)?),
+        false => None,
+    };
+    let written = output
+        .map(|file| file.write_tensors(&[("out", &result.out), ("softmax_lse", &result.softmax_lse)]))
+        .transpose()?;
+
+    if arguments.json {
+        let mut object = measured::json(&result.report);
+        object["accuracy"] = json!(accuracy.as_ref().map(accuracy::json));
+        object["output"] = json!(written);
+        print_json(&object)?;
+    } else {
+        let mut facts = Facts::default();
+        measured::add_to(&mut facts, &result.report, repetitions);
+        if let Some(accuracy) = &accuracy {
+            facts.add("accuracy", accuracy);
+        }
+        if let Some(path) = written {
+            facts.add("written", path.display());
+        }
+        print(facts)?;
+    }
+    accuracy::require(accuracy.as_ref())
+}

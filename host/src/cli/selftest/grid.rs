@@ -1,0 +1,132 @@
+//! The grid of shapes.
+use crate::cli::inputs;
+use anyhow::Result;
+use ferroflash::accuracy::{self, Accuracy};
+use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session, SoftmaxMethod};
+use std::fmt;
+
+/// Around the edges of blocks of 16, 64 and 128 rows.
+const LENGTHS: [usize; 9] = [1, 15, 16, 17, 63, 64, 65, 113, 257];
+/// Queries and keys of unequal lengths.
+const UNEQUAL: [(usize, usize); 4] = [(1, 257), (65, 17), (17, 65), (130, 113)];
+
+/// Cases of one kind.
+pub struct Group {
+    pub name: String,
+    pub kernel: Kernel,
+    pub cases: Vec<Case>,
+}
+
+/// One computation.
+pub enum Case {
+    Attention { dtype: DType, q: [usize; 4], k: [usize; 4], causal: bool },
+    Softmax { dtype: DType, rows: usize, columns: usize, method: SoftmaxMethod },
+}
+
+/// How much of the grid to compute: the simulator takes milliseconds where the others take microseconds.
+struct Extent {
+    headdims: &'static [usize],
+    lengths: &'static [usize],
+    unequal: &'static [(usize, usize)],
+    columns: &'static [usize],
+}
+
+impl Extent {
+    fn of(backend: Backend, quick: bool) -> Extent {
+        match (backend, quick) {
+            (Backend::Simulator, true) => {
+                Extent { headdims: &[32], lengths: &[17], unequal: &[(17, 65)], columns: &[33] }
+            }
+            (Backend::Simulator, false) => Extent {
+                headdims: &[32, 64, 128],
+                lengths: &[1, 17, 64, 113],
+                unequal: &UNEQUAL[1..3],
+                columns: &[1, 33, 1000],
+            },
+            (_, true) => {
+                Extent { headdims: &[64], lengths: &[1, 17, 65], unequal: &UNEQUAL[1..3], columns: &[1, 1000] }
+            }
+            (_, false) => Extent {
+                headdims: &[32, 64, 128],
+                lengths: &LENGTHS,
+                unequal: &UNEQUAL,
+                columns: &[1, 31, 32, 33, 1000, 4099],
+            },
+        }
+    }
+}
+
+/// The groups for a backend.
+pub fn groups(backend: Backend, quick: bool) -> Vec<Group> {
+    let extent = Extent::of(backend, quick);
+    // The CPU has one algorithm.
+    let kernels: &[Kernel] = match backend {
+        Backend::Cpu => &[Kernel::Auto],
+        _ => &[Kernel::Standard, Kernel::Flash1, Kernel::Flash2],
+    };
+    let mut groups = Vec::new();
+    for &kernel in kernels {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            // FlashAttention-2 is for the tensor cores' 16-bit types.
+            if (kernel, dtype) == (Kernel::Flash2, DType::F32) {
+                continue;
+            }
+            for &headdim in extent.headdims {
+                let name = if kernel == Kernel::Auto { "attention" } else { kernel.name() };
+                let name = format!("{name} {} headdim {headdim}", dtype.name());
+                groups.push(Group { name, kernel, cases: attention_cases(&extent, dtype, headdim) });
+            }
+        }
+    }
+    for &method in SoftmaxMethod::ALL {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let cases = extent.columns.iter().map(|&columns| Case::Softmax { dtype, rows: 5, columns, method });
+            let name = format!("softmax {method} {}", dtype.name());
+            groups.push(Group { name, kernel: Kernel::Auto, cases: cases.collect() });
+        }
+    }
+    groups
+}
+
+fn attention_cases(extent: &Extent, dtype: DType, headdim: usize) -> Vec<Case> {
+    let equal = extent.lengths.iter().map(|&length| (length, length));
+    let lengths = equal.chain(extent.unequal.iter().copied());
+    // One sequence with two heads; and, once, two sequences whose heads of Q share heads of K and V.
+    let mut shapes: Vec<_> = lengths.map(|(q, k)| ([1, q, 2, headdim], [1, k, 2, headdim])).collect();
+    shapes.push(([2, 17, 4, headdim], [2, 17, 2, headdim]));
+    [false, true]
+        .into_iter()
+        .flat_map(|causal| shapes.iter().map(move |&(q, k)| Case::Attention { dtype, q, k, causal }))
+        .collect()
+}
+
+impl Case {
+    /// Computes it, and how far the result is from that of f64 arithmetic.
+    pub fn compute(&self, session: &Session) -> Result<Accuracy> {
+        match *self {
+            Case::Attention { dtype, q, k, causal } => {
+                let v = inputs::normal(&k, dtype, 3)?;
+                let (q, k) = (inputs::normal(&q, dtype, 1)?, inputs::normal(&k, dtype, 2)?);
+                let options = AttentionOptions::default().causal(causal);
+                let result = session.attention(&q, &k, &v, &options)?;
+                Ok(accuracy::check(&q, &k, &v, &options, &result)?)
+            }
+            Case::Softmax { dtype, rows, columns, method } => {
+                let x = inputs::normal(&[rows, columns], dtype, 1)?;
+                let result = session.softmax(&x, method)?;
+                Ok(accuracy::check_softmax(&x, &result)?)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Case::Attention { q, k, causal, .. } => {
+                write!(f, "q {q:?}, k {k:?}{}", if *causal { ", causal" } else { "" })
+            }
+            Case::Softmax { rows, columns, .. } => write!(f, "x [{rows}, {columns}]"),
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! `ferroflash selftest`: does it compute right on this machine?
+mod grid;
+
+use super::answer::{print, print_json};
+use super::choices::BackendArgument;
+use super::units;
+use anyhow::{Result, bail};
+use ferroflash::Session;
+use grid::{Case, Group};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use std::time::Instant;
+
+/// Compute a grid of shapes, and compare each result with f64 arithmetic
+///
+/// All kernels, dtypes and head dimensions that the backend has, causal and not, at lengths around the edges of tiles. On
+/// the simulator the grid is smaller, and the kernels are checked for races and other faults besides.
+#[derive(clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    backend: BackendArgument,
+    /// Only a few shapes of each kernel
+    #[arg(long)]
+    quick: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn execute(arguments: Arguments) -> Result<()> {
+    let mut session = arguments.backend.session()?;
+    let groups = grid::groups(session.backend(), arguments.quick);
+    let begin = Instant::now();
+    if !arguments.json {
+        print(format_args!("backend {}, {}\n\n", session.backend(), session.device_name()))?;
+    }
+
+    let cases = groups.iter().map(|group| group.cases.len() as u64).sum();
+    let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len}, {elapsed}").expect("a valid template");
+    let bar = ProgressBar::new(cases).with_style(style);
+    let mut outcomes = Vec::new();
+    for group in groups {
+        bar.set_message(group.name.clone());
+        session = session.kernel(group.kernel);
+        let outcome = run(&session, group, &bar);
+        if !arguments.json {
+            bar.suspend(|| print(&outcome))?;
+        }
+        outcomes.push(outcome);
+    }
+    bar.finish_and_clear();
+
+    let passed: usize = outcomes.iter().map(|outcome| outcome.passed).sum();
+    let failed: usize = outcomes.iter().map(|outcome| outcome.failures.len()).sum();
+    if arguments.json {
+        print_json(&json!({
+            "backend": session.backend().to_string(),
+            "device": session.device_name(),
+            "groups": outcomes.iter().map(Outcome::json).collect::<Vec<_>>(),
+            "passed": passed,
+            "failed": failed,
+        }))?;
+    } else {
+        print(format_args!(
+            "\n{passed} passed, {failed} failed in {}\n",
+            units::seconds(begin.elapsed().as_secs_f64())
+        ))?;
+    }
+    if failed > 0 {
+        bail!("{failed} of {cases} cases failed");
+    }
+    Ok(())
+}
+
+/// What came of a group of cases.
+struct Outcome {
+    name: String,
+    passed: usize,
+    /// The largest error of a passed case, as a part of what was allowed.
+    worst: f64,
+    /// Each failed case, and why.
+    failures: Vec<String>,
+}
+
+fn run(session: &Session, group: Group, bar: &ProgressBar) -> Outcome {
+    let mut outcome = Outcome { name: group.name, passed: 0, worst: 0.0, failures: Vec::new() };
+    for case in &group.cases {
+        // An error of one case (the simulator found a race, a launch failed) is the outcome of that case.
+        match check(session, case) {
+            Ok(part) => {
+                outcome.passed += 1;
+                outcome.worst = outcome.worst.max(part);
+            }
+            Err(reason) => outcome.failures.push(format!("{case}: {reason:#}")),
+        }
+        bar.inc(1);
+    }
+    outcome
+}
+
+/// Computes one case. Returns its error as a part of the error that is allowed.
+fn check(session: &Session, case: &Case) -> Result<f64> {
+    let accuracy = case.compute(session)?;
+    if !accuracy.passed() {
+        bail!("{accuracy}");
+    }
+    Ok((accuracy.out_error / accuracy.out_bound).max(accuracy.lse_error / accuracy.lse_bound))
+}
+
+impl Outcome {
+    fn json(&self) -> Value {
+        json!({ "name": self.name, "passed": self.passed, "worst": self.worst, "failures": self.failures })
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Outcome { name, passed, worst, failures } = self;
+        let failed = failures.len();
+        writeln!(
+            f,
+            "{name:32} {passed:4} passed {failed:4} failed   worst error {:3.0} % of the allowed",
+            worst * 100.0
+        )?;
+        failures.iter().try_for_each(|failure| writeln!(f, "    {failure}"))
+    }
+}

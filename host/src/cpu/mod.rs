@@ -1,0 +1,18 @@
+//! The CPU backend: FlashAttention-2's tiles on the cores of this machine.
+//!
+//! Each task owns a block of query rows of one head, and walks over the blocks of K and V once, with online softmax; S, P
+//! and O stay in the core's caches. All tiles are transposed, queries running fastest: one vector lane is one query row,
+//! so that the softmax needs no horizontal sums, and K and V are read as they lie, an element broadcast to all lanes.
+
+mod attention;
+mod isa;
+mod softmax;
+mod tile;
+
+pub(crate) use attention::{attention, extra_bytes};
+pub(crate) use softmax::softmax;
+
+/// The cores and the vector instructions that this backend uses.
+pub(crate) fn device_name() -> String {
+    format!("{} CPU threads, {}", rayon::current_num_threads(), isa::Isa::detect().name())
+}

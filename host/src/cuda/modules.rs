@@ -1,0 +1,74 @@
+//! Kernels, loaded when they are first launched.
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::{Mutex, PoisonError};
+
+use driver::calls::{
+    Code, Handle, JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES, MAX_DYNAMIC_SHARED_SIZE_BYTES,
+    cuFuncSetAttribute, cuModuleGetFunction, cuModuleLoadDataEx,
+};
+
+use super::codes::{check, error};
+use super::device::Device;
+use crate::error::{Error, Result};
+use crate::ptx::Entry;
+
+/// The kernels that a device has loaded, by entry point: one module each, so that a program waits for the driver's
+/// compiler only for what it launches. They stay loaded.
+#[derive(Debug, Default)]
+pub struct Modules(Mutex<HashMap<&'static str, Function>>);
+
+/// A `CUfunction`.
+#[derive(Clone, Copy, Debug)]
+struct Function(Handle);
+
+// SAFETY: a handle, which the driver lets any thread use.
+unsafe impl Send for Function {}
+
+impl Modules {
+    /// The kernel `entry`, ready for `shared_bytes` of dynamic shared memory. The device's context is current.
+    pub fn function(&self, device: &Device, entry: &'static str, shared_bytes: u32) -> Result<Handle> {
+        let mut functions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&Function(function)) = functions.get(entry) {
+            return Ok(function);
+        }
+        let info = device.info();
+        if shared_bytes > info.shared_memory_per_block {
+            let (device, available) = (info.name.clone(), info.shared_memory_per_block);
+            return Err(Error::SharedMemory { entry, device, needed: shared_bytes, available });
+        }
+        let ptx = Entry::find(entry, &info.name, info.compute_capability)?.ptx()?;
+        let function = load(entry, &ptx, shared_bytes)?;
+        functions.insert(entry, Function(function));
+        Ok(function)
+    }
+}
+
+/// Has the driver compile PTX that ends with a NUL.
+fn load(entry: &str, ptx: &[u8], shared_bytes: u32) -> Result<Handle> {
+    let name = CString::new(entry).expect("names of Rust functions hold no NUL");
+    let (mut module, mut function): (Handle, Handle) = (std::ptr::null_mut(), std::ptr::null_mut());
+
+    let mut log = [0u8; 4096];
+    let mut options = [JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    // The size stands in the place of a pointer; the last byte of the log stays 0.
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), (log.len() - 1) as *mut c_void];
+    // SAFETY: the image ends with a NUL, the options come with as many values, and the log is as large as is said.
+    let code: Code = unsafe {
+        let image = ptx.as_ptr().cast();
+        cuModuleLoadDataEx(&mut module, image, options.len() as u32, options.as_mut_ptr(), values.as_mut_ptr())
+    };
+    if code != driver::SUCCESS {
+        let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy();
+        return Err(error("cuModuleLoadDataEx", code, format!("of {entry}: {}", log.trim())));
+    }
+    // SAFETY: the module is loaded, and the name ends with a NUL.
+    check("cuModuleGetFunction", unsafe {
+        cuModuleGetFunction(&mut function, module, name.as_ptr().cast::<c_char>())
+    })?;
+    // SAFETY: the function was found a moment ago.
+    check("cuFuncSetAttribute", unsafe {
+        cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as c_int)
+    })?;
+    Ok(function)
+}

@@ -1,0 +1,117 @@
+//! Which kernels run a problem, and why these.
+use cuda_std::{Global, Kernel as EntryPoint};
+use kernels::Config;
+use kernels::attention::{Attention, Untyped};
+use kernels::softmax::{self, ROW_A_BLOCK, ROW_A_WARP};
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::families::Family;
+use crate::launch::{Launch, Workspace};
+use crate::options::{Kernel, SoftmaxMethod};
+use crate::problem::Problem;
+use cuda_std::DType;
+
+/// The kernels that will run, and what they need.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    family: Family,
+    /// Why this family.
+    pub reason: String,
+    /// The memory that it needs besides Q, K, V, O and LSE.
+    pub workspace: Vec<Workspace>,
+}
+
+impl Plan {
+    /// Chooses the kernels for a problem: the family that is asked for, or with [`Kernel::Auto`] the newest that can.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], with the reason of each family.
+    pub fn new(problem: &Problem, kernel: Kernel, backend: Backend) -> Result<Self> {
+        let families: &[fn(&Problem) -> Result<Family, String>] = match kernel {
+            Kernel::Auto => &[Family::flash2, Family::flash1, Family::standard],
+            Kernel::Flash2 => &[Family::flash2],
+            Kernel::Flash1 => &[Family::flash1],
+            Kernel::Standard => &[Family::standard],
+        };
+        let mut reasons = Vec::new();
+        for family in families {
+            match family(problem) {
+                Ok(family) => return Ok(Plan::of(family, problem, kernel, &reasons)),
+                Err(reason) => reasons.push(reason),
+            }
+        }
+        Err(Error::Unsupported { kernel, backend, reasons })
+    }
+
+    fn of(family: Family, problem: &Problem, asked: Kernel, refused: &[String]) -> Self {
+        let name = family.name();
+        let reason = match (asked, refused) {
+            (Kernel::Auto, []) => format!("{name} is the newest kernel"),
+            (Kernel::Auto, refused) => format!("{name} is the newest kernel that can: {}", refused.join("; ")),
+            _ => format!("{name} was asked for"),
+        };
+        Plan { family, reason, workspace: family.workspace(problem) }
+    }
+
+    /// The name of the family.
+    pub fn algorithm(&self) -> &'static str {
+        self.family.name()
+    }
+
+    /// Bytes of memory besides Q, K, V and O: workspace and LSE.
+    pub fn extra_bytes(&self, problem: &Problem) -> u64 {
+        let lse = (problem.rows() * size_of::<f32>()) as u64;
+        self.workspace.iter().map(Workspace::bytes).fold(lse, u64::saturating_add)
+    }
+
+    /// The launches, in order, for tensors and a workspace at these addresses. No extent is 0.
+    pub fn launches(
+        &self,
+        problem: &Problem,
+        attention: Attention,
+        workspace: &[Global<Untyped>],
+    ) -> Result<Vec<Launch>> {
+        self.family.launches(problem, attention, workspace)
+    }
+}
+
+/// Rows longer than this take a block each, shorter ones a warp: from here on a warp's 32 lanes have more than 32 elements
+/// each, and the block's barriers cost less than they save.
+const LONGEST_ROW_A_WARP: usize = 1024;
+
+/// The launch of softmax over `rows` rows of `columns` elements, contiguous.
+///
+/// # Errors
+/// [`Error::TooLarge`] if rows or columns are more than the kernel counts.
+pub(crate) fn softmax(
+    dtype: DType,
+    method: SoftmaxMethod,
+    (rows, columns): (usize, usize),
+    x: Global<Untyped>,
+    y: Global<Untyped>,
+) -> Result<Launch> {
+    for (what, found) in [("rows", rows), ("columns", columns)] {
+        if found > i32::MAX as usize {
+            return Err(Error::TooLarge { what, found: found as u128, limit: i32::MAX as u128 });
+        }
+    }
+    let kernel = softmax_kernel(dtype, method, columns)?;
+    let parameters = softmax::Params { x, y, rows: rows as u32, columns: columns as u32, row_stride: columns as u64 };
+    Launch::new(kernel, (rows as u64).div_ceil(u64::from(kernel.config.block_m)), parameters)
+}
+
+fn softmax_kernel(
+    dtype: DType,
+    method: SoftmaxMethod,
+    columns: usize,
+) -> Result<&'static EntryPoint<softmax::Params, Config>> {
+    let (table, part) = if columns <= LONGEST_ROW_A_WARP { (ROW_A_WARP, "warp") } else { (ROW_A_BLOCK, "block") };
+    let method = match method {
+        SoftmaxMethod::TwoPass => "two_pass",
+        SoftmaxMethod::Online => "online",
+    };
+    let family = format!("softmax.{method}.{part}");
+    let found = table.iter().find(|kernel| kernel.config.dtype == dtype && kernel.config.family == family);
+    found.ok_or_else(|| Error::DType { argument: "x", found: dtype.name(), allowed: format!("those of {family}") })
+}

@@ -1,0 +1,73 @@
+//! Exact attention whose GPU kernels are written in Rust, forward, and which can be run and checked without a GPU.
+//!
+//! O = softmax(softmax_scale · Q Kᵀ + mask) V, without S and P ever being whole in memory. The kernels are embedded as PTX:
+//! an application needs stable Rust and NVIDIA's driver, and where there is no GPU, nothing.
+//!
+//! ```
+//! use ferroflash::{AttentionOptions, Tensor, attention};
+//!
+//! # fn main() -> Result<(), ferroflash::Error> {
+//! // (batch, seqlen, nheads, headdim)
+//! let q = Tensor::from_vec(vec![0.5f32; 2 * 128 * 4 * 64], &[2, 128, 4, 64])?;
+//! let result = attention(&q, &q, &q, &AttentionOptions::new().causal(true))?;
+//! assert_eq!(result.out.shape(), [2, 128, 4, 64]);
+//! assert_eq!(result.softmax_lse.shape(), [2, 4, 128]);
+//! println!("{} on {}: {}", result.report.algorithm, result.report.device, result.report.reason);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Three levels
+//!
+//! - **Host tensors** in and out: [`attention`], [`softmax`], or a [`Session`] to choose backend and kernel, on the GPU, on
+//!   the CPU or on a simulated GPU.
+//! - **Device tensors**: [`cuda::DeviceTensor`] and [`cuda::Device::attention`], to keep data on the GPU.
+//! - **Pointers**: [`raw::attention`] takes addresses, strides and a CUDA stream from any framework, and only launches.
+//!
+//! # Words
+//!
+//! Those of FlashAttention: tensors are (batch, seqlen, nheads, headdim); `nheads_k` heads of K and V may serve a multiple
+//! of them of Q; a causal mask is aligned to the bottom right corner; `softmax_lse` is log Σ e^score of each row; a row that
+//! sees no key has O = 0 and LSE = -inf.
+//!
+//! # Backends
+//!
+//! [`Backend::auto`] takes the GPU where there is one that the kernels run on, and else the CPU, and says why. Nothing falls
+//! back from a GPU that failed: that is an error. [`Backend::Simulator`] runs the GPU's kernels on the CPU, and reports each
+//! race, each uninitialised read, and every byte that moves.
+
+pub mod accuracy;
+mod backend;
+mod cpu;
+pub mod cuda;
+mod dispatch;
+mod element;
+mod error;
+mod families;
+mod heads;
+mod launch;
+mod layout;
+mod machine;
+mod options;
+mod problem;
+pub mod ptx;
+pub mod raw;
+pub mod reference;
+mod report;
+mod session;
+mod simulator;
+mod tensor;
+pub mod traffic;
+
+pub use backend::{Backend, BackendChoice};
+pub use cuda_std::{DType, sim};
+pub use driver;
+pub use element::Element;
+pub use error::{Error, Result};
+pub use layout::Layout;
+pub use options::{AttentionOptions, Kernel, SoftmaxMethod};
+pub use problem::Problem;
+pub use report::{LaunchReport, Report};
+pub use session::{Attention, Session, Softmax, attention, softmax};
+pub use simulator::{Progress, SimulatorOptions};
+pub use tensor::{Tensor, TensorMut, TensorRef};

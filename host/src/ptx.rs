@@ -1,0 +1,103 @@
+//! The kernels that are embedded in this build.
+use std::io::Read;
+
+use crate::error::{Error, Result};
+
+static EMBEDDED: &[Entry] = include!(concat!(env!("OUT_DIR"), "/embedded.rs"));
+
+/// One kernel for one architecture.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Entry {
+    /// The name of the entry point.
+    pub name: &'static str,
+    /// The architecture that it was built for: `sm_80`.
+    pub arch: &'static str,
+    /// Bytes of its PTX, compressed as it is embedded.
+    pub ptx_bytes: usize,
+    compressed: &'static [u8],
+}
+
+/// All embedded kernels.
+pub fn embedded() -> &'static [Entry] {
+    EMBEDDED
+}
+
+impl Entry {
+    #[allow(dead_code, reason = "nothing is embedded before the kernels have been built for the first time")]
+    const fn new(name: &'static str, arch: &'static str, compressed: &'static [u8]) -> Self {
+        Entry { name, arch, ptx_bytes: compressed.len(), compressed }
+    }
+
+    /// The PTX of entry point `name` that suits a GPU best.
+    ///
+    /// # Errors
+    /// [`Error::MissingKernel`] if it is not embedded, [`Error::UnsupportedArchitecture`] if only for other GPUs.
+    pub(crate) fn find(name: &'static str, device: &str, capability: (u32, u32)) -> Result<&'static Self> {
+        let of_name = || EMBEDDED.iter().filter(|entry| entry.name == name);
+        if of_name().next().is_none() {
+            return Err(Error::MissingKernel { entry: name, embedded: EMBEDDED.len() });
+        }
+        let best = of_name().filter(|entry| Arch::parse(entry.arch).is_some_and(|arch| arch.runs_on(capability)));
+        best.max_by_key(|entry| Arch::parse(entry.arch)).ok_or_else(|| Error::UnsupportedArchitecture {
+            device: device.to_owned(),
+            found: format!("sm_{}{}", capability.0, capability.1),
+            allowed: of_name().map(|entry| entry.arch).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Its PTX, as text that ends with a NUL.
+    pub(crate) fn ptx(&self) -> Result<Vec<u8>> {
+        let broken = |reason: String| Error::BrokenKernel { entry: self.name, reason };
+        let mut decoder =
+            ruzstd::decoding::StreamingDecoder::new(self.compressed).map_err(|error| broken(error.to_string()))?;
+        let mut ptx = Vec::new();
+        decoder.read_to_end(&mut ptx).map_err(|error| broken(error.to_string()))?;
+        ptx.push(0);
+        Ok(ptx)
+    }
+}
+
+/// What PTX was built for. The more special one is the greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Arch {
+    capability: (u32, u32),
+    /// `sm_90a`: uses what only this very architecture has.
+    specific: bool,
+}
+
+impl Arch {
+    fn parse(name: &str) -> Option<Self> {
+        let number = name.strip_prefix("sm_")?;
+        let digits = number.trim_end_matches('a');
+        let number_of: u32 = digits.parse().ok()?;
+        Some(Arch { capability: (number_of / 10, number_of % 10), specific: digits != number })
+    }
+
+    /// PTX runs on every newer GPU, unless it is specific to one.
+    fn runs_on(self, capability: (u32, u32)) -> bool {
+        if self.specific { capability == self.capability } else { capability >= self.capability }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ptx_runs_on_newer_gpus_unless_it_is_specific() {
+        let arch = |name| Arch::parse(name).expect("an architecture");
+        assert!(arch("sm_80").runs_on((8, 0)) && arch("sm_80").runs_on((12, 0)) && !arch("sm_80").runs_on((7, 5)));
+        assert!(arch("sm_90a").runs_on((9, 0)) && !arch("sm_90a").runs_on((10, 0)));
+        assert!(arch("sm_90a") > arch("sm_90") && arch("sm_90") > arch("sm_80") && arch("sm_120") > arch("sm_90a"));
+        assert_eq!(Arch::parse("compute"), None);
+    }
+
+    #[test]
+    fn every_embedded_kernel_unpacks() {
+        for entry in embedded() {
+            let ptx = String::from_utf8(entry.ptx().expect("sound")).expect("text");
+            assert!(ptx.contains(entry.name), "{}", entry.name);
+        }
+    }
+}

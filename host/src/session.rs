@@ -1,0 +1,355 @@
+//! Host tensors in, host tensors out, on a backend of the caller's choice.
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::backend::{Backend, BackendChoice};
+use crate::cpu;
+use crate::cuda::{Device, Gpu};
+use crate::dispatch::Plan;
+use crate::element::{Element, with_dtype};
+use crate::error::{Error, Result};
+use crate::heads::{Heads, HeadsMut};
+use crate::layout::Layout;
+use crate::machine::{self, Inputs, Machine, Repetitions};
+use crate::options::{AttentionOptions, Kernel, SoftmaxMethod};
+use crate::problem::Problem;
+use crate::report::{LaunchReport, Report};
+use crate::simulator::{self, Progress, Simulator, SimulatorOptions};
+use crate::tensor::{Tensor, TensorMut, TensorRef};
+
+/// What computes: a backend, a kernel, and how often to run.
+#[derive(Clone, Debug)]
+pub struct Session {
+    executor: Executor,
+    kernel: Kernel,
+    repetitions: Repetitions,
+    reason: String,
+    simulator: SimulatorOptions,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Executor {
+    Cuda(&'static Device),
+    Cpu,
+    Simulator,
+}
+
+/// A result of attention.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Attention {
+    /// O: (batch, seqlen_q, nheads, headdim), in the dtype of Q.
+    pub out: Tensor,
+    /// log Σ e^score, natural logarithm: (batch, nheads, seqlen_q), f32. -inf for a row that sees no key.
+    pub softmax_lse: Tensor,
+    /// What ran.
+    pub report: Report,
+}
+
+/// A result of softmax.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Softmax {
+    /// softmax(x): the shape and the dtype of x.
+    pub y: Tensor,
+    /// What ran.
+    pub report: Report,
+}
+
+/// O = softmax(softmax_scale · Q Kᵀ + mask) V, on the backend that [`Backend::auto`] chooses.
+///
+/// Q has shape (batch, seqlen_q, nheads, headdim), K and V (batch, seqlen_k, nheads_k, headdim); nheads is a multiple of
+/// nheads_k (grouped queries). Their dtype is f32, f16 or bf16.
+///
+/// # Errors
+/// Those of [`Problem::new`] for arguments that do not fit together, and those of the backend.
+pub fn attention<'a>(
+    q: impl Into<TensorRef<'a>>,
+    k: impl Into<TensorRef<'a>>,
+    v: impl Into<TensorRef<'a>>,
+    options: &AttentionOptions,
+) -> Result<Attention> {
+    Session::auto()?.attention(q, k, v, options)
+}
+
+/// Softmax over the last dimension, on the backend that [`Backend::auto`] chooses.
+///
+/// # Errors
+/// [`Error::Rank`] for a tensor without dimensions, and those of the backend.
+pub fn softmax<'a>(x: impl Into<TensorRef<'a>>, method: SoftmaxMethod) -> Result<Softmax> {
+    Session::auto()?.softmax(x, method)
+}
+
+impl Session {
+    /// On the backend that [`Backend::auto`] chooses.
+    ///
+    /// # Errors
+    /// Those of [`Session::new`].
+    pub fn auto() -> Result<Self> {
+        let BackendChoice { backend, reason } = Backend::auto();
+        Ok(Session { reason, ..Session::new(backend)? })
+    }
+
+    /// On this backend.
+    ///
+    /// # Errors
+    /// Why it cannot run here, as [`Backend::availability`]: it is never replaced by another.
+    pub fn new(backend: Backend) -> Result<Self> {
+        let executor = match backend {
+            Backend::Cuda => Executor::Cuda(Device::get(0)?),
+            Backend::Cpu => Executor::Cpu,
+            Backend::Simulator => Executor::Simulator,
+        };
+        Ok(Session {
+            executor,
+            kernel: Kernel::Auto,
+            repetitions: Repetitions { warmup: 0, timed: 1 },
+            reason: format!("{backend} was asked for"),
+            simulator: SimulatorOptions::default(),
+        })
+    }
+
+    /// With this kernel family instead of the best that can run the problem. The CPU has one algorithm, and no kernels.
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// On CUDA device `ordinal` instead of 0. Other backends have one device.
+    ///
+    /// # Errors
+    /// Why that device cannot run; [`Error::NoDevice`] where there is none of that number.
+    pub fn device(mut self, ordinal: u32) -> Result<Self> {
+        match &mut self.executor {
+            Executor::Cuda(device) => *device = Device::get(ordinal)?,
+            _ if ordinal == 0 => (),
+            _ => return Err(Error::NoDevice { ordinal, found: 1 }),
+        }
+        Ok(self)
+    }
+
+    /// Runs everything `warmup` + `timed` times; reports say the median time of the last `timed`. By default once.
+    pub fn repetitions(mut self, warmup: usize, timed: usize) -> Self {
+        self.repetitions = Repetitions { warmup, timed: timed.max(1) };
+        self
+    }
+
+    /// How the simulator runs, where that is the backend.
+    pub fn simulator_options(mut self, options: SimulatorOptions) -> Self {
+        self.simulator = SimulatorOptions { progress: self.simulator.progress, ..options };
+        self
+    }
+
+    /// Is told how far each launch on the simulator has come.
+    pub fn progress(mut self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        self.simulator.progress = Some(Arc::new(progress));
+        self
+    }
+
+    /// Where it computes.
+    pub fn backend(&self) -> Backend {
+        match self.executor {
+            Executor::Cuda(_) => Backend::Cuda,
+            Executor::Cpu => Backend::Cpu,
+            Executor::Simulator => Backend::Simulator,
+        }
+    }
+
+    /// The name of the device that computes.
+    pub fn device_name(&self) -> String {
+        match self.executor {
+            Executor::Cuda(device) => device.info().name.clone(),
+            Executor::Cpu => cpu::device_name(),
+            Executor::Simulator => simulator::device_name(),
+        }
+    }
+
+    /// Why it computes there.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// O = softmax(softmax_scale · Q Kᵀ + mask) V, as [`attention`](crate::attention()).
+    ///
+    /// # Errors
+    /// As [`attention`](crate::attention()); [`Error::Unsupported`] if the kernel cannot run this problem.
+    pub fn attention<'a>(
+        &self,
+        q: impl Into<TensorRef<'a>>,
+        k: impl Into<TensorRef<'a>>,
+        v: impl Into<TensorRef<'a>>,
+        options: &AttentionOptions,
+    ) -> Result<Attention> {
+        let (q, k, v) = (q.into(), k.into(), v.into());
+        let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
+        let mut out = Tensor::zeros(problem.dtype, &problem.out_shape())?;
+        let mut lse = vec![0.0; problem.rows()];
+        let report = self.attention_into(&q, &k, &v, options, &mut out, &mut lse)?;
+        Ok(Attention { out, softmax_lse: Tensor::from_vec(lse, &problem.lse_shape())?, report })
+    }
+
+    /// The same, into tensors that are there: `out` (batch, seqlen_q, nheads, headdim) with any strides but of the last
+    /// dimension, `softmax_lse` batch x nheads x seqlen_q numbers. After an error they are as they were, or, if a backend
+    /// failed while it ran, hold anything.
+    ///
+    /// # Errors
+    /// As [`Session::attention`]; also if `out` or `softmax_lse` do not fit the problem.
+    pub fn attention_into<'a, 'o>(
+        &self,
+        q: impl Into<TensorRef<'a>>,
+        k: impl Into<TensorRef<'a>>,
+        v: impl Into<TensorRef<'a>>,
+        options: &AttentionOptions,
+        out: impl Into<TensorMut<'o>>,
+        softmax_lse: &mut [f32],
+    ) -> Result<Report> {
+        let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
+        let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
+        problem.check_outputs(out.layout(), Some(softmax_lse.len()))?;
+        with_dtype!(problem.dtype, T => self.attention_of::<T>(&problem, [&q, &k, &v], out, softmax_lse))
+    }
+
+    fn attention_of<T: Element>(
+        &self,
+        problem: &Problem,
+        [q, k, v]: [&TensorRef; 3],
+        out: TensorMut,
+        softmax_lse: &mut [f32],
+    ) -> Result<Report> {
+        let (algorithm, reason, extra_bytes, (launches, seconds));
+        match self.executor {
+            Executor::Cpu => {
+                if self.kernel != Kernel::Auto {
+                    let reasons = vec!["the CPU backend has one algorithm of its own, and no kernels".to_owned()];
+                    return Err(Error::Unsupported { kernel: self.kernel, backend: Backend::Cpu, reasons });
+                }
+                algorithm = "tiled online softmax";
+                reason = "the CPU has one algorithm".to_owned();
+                extra_bytes = (problem.rows() * size_of::<f32>()) as u64 + cpu::extra_bytes(problem);
+                (launches, seconds) = self.on_cpu::<T>(problem, [q, k, v], out, softmax_lse)?;
+            }
+            Executor::Cuda(_) | Executor::Simulator => {
+                let plan = Plan::new(problem, self.kernel, self.backend())?;
+                (launches, seconds) = match self.executor {
+                    Executor::Cuda(device) => {
+                        on_machine::<_, T>(&Gpu::new(device)?, self, problem, &plan, [q, k, v], out, softmax_lse)?
+                    }
+                    _ => {
+                        let simulator = Simulator::new(&self.simulator);
+                        on_machine::<_, T>(&simulator, self, problem, &plan, [q, k, v], out, softmax_lse)?
+                    }
+                };
+                algorithm = plan.algorithm();
+                extra_bytes = plan.extra_bytes(problem);
+                reason = plan.reason;
+            }
+        }
+        Ok(Report {
+            backend: self.backend(),
+            device: self.device_name(),
+            algorithm,
+            reason: format!("{}; {reason}", self.reason),
+            dtype: problem.dtype,
+            shape: problem.to_string(),
+            seconds,
+            flops: problem.flops(),
+            extra_bytes,
+            launches,
+        })
+    }
+
+    fn on_cpu<T: Element>(
+        &self,
+        problem: &Problem,
+        [q, k, v]: [&TensorRef; 3],
+        out: TensorMut,
+        softmax_lse: &mut [f32],
+    ) -> Result<(Vec<LaunchReport>, f64)> {
+        let [q, k, v] = [q, k, v].map(|x| Heads::<T>::new(x.as_slice().unwrap_or_default(), x.layout()));
+        let layout = out.layout().clone();
+        let out = out.into_slice::<T>().unwrap_or_default();
+        self.repetitions.run(|| {
+            let start = Instant::now();
+            cpu::attention(problem, q, k, v, HeadsMut::new(&mut *out, &layout), softmax_lse);
+            Ok((Vec::new(), start.elapsed().as_secs_f64()))
+        })
+    }
+
+    /// Softmax over the last dimension of x, of any rank but 0. A row of nothing but -inf becomes 0.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] for a tensor without dimensions, [`Error::TooLarge`] for more rows or columns than a kernel counts,
+    /// and those of the backend.
+    pub fn softmax<'a>(&self, x: impl Into<TensorRef<'a>>, method: SoftmaxMethod) -> Result<Softmax> {
+        let x = x.into();
+        with_dtype!(x.dtype(), T => self.softmax_of::<T>(&x, method))
+    }
+
+    fn softmax_of<T: Element>(&self, x: &TensorRef, method: SoftmaxMethod) -> Result<Softmax> {
+        let Some(&columns) = x.shape().last() else {
+            return Err(Error::Rank { argument: "x", found: 0, allowed: "1 or more" });
+        };
+        // A view with strides of 0 may claim more elements than memory holds.
+        Layout::contiguous(T::DTYPE, x.shape())?;
+        let data = x.packed::<T>().unwrap_or_default();
+        let mut y = vec![T::default(); data.len()];
+        let (launches, seconds) = if data.is_empty() {
+            (Vec::new(), 0.0)
+        } else {
+            match self.executor {
+                Executor::Cuda(device) => {
+                    machine::softmax(&Gpu::new(device)?, &data, columns, method, self.repetitions, &mut y)?
+                }
+                Executor::Simulator => {
+                    let simulator = Simulator::new(&self.simulator);
+                    machine::softmax(&simulator, &data, columns, method, self.repetitions, &mut y)?
+                }
+                Executor::Cpu => self.repetitions.run(|| {
+                    let start = Instant::now();
+                    cpu::softmax(&data, &mut y, columns, method);
+                    Ok((Vec::new(), start.elapsed().as_secs_f64()))
+                })?,
+            }
+        };
+        let report = Report {
+            backend: self.backend(),
+            device: self.device_name(),
+            algorithm: match method {
+                SoftmaxMethod::TwoPass => "softmax two-pass",
+                SoftmaxMethod::Online => "softmax online",
+            },
+            reason: self.reason.clone(),
+            dtype: T::DTYPE,
+            shape: format!("rows {}, columns {columns}", data.len().checked_div(columns).unwrap_or(0)),
+            seconds,
+            // x - m, its exponential, the sum, the quotient.
+            flops: 4 * data.len() as u64,
+            extra_bytes: 0,
+            launches,
+        };
+        Ok(Softmax { y: Tensor::from_vec(y, x.shape())?, report })
+    }
+}
+
+fn on_machine<M: Machine, T: Element>(
+    machine: &M,
+    session: &Session,
+    problem: &Problem,
+    plan: &Plan,
+    [q, k, v]: [&TensorRef; 3],
+    out: TensorMut,
+    softmax_lse: &mut [f32],
+) -> Result<(Vec<LaunchReport>, f64)> {
+    let mut packed_out = vec![T::default(); problem.rows() * problem.headdim];
+    let done = if problem.rows() == 0 || problem.seqlen_k == 0 {
+        // Nothing to launch: no row sees a key.
+        softmax_lse.fill(f32::NEG_INFINITY);
+        (Vec::new(), 0.0)
+    } else {
+        let [q, k, v] = [q, k, v].map(|tensor| tensor.packed::<T>().unwrap_or_default());
+        let inputs = Inputs { q: &q, k: &k, v: &v };
+        machine::attention(machine, problem, plan, session.repetitions, inputs, &mut packed_out, softmax_lse)?
+    };
+    out.fill(&packed_out);
+    Ok(done)
+}

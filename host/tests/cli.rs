@@ -1,0 +1,353 @@
+//! The command `ferroflash`, from end to end: what it prints and writes for good input, and how it refuses bad input.
+//!
+//! `FERROFLASH_BIN` and `FERROFLASH_EXAMPLES` say where the command and the example inputs are when the tests run elsewhere
+//! than they were built.
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Runs the command.
+fn ferroflash<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Output {
+    let binary = std::env::var_os("FERROFLASH_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_ferroflash").into());
+    Command::new(binary).args(arguments).output().expect("the command starts")
+}
+
+/// Runs the command, which must succeed, and returns what it prints.
+fn succeeds<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> String {
+    let output = ferroflash(arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}{stderr}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(stderr, "", "nothing on stderr that is no terminal");
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Runs the command, which must succeed with `--json`, and returns the object that it prints.
+fn answers<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Value {
+    let arguments = arguments.into_iter().map(|argument| argument.as_ref().to_owned());
+    let printed = succeeds(arguments.chain(["--json".into()]));
+    serde_json::from_str(&printed).unwrap_or_else(|error| panic!("{error} in {printed}"))
+}
+
+/// Runs the command, which must fail with exit code `code` and print to stderr alone, and returns what it says there.
+fn fails<A: AsRef<OsStr>>(code: i32, arguments: impl IntoIterator<Item = A>) -> String {
+    let output = ferroflash(arguments);
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "", "an error goes to stderr");
+    stderr
+}
+
+/// Runs the command, which must refuse its input with one line that contains `reason`.
+#[track_caller]
+fn refuses<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>, reason: &str) {
+    let message = fails(1, arguments);
+    assert!(message.starts_with("error: "), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+    assert!(message.contains(reason), "{message:?} does not say {reason:?}");
+}
+
+/// A directory for the files of one test, that goes with it.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(test: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("ferroflash-{}-{test}", std::process::id()));
+        fs::create_dir_all(&path).expect("a directory for temporary files");
+        Directory(path)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).into_os_string().into_string().expect("UTF-8")
+    }
+
+    /// Writes a safetensors file of tensors whose elements vary a little.
+    fn tensors(&self, name: &str, tensors: &[(&str, Dtype, &[usize])]) -> String {
+        let data: Vec<Vec<u8>> = tensors.iter().map(|&(_, dtype, shape)| elements(dtype, shape)).collect();
+        let views = tensors.iter().zip(&data).map(|(&(name, dtype, shape), data)| {
+            (name, TensorView::new(dtype, shape.to_vec(), data).expect("as many bytes as the shape says"))
+        });
+        let path = self.path(name);
+        fs::write(&path, safetensors::serialize(views, None).expect("serialised")).expect("written");
+        path
+    }
+
+    /// Writes q of `q` and k and v of the shape `k`.
+    fn attention(&self, name: &str, dtype: Dtype, q: &[usize], k: &[usize]) -> String {
+        self.tensors(name, &[("q", dtype, q), ("k", dtype, k), ("v", dtype, k)])
+    }
+
+    /// The names of all files in it.
+    fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.0).expect("it is there").map(|entry| entry.expect("readable").file_name());
+        let mut names: Vec<_> = entries.map(|name| name.into_string().expect("UTF-8")).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Numbers between -2 and 2, as bytes.
+fn elements(dtype: Dtype, shape: &[usize]) -> Vec<u8> {
+    let numbers = (0..shape.iter().product::<usize>()).map(|i| ((i * 7919 + 13) % 1009) as f32 / 252.25 - 2.0);
+    match dtype {
+        Dtype::F32 => numbers.flat_map(f32::to_le_bytes).collect(),
+        Dtype::F16 => numbers.flat_map(|x| half::f16::from_f32(x).to_le_bytes()).collect(),
+        Dtype::BF16 => numbers.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        Dtype::I64 => numbers.flat_map(|x| (x as i64).to_le_bytes()).collect(),
+        other => panic!("{other:?} is not for these tests"),
+    }
+}
+
+fn minilm() -> PathBuf {
+    let examples = std::env::var_os("FERROFLASH_EXAMPLES");
+    let examples = examples.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/examples").into());
+    Path::new(&examples).join("minilm_attention.safetensors")
+}
+
+fn has_gpu() -> bool {
+    let info = answers(["info"]);
+    let backends = info["backends"].as_array().expect("a list");
+    backends.iter().any(|backend| backend["name"] == "cuda" && backend["available"] == true)
+}
+
+#[test]
+fn run_computes_real_attention_on_the_cpu() {
+    let input = minilm();
+    let printed = succeeds([OsStr::new("run"), input.as_os_str(), "--backend=cpu".as_ref(), "--verify".as_ref()]);
+    for expected in
+        ["backend", "cpu", "batch 1, seqlen_q 512, seqlen_k 512, nheads 12", "TFLOP/s", "extra memory", "passed"]
+    {
+        assert!(printed.contains(expected), "{expected:?} is not in {printed}");
+    }
+}
+
+#[test]
+fn run_computes_real_attention_on_the_simulator() {
+    let arguments = ["--backend=simulator", "--kernel=flash2", "--verify"].map(OsStr::new);
+    let answer = answers([OsStr::new("run"), minilm().as_os_str()].into_iter().chain(arguments));
+    assert_eq!(answer["kernel"], "flash2");
+    assert_eq!(answer["accuracy"]["passed"], true);
+}
+
+#[test]
+fn run_writes_out_and_softmax_lse() {
+    let directory = Directory::new("writes");
+    let input = directory.attention("in.safetensors", Dtype::BF16, &[2, 19, 4, 32], &[2, 23, 2, 32]);
+    let output = directory.path("out.safetensors");
+    let answer =
+        answers(["run", &input, "-o", &output, "--backend=cpu", "--causal", "--softmax-scale=0.5", "--verify"]);
+    assert_eq!(answer["output"], output.as_str());
+    assert_eq!(answer["accuracy"]["passed"], true);
+
+    let bytes = fs::read(&output).expect("written");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let (out, lse) = (file.tensor("out").expect("out"), file.tensor("softmax_lse").expect("softmax_lse"));
+    assert_eq!((out.dtype(), out.shape()), (Dtype::BF16, &[2, 19, 4, 32][..]));
+    assert_eq!((lse.dtype(), lse.shape()), (Dtype::F32, &[2, 4, 19][..]));
+    assert_eq!(directory.files(), ["in.safetensors", "out.safetensors"], "no draft stays");
+}
+
+#[test]
+fn run_has_each_kernel_on_the_simulator() {
+    let directory = Directory::new("kernels");
+    let input = directory.attention("in.safetensors", Dtype::F16, &[1, 70, 2, 32], &[1, 70, 2, 32]);
+    for kernel in ["standard", "flash1", "flash2"] {
+        for causal in [None, Some("--causal")] {
+            let arguments = ["run", &input, "--backend=simulator", "--kernel", kernel, "--verify"];
+            let answer = answers(arguments.into_iter().chain(causal));
+            assert_eq!(answer["backend"], "simulator");
+            assert_eq!(answer["kernel"], kernel);
+            assert_eq!(answer["accuracy"]["passed"], true);
+            assert!(answer["hbm"]["loaded"].as_u64() > Some(0));
+        }
+    }
+    let printed = succeeds(["run", &input, "--backend=simulator", "--kernel=flash1"]);
+    assert!(printed.contains("HBM") && printed.contains("flash1"), "{printed}");
+}
+
+#[test]
+fn run_repeats() {
+    let directory = Directory::new("repeats");
+    let input = directory.attention("in.safetensors", Dtype::F32, &[1, 8, 1, 32], &[1, 8, 1, 32]);
+    let printed = succeeds(["run", &input, "--backend=cpu", "--repetitions=3"]);
+    assert!(printed.contains("the median of 3"), "{printed}");
+}
+
+#[test]
+fn run_on_a_gpu() {
+    let directory = Directory::new("gpu");
+    let input = directory.attention("in.safetensors", Dtype::F16, &[1, 70, 2, 64], &[1, 70, 2, 64]);
+    if !has_gpu() {
+        refuses(["run", &input, "--backend=cuda"], "CUDA");
+        return;
+    }
+    for kernel in ["standard", "flash1", "flash2"] {
+        let answer = answers(["run", &input, "--backend=cuda", "--kernel", kernel, "--verify"]);
+        assert_eq!((&answer["backend"], &answer["kernel"]), (&"cuda".into(), &kernel.into()));
+        assert_eq!(answer["accuracy"]["passed"], true);
+    }
+}
+
+#[test]
+fn softmax_has_two_methods() {
+    let directory = Directory::new("softmax");
+    let input = directory.tensors("in.safetensors", &[("x", Dtype::F32, &[2, 3, 100])]);
+    let output = directory.path("out.safetensors");
+    for backend in ["cpu", "simulator"] {
+        for method in ["two-pass", "online"] {
+            let answer =
+                answers(["softmax", &input, "-o", &output, "--method", method, "--backend", backend, "--verify"]);
+            assert_eq!(answer["backend"], backend);
+            assert_eq!(answer["accuracy"]["passed"], true);
+            let bytes = fs::read(&output).expect("written");
+            let y = SafeTensors::deserialize(&bytes).expect("safetensors").tensor("y").expect("y").data().to_vec();
+            for row in y.chunks_exact(400) {
+                let sum: f32 = row.chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().expect("four"))).sum();
+                assert!((sum - 1.0).abs() < 1e-5, "a row of probabilities sums to {sum}");
+            }
+        }
+    }
+    assert!(succeeds(["softmax", &input, "--verify"]).contains("passed"));
+}
+
+#[test]
+fn info_says_what_would_run() {
+    let answer = answers(["info"]);
+    let names: Vec<_> = answer["backends"].as_array().expect("a list").iter().map(|backend| &backend["name"]).collect();
+    assert_eq!(names, ["cuda", "cpu", "simulator"]);
+    assert_eq!(answer["auto"]["backend"], if has_gpu() { "cuda" } else { "cpu" });
+    let printed = succeeds(["info"]);
+    for line in ["driver", "kernels", "backend", "auto"] {
+        assert!(printed.lines().any(|printed| printed.starts_with(line)), "no line {line} in {printed}");
+    }
+}
+
+#[test]
+fn selftest_passes() {
+    for backend in ["cpu", "simulator"] {
+        let answer = answers(["selftest", "--quick", "--backend", backend]);
+        assert!(answer["passed"].as_u64() > Some(10));
+        assert_eq!(answer["failed"], 0);
+    }
+    assert!(succeeds(["selftest", "--quick", "--backend=cpu"]).contains(" passed, 0 failed"));
+}
+
+#[test]
+fn explain_counts_what_the_formulas_say() {
+    let answer = answers(["explain", "--seqlen=100", "--headdim=32", "--seqlens=128,64,100"]);
+    let growth = answer["growth"].as_array().expect("a list");
+    assert_eq!(growth.len(), 9, "three kernels at three lengths");
+    for run in growth {
+        assert_eq!(run["bytes"], run["formula_bytes"], "{run}");
+    }
+    let algorithms = answer["algorithms"].as_array().expect("a list");
+    let bytes: Vec<_> = algorithms.iter().map(|algorithm| algorithm["bytes"].as_u64().expect("a number")).collect();
+    assert!(bytes[0] > bytes[1] && bytes[1] > bytes[2], "standard > flash1 > flash2: {bytes:?}");
+    assert_eq!(algorithms[0]["steps"].as_array().map(Vec::len), Some(3));
+}
+
+#[test]
+fn explain_draws() {
+    let directory = Directory::new("explain");
+    let picture = directory.path("flash.svg");
+    let printed = succeeds(["explain", "--seqlen=64", "--seqlens=64,128", "--svg", &picture]);
+    for expected in ["standard", "flash1", "flash2", "softmax(S)", "LSE", "Θ(N² d² / M)", &picture] {
+        assert!(printed.contains(expected), "{expected:?} is not in {printed}");
+    }
+    let svg = fs::read_to_string(&picture).expect("written");
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
+    for word in ["NaN", "inf"] {
+        assert!(!svg.contains(word), "a coordinate is {word}");
+    }
+    assert_eq!(directory.files(), ["flash.svg"]);
+}
+
+#[test]
+fn bad_files_are_refused() {
+    let directory = Directory::new("files");
+    refuses(["run", "/no/such/file.safetensors"], "cannot read /no/such/file.safetensors: No such file");
+    refuses(["run", &directory.0.to_string_lossy()], "cannot read");
+    let text = directory.path("text.safetensors");
+    fs::write(&text, "these are no tensors").expect("written");
+    refuses(["run", &text], &format!("{text} is not a safetensors file"));
+    fs::write(&text, "").expect("written");
+    refuses(["softmax", &text], &format!("{text} is not a safetensors file"));
+
+    let input = directory.attention("in.safetensors", Dtype::F32, &[1, 8, 1, 32], &[1, 8, 1, 32]);
+    let output = directory.path("no/such/directory/out.safetensors");
+    refuses(["run", &input, "-o", &output], &format!("cannot write {output}"));
+    refuses(["run", &input, "-o", &directory.0.to_string_lossy()], "it is a directory");
+    refuses(["explain", "--svg", &output], &format!("cannot write {output}"));
+}
+
+#[test]
+fn bad_tensors_are_refused() {
+    let directory = Directory::new("tensors");
+    let tensors = |name: &str, tensors: &[(&str, Dtype, &[usize])]| directory.tensors(name, tensors);
+    let shape: &[usize] = &[1, 8, 2, 32];
+    let f16 = Dtype::F16;
+
+    let missing = tensors("missing", &[("k", f16, shape), ("query", f16, shape)]);
+    refuses(["run", &missing], "has no tensor q; it has: k, query");
+    refuses(["softmax", &missing], "has no tensor x; it has: k, query");
+    let integers = tensors("integers", &[("q", Dtype::I64, shape), ("k", f16, shape), ("v", f16, shape)]);
+    refuses(["run", &integers], "tensor q is I64; allowed: F32, F16, BF16");
+    let mixed = tensors("mixed", &[("q", f16, shape), ("k", Dtype::F32, shape), ("v", f16, shape)]);
+    refuses(["run", &mixed], "k: dtype");
+    let flat = tensors("flat", &[("q", f16, &[8, 32]), ("k", f16, shape), ("v", f16, shape)]);
+    refuses(["run", &flat], "q: 2 dimensions; allowed: 4");
+    let narrow = tensors("narrow", &[("q", f16, shape), ("k", f16, &[1, 8, 2, 16]), ("v", f16, shape)]);
+    refuses(["run", &narrow], "k: headdim is 16; allowed: 32");
+    let short = tensors("short", &[("q", f16, shape), ("k", f16, shape), ("v", f16, &[1, 7, 2, 32])]);
+    refuses(["run", &short], "v: seqlen is 7; allowed: 8");
+    let heads = directory.attention("heads", f16, &[1, 8, 3, 32], shape);
+    refuses(["run", &heads], "nheads is 3, which is no multiple of nheads_k = 2");
+    let odd = directory.attention("odd", f16, &[1, 8, 2, 48], &[1, 8, 2, 48]);
+    refuses(["run", &odd, "--backend=simulator", "--kernel=flash2"], "48");
+    let single = directory.attention("single", Dtype::F32, shape, shape);
+    refuses(["run", &single, "--backend=simulator", "--kernel=flash2"], "flash2");
+}
+
+#[test]
+fn bad_arguments_are_refused() {
+    let directory = Directory::new("arguments");
+    let input = directory.attention("in.safetensors", Dtype::F32, &[1, 8, 1, 32], &[1, 8, 1, 32]);
+    for scale in ["NaN", "inf", "0", "-1"] {
+        refuses(["run", &input, "--softmax-scale", scale], "softmax_scale");
+    }
+    for (arguments, reason) in [
+        (vec!["run", &input, "--backend", "tpu"], "possible values: auto, cuda, cpu, simulator"),
+        (vec!["run", &input, "--kernel", "flash9"], "possible values: auto, standard, flash1, flash2"),
+        (vec!["run", &input, "--softmax-scale", "large"], "--softmax-scale"),
+        (vec!["run", &input, "--repetitions", "0"], "--repetitions"),
+        (vec!["softmax", &input, "--method", "three-pass"], "possible values: two-pass, online"),
+        (vec!["explain", "--seqlen", "0"], "--seqlen"),
+        (vec!["explain", "--headdim", "48"], "possible values: 32, 64, 128"),
+        (vec!["explain", "--seqlens", "64,many"], "--seqlens"),
+        (vec!["run"], "INPUT"),
+        (vec!["fly"], "unrecognized subcommand"),
+        (vec![], "Usage"),
+    ] {
+        let message = fails(2, &arguments);
+        assert!(message.contains(reason), "{message} does not say {reason}");
+    }
+}
+
+#[test]
+fn help_has_examples() {
+    assert!(succeeds(["--help"]).contains("Examples:"));
+    for command in ["run", "softmax", "explain"] {
+        assert!(succeeds([command, "--help"]).contains("Examples:"));
+    }
+    assert_eq!(succeeds(["--version"]).trim(), concat!("ferroflash ", env!("CARGO_PKG_VERSION")));
+}

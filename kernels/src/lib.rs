@@ -1,0 +1,22 @@
+//! The attention kernels of ferroflash: algorithms, tiles, masks and schedules, in the vocabulary of [`cuda_std`].
+//!
+//! Built for `nvptx64-nvidia-cuda` this crate is PTX; built for the host, the same functions run on the simulated GPU
+//! ([`cuda_std::sim`]), and the host crate reads parameter structs, tile sizes and the tables of entry points from it.
+#![no_std]
+// Arrays are registers: only loops over constant indices are sure to be unrolled, iterators are not.
+#![allow(clippy::needless_range_loop)]
+
+pub mod attention;
+mod config;
+pub mod flash1;
+pub mod flash2;
+pub mod mask;
+mod online_softmax;
+mod row_softmax;
+pub mod schedule;
+pub mod softmax;
+pub mod standard;
+
+pub use config::{Config, EntryInfo, entries};
+pub use online_softmax::OnlineSoftmax;
+pub use row_softmax::{Rescale, RowSoftmax};

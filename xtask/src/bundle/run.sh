@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Runs the tests of ferroflash on this machine. The last line counts them: `N passed, N failed, N skipped`.
+#
+#   run.sh              everything
+#   run.sh --gpu-only   only what needs a GPU: tests with `gpu` or `cuda` in their names, and `ferroflash` on it
+#
+# A test that needs a GPU is skipped where there is none. Where there is one, nothing is skipped for want of it.
+set -uo pipefail
+shopt -s nullglob
+cd "$(dirname "$0")" || exit 1
+
+only_gpu=false
+case "${1-}" in
+    "") ;;
+    --gpu-only) only_gpu=true ;;
+    *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
+
+export FERROFLASH_BUNDLE=$PWD FERROFLASH_EXAMPLES=$PWD/examples FERROFLASH_BIN=$PWD/ferroflash
+kernels=(auto standard flash1 flash2)
+passed=0 failed=0 skipped=0
+counts=$(mktemp)
+trap 'rm -f "$counts"' EXIT
+
+# Passes on what a test binary prints, less what successful tests print, and leaves its counts in $counts.
+count() {
+    awk -v counts="$counts" '
+        /^successes:$/                { successes = 1 }
+        /^failures:$/ || /^test result:/ { successes = 0 }
+        /^---- /                      { counted = 0 }
+        successes {
+            if (/^skipped:/) { print; if (!counted) { counted = 1; passed--; skipped++ } }
+            next
+        }
+        /^test .* \.\.\. ok$/         { passed++ }
+        /^test .* \.\.\. FAILED$/     { failed++ }
+        /^test .* \.\.\. ignored/     { skipped++ }
+        { print }
+        END { print passed + 0, failed + 0, skipped + 0 > counts }'
+}
+
+# Runs one test binary.
+tests() {
+    local binary=$1 filters=() p f s
+    if $only_gpu && [[ $binary != *gpu* ]]; then
+        filters=(gpu cuda)
+    fi
+    echo "== $binary"
+    "$binary" --show-output "${filters[@]}" 2>&1 | count
+    local status=${PIPESTATUS[0]}
+    read -r p f s <"$counts"
+    if ((status != 0 && f == 0)); then
+        echo "$binary: exit status $status"
+        f=1
+    fi
+    ((passed += p, failed += f, skipped += s))
+}
+
+# Computes attention on one file: one count.
+attention() {
+    echo "== ferroflash run $*"
+    if ./ferroflash run "$@"; then ((passed += 1)); else ((failed += 1)); fi
+}
+
+# Counts the cases of a self-test, of which there is at least one.
+selftest() {
+    echo "== ferroflash selftest $*"
+    ./ferroflash selftest "$@" | tee "$counts"
+    local line
+    if line=$(grep -Eo '^[0-9]+ passed, [0-9]+ failed' "$counts"); then
+        ((passed += ${line%% *}))
+        line=${line#*, }
+        ((failed += ${line%% *}))
+    else
+        ((failed += 1))
+    fi
+}
+
+# ferroflash on one backend, with some kernels.
+ferroflash() {
+    local backend=$1 example kernel
+    selftest --backend "$backend"
+    for example in examples/*.safetensors; do
+        for kernel in "${@:2}"; do
+            attention "$example" --backend "$backend" --kernel "$kernel" --verify
+        done
+    done
+}
+
+./ferroflash info
+for binary in tests/*; do
+    tests "$binary"
+done
+if ! $only_gpu; then
+    ferroflash cpu auto
+    ferroflash simulator auto
+fi
+# A GPU that is there but cannot be used is a failure.
+if [[ -e /dev/nvidia0 || -e /dev/nvidiactl || -e /dev/dxg ]] || ./ferroflash info | grep -q 'cuda can run'; then
+    ferroflash cuda "${kernels[@]}"
+else
+    echo "skipped: no GPU here"
+    ((skipped += 1 + ${#kernels[@]}))
+fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+((failed == 0))

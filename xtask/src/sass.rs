@@ -1,0 +1,125 @@
+//! What NVIDIA's assembler makes of the PTX.
+use crate::artefacts::{Artefacts, declared};
+use anyhow::{Context, Result, bail};
+use cuda_builder::Arch;
+use rayon::prelude::*;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, fs};
+
+/// What `ptxas -v` reports of one entry.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Usage {
+    registers: u32,
+    spill_stores: u32,
+    spill_loads: u32,
+    stack: u32,
+    static_shared: u32,
+    /// Warnings, such as those of serialised matrix instructions.
+    warnings: Vec<String>,
+}
+
+/// Prints a table: each entry, assembled for each of `sass_archs`.
+pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>) -> Result<()> {
+    let Some(ptxas) = ptxas.map(Path::to_owned).or_else(find) else {
+        println!("sass: skipped: no ptxas on the PATH or in $CUDA_HOME/bin");
+        println!("  It is part of the CUDA toolkit, and of the Python package nvidia-cuda-nvcc.");
+        return Ok(());
+    };
+    println!(
+        "{:<44} {:>8} {:>9} {:>13} {:>12} {:>6} {:>14} {:>15}",
+        "entry", "GPU", "registers", "spill stores", "spill loads", "stack", "static shared", "dynamic shared"
+    );
+    for (arch, build) in artefacts {
+        let declared = arch.parse::<Arch>().map(declared).unwrap_or_default();
+        // Code with the instructions of one GPU assembles for that alone.
+        let only = [arch.clone()];
+        let gpus = if arch.ends_with('a') { &only[..] } else { sass_archs };
+        let jobs: Vec<_> =
+            build.entries.iter().flat_map(|(name, entry)| gpus.iter().map(move |gpu| (name, entry, gpu))).collect();
+        let usages: Vec<Result<Usage>> =
+            jobs.par_iter().map(|(_, entry, gpu)| assemble(&ptxas, gpu, &entry.ptx)).collect();
+        for ((name, _, gpu), usage) in jobs.iter().zip(usages) {
+            let usage = usage.with_context(|| format!("{name} for {gpu}"))?;
+            let dynamic = declared.get(name.as_str()).map_or(0, |declared| declared.shared_bytes);
+            println!(
+                "{name:<44} {gpu:>8} {:>9} {:>13} {:>12} {:>6} {:>14} {dynamic:>15}",
+                usage.registers, usage.spill_stores, usage.spill_loads, usage.stack, usage.static_shared
+            );
+            usage.warnings.iter().for_each(|warning| println!("    {warning}"));
+        }
+    }
+    Ok(())
+}
+
+fn find() -> Option<PathBuf> {
+    let cuda =
+        ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| PathBuf::from(home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).chain(cuda).map(|folder| folder.join("ptxas")).find(|ptxas| ptxas.is_file())
+}
+
+fn assemble(ptxas: &Path, gpu: &str, ptx: &str) -> Result<Usage> {
+    // It reads no pipe.
+    let name = format!(
+        "ferroflash-{}-{}.ptx",
+        std::process::id(),
+        crate::fingerprint::sha256(format!("{gpu}{ptx}").as_bytes())
+    );
+    let source = env::temp_dir().join(name);
+    fs::File::create(&source)?.write_all(ptx.as_bytes())?;
+    let mut command = Command::new(ptxas);
+    command.args(["-v", "-arch", gpu, "-o", "/dev/null"]).arg(&source).stdin(Stdio::null());
+    let output = command.output().with_context(|| ptxas.display().to_string());
+    fs::remove_file(&source)?;
+    let output = output?;
+    let log = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    if !output.status.success() {
+        bail!("{}", log.trim());
+    }
+    Ok(usage(&log))
+}
+
+fn usage(log: &str) -> Usage {
+    let number = |unit: &str| {
+        let before = log.split(unit).next().filter(|before| before.len() < log.len())?;
+        before.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    };
+    let of = |unit| number(unit).unwrap_or(0);
+    Usage {
+        registers: of(" registers"),
+        spill_stores: of(" bytes spill stores"),
+        spill_loads: of(" bytes spill loads"),
+        stack: of(" bytes stack frame"),
+        static_shared: of(" bytes smem"),
+        warnings: log.lines().filter(|line| line.contains("warning")).map(str::to_owned).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_of_ptxas() {
+        let log = "ptxas info    : 0 bytes gmem\n\
+            ptxas info    : Compiling entry function 'f' for 'sm_80'\n\
+            ptxas info    : Function properties for f\n    \
+                16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n\
+            ptxas info    : Used 128 registers, used 1 barriers, 49152 bytes smem, 400 bytes cmem[0]\n";
+        let expected = Usage {
+            registers: 128,
+            spill_stores: 4,
+            spill_loads: 8,
+            stack: 16,
+            static_shared: 49152,
+            warnings: Vec::new(),
+        };
+        assert_eq!(usage(log), expected);
+        assert_eq!(
+            usage("ptxas warning : (C7510) wgmma"),
+            Usage { warnings: vec!["ptxas warning : (C7510) wgmma".to_owned()], ..Usage::default() }
+        );
+    }
+}

@@ -1,0 +1,114 @@
+//! Everything that CI runs.
+use crate::libtest::{self, Counts};
+use crate::verdict::Verdict;
+use crate::{build_ptx, workspace};
+use anyhow::Result;
+use clap::Args;
+use std::io::{self, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+
+/// Run all that CI runs: formatting, lints, documentation, tests, and the kernels' PTX against their sources.
+///
+/// A step that fails does not keep the others from running. The last line counts tests, and each other step as one.
+#[derive(Args)]
+pub struct Options {
+    /// Fewer random cases, no documentation, no rebuild of the PTX
+    #[arg(long)]
+    quick: bool,
+}
+
+struct Step {
+    name: &'static str,
+    verdict: Verdict,
+    counts: Counts,
+}
+
+/// Runs the command.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let quick = |what: &str| Verdict::Skipped(format!("--quick: no {what}"));
+    let mut steps = vec![
+        step("formatting", || succeeds(workspace::cargo().args(["fmt", "--all", "--check"]))),
+        step("lints", || {
+            let lints = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+            succeeds(workspace::cargo().args(lints))
+        }),
+        step("documentation", || {
+            if options.quick {
+                return quick("documentation");
+            }
+            let mut doc = workspace::cargo();
+            succeeds(doc.args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+        }),
+        tests(options.quick),
+    ];
+    steps.extend(match build_ptx::archs(None) {
+        Ok(archs) => vec![
+            step("PTX", || build_ptx::check(&archs)),
+            step("PTX rebuild", || if options.quick { quick("rebuild") } else { build_ptx::rebuild(&archs) }),
+        ],
+        Err(error) => vec![step("PTX", || Verdict::Failed(format!("{error:#}")))],
+    });
+    Ok(summary(&steps))
+}
+
+fn step(name: &'static str, run: impl FnOnce() -> Verdict) -> Step {
+    println!("\n== {name}");
+    let verdict = run();
+    let one = |is| usize::from(is);
+    let counts = Counts {
+        passed: one(matches!(verdict, Verdict::Passed(_))),
+        failed: one(verdict.is_failure()),
+        skipped: one(matches!(verdict, Verdict::Skipped(_))),
+    };
+    println!("{name}: {verdict}");
+    Step { name, verdict, counts }
+}
+
+/// `cargo test`, whose tests are counted one by one.
+fn tests(quick: bool) -> Step {
+    let mut counts = Counts::default();
+    let step = step("tests", || {
+        let mut command = workspace::cargo();
+        command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]).stdout(Stdio::piped());
+        if quick {
+            command.env("PROPTEST_CASES", "8");
+        }
+        println!("$ {}", workspace::typed(&command));
+        let mut run = || -> io::Result<bool> {
+            let mut child = command.spawn()?;
+            counts = libtest::count(BufReader::new(child.stdout.take().expect("it is piped")), io::stdout().lock())?;
+            Ok(child.wait()?.success())
+        };
+        match run() {
+            Ok(true) => Verdict::Passed(counts.to_string()),
+            Ok(false) => Verdict::Failed(counts.to_string()),
+            Err(error) => Verdict::Failed(format!("{error}: {counts}")),
+        }
+    });
+    // It did not compile, or a test took its whole process down.
+    if step.verdict.is_failure() && counts.failed == 0 {
+        counts.failed = 1;
+    }
+    Step { counts, ..step }
+}
+
+/// Prints and runs a command.
+fn succeeds(command: &mut Command) -> Verdict {
+    println!("$ {}", workspace::typed(command));
+    match command.status() {
+        Ok(status) if status.success() => Verdict::Passed(String::new()),
+        Ok(status) => Verdict::Failed(status.to_string()),
+        Err(error) => Verdict::Failed(error.to_string()),
+    }
+}
+
+fn summary(steps: &[Step]) -> ExitCode {
+    println!("\n== summary");
+    let mut total = Counts::default();
+    for Step { name, verdict, counts } in steps {
+        println!("{:<8} {name}", verdict.word());
+        total += *counts;
+    }
+    println!("{total}");
+    if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

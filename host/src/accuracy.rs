@@ -2,7 +2,9 @@
 //!
 //! FlashAttention's own: `max |out - ref|` is at most twice that of a plain implementation in the same dtype, plus 1e-5,
 //! where the reference is f64. In f32, where there is no rounding to hide behind, it is at most 1e-5 of the largest output.
-//! LSE is right within 1e-5 relative (absolute below 1). NaN and infinities are where the reference has them.
+//! LSE is right within 1e-5 relative (absolute below 1); of `standard` in 16 bits, whose LSE is that of scores which were
+//! rounded on their way through memory, twice the plain implementation's error more. NaN and infinities are where the
+//! reference has them.
 use std::fmt;
 
 use crate::error::{Error, Result};
@@ -66,9 +68,12 @@ pub fn check<'a>(
     same_length("out", &result.out, reference.out.len())?;
     same_length("softmax_lse", &result.softmax_lse, reference.softmax_lse.len())?;
     let plain = reference::plain(&q, &k, &v, options)?;
-    let out = compare_outputs(result.out.dtype(), &result.out.to_f32(), &plain, &reference.out);
-    let lse = compare(&result.softmax_lse.to_f32(), &reference.softmax_lse, |reference| reference.abs().max(1.0));
-    Ok(Accuracy { lse_error: lse.error, misplaced: out.misplaced + lse.misplaced, ..out })
+    let out = compare_outputs(result.out.dtype(), &result.out.to_f32(), &plain.out, &reference.out);
+    let compare_lse = |found: &[f32]| compare(found, &reference.softmax_lse, |reference| reference.abs().max(1.0));
+    let lse = compare_lse(&result.softmax_lse.to_f32());
+    let rounds_scores = result.report.algorithm == "standard" && result.out.dtype() != DType::F32;
+    let lse_bound = if rounds_scores { 2.0 * compare_lse(&plain.softmax_lse).error + FLOOR } else { FLOOR };
+    Ok(Accuracy { lse_error: lse.error, lse_bound, misplaced: out.misplaced + lse.misplaced, ..out })
 }
 
 /// Compares a softmax with the reference.

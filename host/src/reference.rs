@@ -46,8 +46,18 @@ pub fn attention<'a>(
     Ok(Reference { out, softmax_lse })
 }
 
+/// Attention as [`plain`] computes it; shapes as in [`Reference`].
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Plain {
+    /// O, rounded to the dtype.
+    pub out: Vec<f32>,
+    /// LSE, of scores that were rounded to the dtype.
+    pub softmax_lse: Vec<f32>,
+}
+
 /// Attention as a program without fused kernels computes it in the dtype of the inputs: S and P are rounded to the dtype,
-/// sums are in f32. What the error of any other implementation is measured against. O in row-major order.
+/// sums are in f32. What the error of any other implementation is measured against.
 ///
 /// # Errors
 /// As [`Problem::new`].
@@ -56,15 +66,19 @@ pub fn plain<'a>(
     k: impl Into<TensorRef<'a>>,
     v: impl Into<TensorRef<'a>>,
     options: &AttentionOptions,
-) -> Result<Vec<f32>> {
+) -> Result<Plain> {
     let (q, k, v) = (q.into(), k.into(), v.into());
     let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
     let mut out = vec![0.0; problem.rows() * problem.headdim];
+    let mut softmax_lse = vec![f32::NEG_INFINITY; problem.rows()];
     with_dtype!(problem.dtype, T => {
         let (q, k, v) = (heads::<T>(&q), heads::<T>(&k), heads::<T>(&v));
-        each_row(&problem, &mut out, |index, out| plain_row(&problem, &q, &k, &v, index, out));
+        let lse = each_row(&problem, &mut out, |index, out| plain_row(&problem, &q, &k, &v, index, out));
+        for (index, lse) in lse {
+            softmax_lse[index.lse(&problem)] = lse;
+        }
     });
-    Ok(out)
+    Ok(Plain { out, softmax_lse })
 }
 
 /// Softmax over the last dimension, in f64, in row-major order. A row of nothing but -inf becomes 0.
@@ -168,13 +182,13 @@ fn plain_row<T: Element>(
     v: &Heads<T>,
     index: RowIndex,
     out: &mut [f32],
-) {
+) -> f32 {
     let RowIndex { batch, row, head } = index;
     let (head_k, visible) = (index.head_k(problem), problem.visible(row));
     let q: Vec<f32> = q.row(batch, row, head).iter().map(|&q| q.to_f32()).collect();
     let score = |key| round::<T>(problem.softmax_scale * dot_in_f32(&q, k.row(batch, key, head_k)));
     let mut p: Vec<f32> = (0..visible).map(score).collect();
-    normalise_in_f32(&mut p);
+    let lse = normalise_in_f32(&mut p);
     for (key, p) in p.into_iter().enumerate() {
         let p = round::<T>(p);
         for (out, v) in out.iter_mut().zip(v.row(batch, key, head_k)) {
@@ -182,6 +196,7 @@ fn plain_row<T: Element>(
         }
     }
     out.iter_mut().for_each(|out| *out = round::<T>(*out));
+    lse
 }
 
 fn round<T: Element>(x: f32) -> f32 {
@@ -227,14 +242,16 @@ fn normalise(row: &mut [f64]) -> f64 {
 }
 
 /// The same in f32, as a plain program does it.
-fn normalise_in_f32(row: &mut [f32]) {
+fn normalise_in_f32(row: &mut [f32]) -> f32 {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
     row.iter_mut().for_each(|x| *x = (*x - base).exp());
     let sum: f32 = row.iter().sum();
-    if sum != 0.0 {
-        row.iter_mut().for_each(|x| *x /= sum);
+    if sum == 0.0 {
+        return f32::NEG_INFINITY;
     }
+    row.iter_mut().for_each(|x| *x /= sum);
+    base + sum.ln()
 }
 
 #[cfg(test)]

@@ -104,10 +104,12 @@ pub fn cases(kernel: Kernel) -> impl Iterator<Item = Case> {
     })
 }
 
-/// Several sequences and heads, with K and V of their own and shared; and large inputs, whose softmax is almost one key.
+/// Several sequences and heads, with K and V of their own and shared; and large inputs, whose softmax is almost one key
+/// (less large in f32, where the bound is absolute and scores of hundreds are rounded by more than it allows).
 pub fn batches(kernel: Kernel) -> impl Iterator<Item = Case> {
     dtypes(kernel).iter().flat_map(|&dtype| {
-        [(2, 3, 3, 1.0), (2, 4, 2, 1.0), (3, 2, 1, 1.0), (1, 2, 2, 8.0)].into_iter().map(
+        let large = if dtype == DType::F32 { 4.0 } else { 8.0 };
+        [(2, 3, 3, 1.0), (2, 4, 2, 1.0), (3, 2, 1, 1.0), (1, 2, 2, large)].into_iter().map(
             move |(batch, nheads, nheads_k, deviation)| Case {
                 batch,
                 nheads,

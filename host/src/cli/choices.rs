@@ -9,7 +9,7 @@ use std::str::FromStr;
 pub struct BackendArgument {
     /// Where to compute: `cuda` on an NVIDIA GPU, `cpu` on all cores, `simulator` with the GPU's kernels on a simulated
     /// GPU; `auto`: on the GPU where there is one, else on the CPU
-    #[arg(long, value_name = "BACKEND", default_value = "auto", value_parser = one_of::<BackendChoice>(&["auto", "cuda", "cpu", "simulator"]))]
+    #[arg(long, default_value = "auto", value_parser = one_of::<BackendChoice>(&["auto", "cuda", "cpu", "simulator"]))]
     backend: BackendChoice,
 }
 

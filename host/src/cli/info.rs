@@ -40,7 +40,7 @@ fn facts() -> Facts {
     }
     for (arch, kernels) in kernels_by_arch() {
         let size = units::bytes(kernels.iter().map(|kernel| kernel.ptx_bytes as u64).sum());
-        facts.add("kernels", format_args!("{arch}: {}, {size} of PTX", kernels.len()));
+        facts.add("kernels", format_args!("{} for {arch}, {size} of compressed PTX", kernels.len()));
     }
     if ptx::embedded().is_empty() {
         facts.add("kernels", "none embedded: `cargo xtask build-ptx` builds them");

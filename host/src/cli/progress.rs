@@ -13,9 +13,9 @@ impl SimulationBar {
         let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(LOOK).expect("a valid template"));
         let shown = bar.clone();
         let session = session.progress(move |progress| {
-            shown.set_message(progress.entry);
             shown.set_length(progress.total);
             shown.set_position(progress.done);
+            shown.set_message(progress.entry);
         });
         (session, SimulationBar(bar))
     }

@@ -203,14 +203,15 @@ unsafe fn step<V: Vector, const ROWS: usize>(
             row_max[lane] = max(row_max[lane], s[lane]);
         }
     }
-    let raised: [bool; BLOCK_M] = std::array::from_fn(|lane| row_max[lane] > state[lane].m);
-    if raised.contains(&true) {
-        let mut alpha = [1.0; BLOCK_M];
-        for lane in 0..BLOCK_M {
-            if raised[lane] {
-                alpha[lane] = state[lane].raise(row_max[lane]);
-            }
+    let mut alpha = [1.0; BLOCK_M];
+    let mut raised = false;
+    for lane in 0..BLOCK_M {
+        if row_max[lane] > state[lane].m {
+            alpha[lane] = state[lane].raise(row_max[lane]);
+            raised = true;
         }
+    }
+    if raised {
         for o in o.iter_mut() {
             for lane in 0..BLOCK_M {
                 o[lane] *= alpha[lane];

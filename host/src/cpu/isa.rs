@@ -43,7 +43,7 @@ impl Vector for [f32; 8] {
     }
     #[inline(always)]
     unsafe fn load(from: &[f32]) -> Self {
-        std::array::from_fn(|lane| from[lane])
+        *from.first_chunk().expect("LANES numbers")
     }
     #[inline(always)]
     unsafe fn store(self, to: &mut [f32]) {
@@ -51,7 +51,11 @@ impl Vector for [f32; 8] {
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        std::array::from_fn(|lane| mul_add::<Self>(self[lane], b[lane], c[lane]))
+        let mut sums = c;
+        for lane in 0..8 {
+            sums[lane] = mul_add::<Self>(self[lane], b[lane], c[lane]);
+        }
+        sums
     }
 }
 

@@ -23,7 +23,7 @@ multiversion! {
 }
 
 /// # Safety
-/// None: V stands for instructions that LLVM may use here.
+/// Only `multiversion` asks for it: V is no more here than leave for LLVM to fuse a·b + c.
 #[inline(always)]
 unsafe fn row_with<T: Element, V: Vector, const ROWS: usize>(
     x: &[T],

@@ -50,22 +50,27 @@ unsafe fn add_register_tile<V: Vector, const ROWS: usize, const WIDTH: usize>(
     }
     let last = (row + ROWS - 1) * left.row_stride + (right.len() - 1) * left.step_stride;
     assert!(last < left.data.len() && row + ROWS <= sums.len() && column + 2 * V::LANES <= WIDTH);
-    let columns = [column, column + V::LANES];
+    let second = column + V::LANES;
 
+    // Plain loops over constant bounds, here and in all of a body: a closure in `map` or `from_fn` is compiled without the
+    // instructions of V, and called.
     // SAFETY: the caller promises the instructions; indices into the left factor are at most `last`.
     unsafe {
-        let mut tile: [[V; 2]; ROWS] = std::array::from_fn(|i| columns.map(|column| V::load(&sums[row + i][column..])));
+        let mut tile = [[V::splat(0.0); 2]; ROWS];
+        for i in 0..ROWS {
+            tile[i] = [V::load(&sums[row + i][column..]), V::load(&sums[row + i][second..])];
+        }
         for (step, right) in right.iter().enumerate() {
-            let right = columns.map(|column| V::load(&right[column..]));
-            for (i, sums) in tile.iter_mut().enumerate() {
+            let right = [V::load(&right[column..]), V::load(&right[second..])];
+            for i in 0..ROWS {
                 let left = *left.data.get_unchecked((row + i) * left.row_stride + step * left.step_stride);
-                *sums = [0, 1].map(|half| V::splat(left).mul_add(right[half], sums[half]));
+                let left = V::splat(left);
+                tile[i] = [left.mul_add(right[0], tile[i][0]), left.mul_add(right[1], tile[i][1])];
             }
         }
-        for (i, tile) in tile.into_iter().enumerate() {
-            for (tile, column) in tile.into_iter().zip(columns) {
-                tile.store(&mut sums[row + i][column..]);
-            }
+        for i in 0..ROWS {
+            tile[i][0].store(&mut sums[row + i][column..]);
+            tile[i][1].store(&mut sums[row + i][second..]);
         }
     }
 }

@@ -8,7 +8,11 @@ pub struct Svg {
     body: String,
 }
 
-const STRIPES: &str = r##"<defs><pattern id="stripes" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="2" height="7" fill="#ffffff" fill-opacity="0.35"/></pattern></defs>"##;
+const STRIPES: &str = r##"<defs>
+<pattern id="stripes" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
+<rect width="2" height="7" fill="#ffffff" fill-opacity="0.35"/>
+</pattern>
+</defs>"##;
 
 /// Where a text lies relative to its point.
 #[derive(Clone, Copy)]

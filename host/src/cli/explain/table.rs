@@ -50,7 +50,7 @@ pub fn memory(growth: &[[Run; 3]]) -> String {
 /// A table without lines, whose columns from `numbers` on are aligned to the right.
 fn table<const N: usize>(header: [&str; N], numbers: usize) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
+    table.load_style(presets::NOTHING).set_header(header);
     for column in table.column_iter_mut().skip(numbers) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -76,7 +76,7 @@ pub fn execute(arguments: Arguments) -> Result<()> {
 struct Outcome {
     name: String,
     passed: usize,
-    /// The largest error of a passed case, as a part of what was allowed.
+    /// The largest error among the passed cases, as a part of what is allowed.
     worst: f64,
     /// Each failed case, and why.
     failures: Vec<String>,

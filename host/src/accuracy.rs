@@ -7,12 +7,13 @@
 //! reference has them.
 use std::fmt;
 
+use cuda_std::DType;
+
 use crate::error::{Error, Result};
 use crate::options::AttentionOptions;
 use crate::reference;
 use crate::session::{Attention, Softmax};
 use crate::tensor::{Tensor, TensorRef};
-use cuda_std::DType;
 
 /// What every bound allows.
 const FLOOR: f64 = 1e-5;

@@ -1,5 +1,5 @@
 //! Which kernels run a problem, and why these.
-use cuda_std::{Global, Kernel as EntryPoint};
+use cuda_std::{DType, Global, Kernel as EntryPoint};
 use kernels::Config;
 use kernels::attention::{Attention, Untyped};
 use kernels::softmax::{self, ROW_A_BLOCK, ROW_A_WARP};
@@ -10,7 +10,9 @@ use crate::families::Family;
 use crate::launch::{Launch, Workspace};
 use crate::options::{Kernel, SoftmaxMethod};
 use crate::problem::Problem;
-use cuda_std::DType;
+
+/// The family's kernels for a problem, or why it has none.
+type FamilyFor = fn(&Problem) -> Result<Family, String>;
 
 /// The kernels that will run, and what they need.
 #[derive(Clone, Debug)]
@@ -28,7 +30,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Unsupported`], with the reason of each family.
     pub fn new(problem: &Problem, kernel: Kernel, backend: Backend) -> Result<Self> {
-        let families: &[fn(&Problem) -> Result<Family, String>] = match kernel {
+        let families: &[FamilyFor] = match kernel {
             Kernel::Auto => &[Family::flash2, Family::flash1, Family::standard],
             Kernel::Flash2 => &[Family::flash2],
             Kernel::Flash1 => &[Family::flash1],

@@ -1,14 +1,13 @@
 //! The kernel families of attention: which problems each runs, with what memory, in which launches.
 //!
 //! All that the host knows of a family's entry points is here.
-use cuda_std::{Global, Kernel};
+use cuda_std::{DType, Global, Kernel};
 use kernels::attention::{Attention, Untyped};
 use kernels::{Config, flash1, flash2, standard};
 
 use crate::error::Result;
 use crate::launch::{Launch, Workspace};
 use crate::problem::Problem;
-use cuda_std::DType;
 
 /// The entry points of one family that run a problem.
 #[derive(Clone, Copy, Debug)]

@@ -1,6 +1,7 @@
 //! All of a tensor but its data: dtype, shape and strides.
-use crate::error::{Error, Result};
 use cuda_std::DType;
+
+use crate::error::{Error, Result};
 
 /// The dtype, the shape, and the strides (in elements) of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]

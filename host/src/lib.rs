@@ -22,7 +22,7 @@
 //! - **Host tensors** in and out: [`attention`], [`softmax`], or a [`Session`] to choose backend and kernel, on the GPU, on
 //!   the CPU or on a simulated GPU.
 //! - **Device tensors**: [`cuda::DeviceTensor`] and [`cuda::Device::attention`], to keep data on the GPU.
-//! - **Pointers**: [`raw::attention`] takes addresses, strides and a CUDA stream from any framework, and only launches.
+//! - **Pointers**: [`raw::Call`] takes addresses, strides and a CUDA stream from any framework, and only launches.
 //!
 //! # Words
 //!

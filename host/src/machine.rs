@@ -1,5 +1,5 @@
 //! What runs kernels: a GPU, or a simulated one. Host tensors in, host tensors out, the same way on both.
-use cuda_std::Global;
+use cuda_std::{DType, Global};
 use kernels::attention::{Attention, Tensor, Untyped};
 
 use crate::dispatch::{self, Plan};
@@ -9,7 +9,6 @@ use crate::launch::{Launch, Workspace};
 use crate::options::SoftmaxMethod;
 use crate::problem::Problem;
 use crate::report::LaunchReport;
-use cuda_std::DType;
 
 /// A machine with a memory of its own.
 pub(crate) trait Machine {

@@ -10,6 +10,8 @@ mod gpu;
 mod memory;
 mod modules;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use codes::check;
 pub use device::{Device, DeviceInfo, devices, driver_version};

@@ -1,6 +1,8 @@
 //! Tensors on a device.
 use std::marker::PhantomData;
 
+use cust::stream::{Stream, StreamFlags};
+
 use super::codes::through_cust;
 use super::device::Device;
 use super::memory::DeviceMemory;
@@ -11,7 +13,6 @@ use crate::options::{AttentionOptions, Kernel};
 use crate::raw::{self, RawTensor};
 use crate::report::LaunchReport;
 use crate::tensor::{Tensor, TensorRef};
-use cust::stream::{Stream, StreamFlags};
 
 /// A contiguous tensor in the memory of a device.
 #[derive(Debug)]

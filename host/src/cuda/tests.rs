@@ -1,0 +1,137 @@
+//! What only a GPU can tell. Without one each test says so and passes.
+use std::ptr::null_mut;
+
+use cuda_std::DType;
+use driver::calls::cuCtxGetCurrent;
+use half::f16;
+
+use super::{Device, DeviceTensor};
+use crate::raw::{self, RawTensor};
+use crate::{AttentionOptions, Backend, Error, Kernel, Layout, Session, SoftmaxMethod, Tensor, accuracy};
+
+fn gpu() -> Option<&'static Device> {
+    Device::get(0).inspect_err(|reason| eprintln!("skipped: {reason}")).ok()
+}
+
+fn session(kernel: Kernel) -> Session {
+    Session::new(Backend::Cuda).expect("there is a GPU").kernel(kernel)
+}
+
+fn wave(shape: &[usize], step: f32) -> Tensor {
+    let data = (0..shape.iter().product::<usize>()).map(|i| (i as f32 * step).sin()).collect();
+    Tensor::from_vec::<f32>(data, shape).expect("as many").convert(DType::F16)
+}
+
+#[test]
+fn host_tensors_keep_the_rule() {
+    let Some(_) = gpu() else { return };
+    for (kernel, dtype) in [
+        (Kernel::Flash2, DType::F16),
+        (Kernel::Flash2, DType::BF16),
+        (Kernel::Flash1, DType::F32),
+        (Kernel::Standard, DType::F32),
+        (Kernel::Standard, DType::BF16),
+    ] {
+        for causal in [false, true] {
+            let (q, k) = (wave(&[2, 113, 4, 64], 0.37).convert(dtype), wave(&[2, 257, 2, 64], 0.71).convert(dtype));
+            let options = AttentionOptions::new().causal(causal);
+            let result = session(kernel).attention(&q, &k, &k, &options).expect("runs");
+            let accuracy = accuracy::check(&q, &k, &k, &options, &result).expect("of these inputs");
+            assert!(accuracy.passed(), "{kernel} {} causal {causal}: {accuracy}", dtype.name());
+            assert!(result.report.seconds > 0.0);
+        }
+    }
+}
+
+#[test]
+fn softmax_keeps_the_rule() {
+    let Some(_) = gpu() else { return };
+    for &method in SoftmaxMethod::ALL {
+        for shape in [[7, 1], [5, 1000], [3, 5000]] {
+            let x = wave(&shape, 0.37);
+            let softmax = session(Kernel::Auto).softmax(&x, method).expect("runs");
+            let accuracy = accuracy::check_softmax(&x, &softmax).expect("of this x");
+            assert!(accuracy.passed(), "{method} {shape:?}: {accuracy}");
+        }
+    }
+}
+
+#[test]
+fn device_tensors_give_what_host_tensors_give() {
+    let Some(device) = gpu() else { return };
+    let (q, k) = (wave(&[1, 65, 2, 128], 0.37), wave(&[1, 130, 1, 128], 0.71));
+    let options = AttentionOptions::new().causal(true);
+    let [on_q, on_k] = [&q, &k].map(|tensor| DeviceTensor::<f16>::from_host(device, tensor).expect("room"));
+    for kernel in [Kernel::Standard, Kernel::Flash1, Kernel::Flash2] {
+        let there = device.attention(&on_q, &on_k, &on_k, &options, kernel).expect("runs");
+        let here = session(kernel).attention(&q, &k, &k, &options).expect("runs");
+        assert_eq!(there.out.to_host().expect("copies"), here.out, "{kernel}");
+        assert_eq!(there.softmax_lse.to_host().expect("copies"), here.softmax_lse, "{kernel}");
+    }
+}
+
+#[test]
+fn pointers_may_have_any_aligned_strides_and_threads_no_context() {
+    let Some(device) = gpu() else { return };
+    // (batch, nheads, seqlen, headdim) in memory.
+    let (shape, strides) = ([2, 50, 3, 64], [3 * 50 * 64, 64, 50 * 64, 1]);
+    let transposed = wave(&[2, 3, 50, 64], 0.37);
+    let x = DeviceTensor::<f16>::from_host(device, &transposed).expect("room");
+    let out = DeviceTensor::<f16>::uninitialised(device, &[2, 3, 50, 64]).expect("room");
+    let lse = DeviceTensor::<f32>::uninitialised(device, &[2, 3, 50]).expect("room");
+    let layout = Layout::strided(DType::F16, &shape, &strides).expect("four strides");
+    let tensor = |address| RawTensor { address, layout: layout.clone() };
+    let arguments = raw::Arguments {
+        q: tensor(x.address()),
+        k: tensor(x.address()),
+        v: tensor(x.address()),
+        out: tensor(out.address()),
+        softmax_lse: lse.address(),
+        options: AttentionOptions::new(),
+        kernel: Kernel::Flash2,
+    };
+    let call = raw::Call::new(&arguments).expect("valid");
+    let current = || {
+        let mut context = null_mut();
+        // SAFETY: stores a handle.
+        assert_eq!(unsafe { cuCtxGetCurrent(&mut context) }, driver::SUCCESS);
+        context as usize
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let before = current();
+            // SAFETY: the tensors outlive the copy below, which waits for the default stream.
+            unsafe { call.launch(device, 0, null_mut()) }.expect("launches");
+            assert_eq!((before, current()), (0, 0), "no context before, none after");
+        });
+    });
+
+    let data = transposed.as_slice::<f16>().expect("f16");
+    let view = crate::TensorRef::with_strides(data, &shape, &strides).expect("fits");
+    let expected = session(Kernel::Flash2).attention(&view, &view, &view, &AttentionOptions::new()).expect("runs");
+    let out = out.to_host().expect("copies");
+    let out = crate::TensorRef::with_strides(out.as_slice::<f16>().expect("f16"), &shape, &strides).expect("fits");
+    assert_eq!(out.to_tensor(), expected.out);
+    assert_eq!(lse.to_host().expect("copies"), expected.softmax_lse);
+}
+
+#[test]
+fn without_keys_the_output_is_zero() {
+    let Some(device) = gpu() else { return };
+    let tensor = |shape: &[usize]| DeviceTensor::<f16>::from_host(device, &wave(shape, 0.3)).expect("room");
+    let (q, k) = (tensor(&[2, 5, 3, 64]), tensor(&[2, 0, 3, 64]));
+    let result = device.attention(&q, &k, &k, &AttentionOptions::new(), Kernel::Auto).expect("runs");
+    assert!(result.out.to_host().expect("copies").to_f32().iter().all(|&o| o == 0.0));
+    assert!(result.softmax_lse.to_host().expect("copies").to_f32().iter().all(|&lse| lse == f32::NEG_INFINITY));
+}
+
+#[test]
+fn too_little_memory_is_an_error_and_the_next_call_runs() {
+    let Some(_) = gpu() else { return };
+    // S of 3e5 x 3e5 in 16 bits: 180 GB.
+    let x = Tensor::zeros(DType::F16, &[1, 300_000, 1, 32]).expect("small");
+    let error = session(Kernel::Standard).attention(&x, &x, &x, &AttentionOptions::new()).expect_err("too large");
+    assert!(matches!(error, Error::OutOfMemory { what: "S", asked, free } if asked > free && free > 0), "{error}");
+    let x = wave(&[1, 64, 1, 32], 0.1);
+    session(Kernel::Standard).attention(&x, &x, &x, &AttentionOptions::new()).expect("runs");
+}

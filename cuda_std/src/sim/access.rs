@@ -62,7 +62,7 @@ impl Block {
         let new = update(old);
         // SAFETY: as in `load_shared`.
         unsafe { data.write_unaligned(new) };
-        Ok((old, old != new))
+        Ok((old, self.changes(old, new)))
     }
 
     /// The running thread replaces a word in global memory by `update` of it. Gives the old one, and whether they differ.
@@ -86,7 +86,16 @@ impl Block {
         let new = update(old);
         // SAFETY: as above.
         unsafe { new.store(data) };
-        Ok((old, old != new))
+        Ok((old, self.changes(old, new)))
+    }
+
+    /// Whether an atomic update changes anything: what other threads may wait for.
+    #[inline(always)]
+    fn changes(&mut self, old: u32, new: u32) -> bool {
+        if old != new {
+            self.ready.progress();
+        }
+        old != new
     }
 
     /// The running thread reads the source of a copy that it issues.
@@ -147,7 +156,7 @@ impl Block {
                 self.wrong_shared(thread, address, bytes, usage, site, wrong);
             }
         }
-        if usage != Use::Read {
+        if usage == Use::Write {
             self.ready.progress();
         }
         Ok(self.shared.data(address))
@@ -181,7 +190,7 @@ impl Block {
                 self.wrong_global(address, bytes, usage, site, wrong);
             }
         }
-        if usage != Use::Read {
+        if usage == Use::Write {
             self.ready.progress();
         }
         Ok(data)

@@ -75,21 +75,21 @@ impl Block {
         *place = Some(site);
         *lanes |= 1 << lane;
         barrier.arrived.push(thread as u16);
-        if barrier.arrived.len() as u32 == threads {
-            self.complete_barrier(id, waits, site)?;
-            return Ok(false);
-        }
+        let is_last = barrier.arrived.len() as u32 == threads;
         if waits {
             barrier.waiting.push(thread as u16);
             self.wait(Waiting::Barrier(id), site);
         } else {
             self.threads[thread].site = Some(site);
         }
+        if is_last {
+            self.complete_barrier(id, site)?;
+        }
         Ok(waits)
     }
 
     /// The running thread is the last to come.
-    fn complete_barrier(&mut self, id: u32, waits: bool, site: Site) -> Result<(), Stop> {
+    fn complete_barrier(&mut self, id: u32, site: Site) -> Result<(), Stop> {
         let mut barrier = std::mem::take(&mut self.barriers[id as usize]);
         let torn = |w: &usize| barrier.warps[*w].1 != 0 && barrier.warps[*w].1 != self.warps[*w].lanes;
         if let Some(warp) = (0..self.warps.len()).find(torn) {
@@ -97,16 +97,14 @@ impl Block {
             let message = format!("barrier {id} of {} threads: of warp {warp} only {lanes} came", barrier.threads);
             return Err(self.fault(FindingKind::Barrier, site, None, message));
         }
-        let others = barrier.waiting.len();
-        if waits {
-            barrier.waiting.push(self.current as u16);
-        }
         if barrier.waiting.len() == self.threads.len() {
             self.clocks.join_all();
         } else {
             self.clocks.join_some(&barrier.arrived, &barrier.waiting);
         }
-        for &thread in &barrier.waiting[..others] {
+        // In the order of their indices, unless a seed shuffles them.
+        barrier.waiting.sort_unstable();
+        for &thread in &barrier.waiting {
             self.wake(thread as usize);
         }
         for warp in 0..self.warps.len() {

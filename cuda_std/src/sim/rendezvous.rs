@@ -121,16 +121,14 @@ pub(super) fn meet<T>(
     finish: impl FnOnce(&mut Block, &mut Meeting<T>) -> Result<(), Stop>,
 ) {
     let operand: *mut T = operand;
-    let is_last = unless_stopped(with(|block| {
-        let Some(operands) = block.arrive(word, members, site, operand.cast())? else { return Ok(false) };
+    unless_stopped(with(|block| {
+        let Some(operands) = block.arrive(word, members, site, operand.cast())? else { return Ok(()) };
         let first_thread = block.current / WARP * WARP;
         finish(block, &mut Meeting { members, first_thread, operands: operands.map(|operand| operand.cast()) })?;
         block.part(first_thread, members);
-        Ok(true)
+        Ok(())
     }));
-    if !is_last {
-        suspend();
-    }
+    suspend();
 }
 
 impl Block {
@@ -169,11 +167,11 @@ impl Block {
         Ok(None)
     }
 
-    /// The members of a word, which is done, go on.
+    /// The members of a word, which is done, go on: in their order, the last to come too.
     #[inline(always)]
     fn part(&mut self, first_thread: usize, members: u32) {
         for lane in 0..WARP {
-            if members >> lane & 1 == 1 && first_thread + lane != self.current {
+            if members >> lane & 1 == 1 {
                 self.wake(first_thread + lane);
             }
         }

@@ -23,7 +23,7 @@ pub(super) enum Waiting {
 const SLICE: u32 = 1 << 12;
 
 /// Accesses that threads may make while none of them changes anything: then they spin for what never comes.
-const PATIENCE: u32 = 1 << 28;
+const PATIENCE: u32 = 1 << 26;
 
 /// A failed poll counts for so many accesses.
 const POLL: u32 = 1 << 8;

@@ -125,19 +125,19 @@ fn blocks_take_turns_at_atomics() {
 
 #[test]
 fn a_block_must_not_wait_for_a_later_one() {
-    let memory = Memory::new();
-    let flag = memory.upload("flag", &[0u32]).global();
-    let kernel = |waiting| {
-        move || {
+    let run_with = |waiting| {
+        let memory = Memory::new();
+        let flag = memory.upload("flag", &[0u32]).global();
+        run_blocks(2, 1, &memory, move || {
             if block_idx_x() == waiting {
                 while global_cas_u32(flag, 1, 0) != 1 {} // for ever
             } else {
                 global_add_u32(flag, 1);
             }
-        }
+        })
     };
-    HERE.expect(&run_blocks(2, 1, &memory, kernel(0)), FindingKind::Deadlock, "for ever", None);
-    expect_clean(&run_blocks(2, 1, &memory, kernel(1)));
+    HERE.expect(&run_with(0), FindingKind::Deadlock, "for ever", None);
+    expect_clean(&run_with(1));
 }
 
 #[test]

@@ -1,0 +1,84 @@
+//! NaN and infinities go where the definition takes them, and nowhere else.
+use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session, Tensor, accuracy};
+use ferroflash_tests::inputs::{normal, tensor};
+
+const SEQLEN: usize = 70;
+const HEADDIM: usize = 32;
+
+fn backends() -> Vec<Session> {
+    let simulator = || Session::new(Backend::Simulator).expect("runs everywhere");
+    let mut sessions = vec![Session::new(Backend::Cpu).expect("runs everywhere")];
+    sessions.extend([Kernel::Standard, Kernel::Flash1, Kernel::Flash2].map(|kernel| simulator().kernel(kernel)));
+    match Session::new(Backend::Cuda) {
+        Ok(_) => sessions.extend([Kernel::Standard, Kernel::Flash1, Kernel::Flash2].map(|kernel| {
+            Session::new(Backend::Cuda).expect("it was there").kernel(kernel)
+        })),
+        Err(reason) => println!("skipped: special values on the GPU: {reason}"),
+    }
+    sessions
+}
+
+/// `like` with element `column` of row `row` replaced.
+fn with(like: &Tensor, row: usize, column: usize, value: f32) -> Tensor {
+    let mut data = like.to_f32();
+    data[row * HEADDIM + column] = value;
+    tensor(like.dtype(), data, like.shape())
+}
+
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool, spoiled: impl Fn(usize) -> bool) {
+    let options = AttentionOptions::new().causal(causal);
+    for session in backends() {
+        let result = session.attention(q, k, v, &options).unwrap_or_else(|e| panic!("{}: {e}", session.backend()));
+        let accuracy = accuracy::check(q, k, v, &options, &result).expect("valid");
+        assert!(accuracy.passed(), "{}, {}: {accuracy}", session.backend(), result.report.algorithm);
+        for (row, o) in result.out.to_f32().chunks(HEADDIM).enumerate() {
+            let has_nan = o.iter().any(|o| o.is_nan());
+            assert_eq!(has_nan, spoiled(row), "{}, {}: row {row}", session.backend(), result.report.algorithm);
+        }
+    }
+}
+
+fn inputs() -> [Tensor; 3] {
+    [1, 2, 3].map(|seed| normal(DType::F16, &[1, SEQLEN, 1, HEADDIM], 1.0, seed))
+}
+
+#[test]
+fn nan_in_a_query_spoils_its_row_alone() {
+    let [q, k, v] = inputs();
+    check(&with(&q, 17, 3, f32::NAN), &k, &v, false, |row| row == 17);
+}
+
+#[test]
+fn nan_in_a_key_spoils_the_rows_that_see_it() {
+    let [q, k, v] = inputs();
+    check(&q, &with(&k, 40, 0, f32::NAN), &v, true, |row| row >= 40);
+}
+
+#[test]
+fn infinite_queries() {
+    let [q, k, v] = inputs();
+    // Scores of inf and -inf, by the sign of the key's element: an infinite maximum makes the row NaN.
+    check(&with(&q, 5, 1, f32::INFINITY), &k, &v, false, |row| row == 5);
+}
+
+#[test]
+fn rows_whose_scores_are_all_minus_infinity_are_zero() {
+    let ones = tensor(DType::F16, vec![1.0; SEQLEN * HEADDIM], &[1, SEQLEN, 1, HEADDIM]);
+    let [_, _, v] = inputs();
+    let q = with(&ones, 9, 2, f32::NEG_INFINITY);
+    check(&q, &ones, &v, false, |_| false);
+}
+
+#[test]
+fn queries_before_the_first_key_see_nothing() {
+    // seqlen_q > seqlen_k and causal: the first 30 rows see no key.
+    let q = normal(DType::BF16, &[1, 70, 1, HEADDIM], 1.0, 1);
+    let [k, v] = [2, 3].map(|seed| normal(DType::BF16, &[1, 40, 1, HEADDIM], 1.0, seed));
+    let options = AttentionOptions::new().causal(true);
+    for session in backends() {
+        let result = session.attention(&q, &k, &v, &options).expect("valid");
+        assert!(result.out.to_f32()[..30 * HEADDIM].iter().all(|&o| o == 0.0), "{}", session.backend());
+        assert!(result.softmax_lse.to_f32()[..30].iter().all(|&lse| lse == f32::NEG_INFINITY));
+        assert!(result.softmax_lse.to_f32()[30..].iter().all(|lse| lse.is_finite()));
+    }
+}

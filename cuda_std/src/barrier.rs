@@ -6,7 +6,8 @@ use crate::machine;
 pub struct NamedBarrier<const ID: u32, const THREADS: u32>;
 
 impl<const ID: u32, const THREADS: u32> NamedBarrier<ID, THREADS> {
-    const VALID: () = assert!(ID > 0 && ID < 16 && THREADS > 0 && THREADS % 32 == 0, "barriers 1 to 15, whole warps");
+    const VALID: () =
+        assert!(ID > 0 && ID < 16 && THREADS > 0 && THREADS.is_multiple_of(32), "barriers 1 to 15, whole warps");
 
     /// Arrives, waits until `THREADS` threads have arrived, and sees what they wrote before.
     #[inline(always)]

@@ -84,7 +84,7 @@ pub fn mma_shared<T: TensorCoreElement, const M: usize, const N: usize, const TR
     a: &[[u32; 4]; M],
     row: impl Fn(u32) -> u32,
 ) {
-    const { assert!(N % 2 == 0, "ldmatrix.x4 loads operands two by two") };
+    const { assert!(N.is_multiple_of(2), "ldmatrix.x4 loads operands two by two") };
     let mut rows = [0; N];
     for i in 0..N / 2 {
         rows[i] = row(i as u32);

@@ -34,7 +34,7 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
     const ROW_CHUNKS: u32 = COLS as u32 / Self::CHUNK;
     const PANEL_CHUNKS: u32 = if Self::ROW_CHUNKS < 8 { Self::ROW_CHUNKS } else { 8 };
     const VALID: () = assert!(
-        matches!(Self::PANEL_CHUNKS, 2 | 4 | 8) && Self::ROW_CHUNKS % Self::PANEL_CHUNKS == 0 && ROWS % 8 == 0,
+        matches!(Self::PANEL_CHUNKS, 2 | 4 | 8) && Self::ROW_CHUNKS % Self::PANEL_CHUNKS == 0 && ROWS.is_multiple_of(8),
         "rows of 32, 64, 128 or a multiple of 128 bytes, eight by eight"
     );
 
@@ -78,6 +78,7 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
     #[track_caller]
     pub fn store_rows(self, row: u32, count: u32, to: Global<T>, row_stride: u64, rows: u32) {
         let rows_at_once = thread::WARP / Self::ROW_CHUNKS;
+        assert!(rows_at_once * Self::ROW_CHUNKS == thread::WARP && count.is_multiple_of(rows_at_once));
         let (own_row, chunk) = (thread::lane_id() / Self::ROW_CHUNKS, thread::lane_id() % Self::ROW_CHUNKS);
         for i in 0..count / rows_at_once {
             let row = row + i * rows_at_once + own_row;
@@ -105,7 +106,7 @@ pub struct TileStream<T, const ROWS: usize, const COLS: usize> {
 
 impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS> {
     /// The `rows` rows from `from` on, `row_stride` elements apart, copied by the first `threads` threads of the block (a
-    /// constant, when all is inlined).
+    /// constant, when all is inlined). They take whole rows at a time, a chunk each, and `ROWS` is a multiple of these.
     #[inline(always)]
     pub fn new(threads: u32, from: Global<T>, row_stride: u64, rows: u32) -> Self {
         let chunks = SmemTile::<T, ROWS, COLS>::ROW_CHUNKS;
@@ -128,6 +129,7 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         let chunks = SmemTile::<T, ROWS, COLS>::ROW_CHUNKS;
         let (row, chunk) = (thread::thread_idx_x() / chunks, thread::thread_idx_x() % chunks);
         let rows_at_once = self.threads / chunks;
+        assert!(rows_at_once * chunks == self.threads && (ROWS as u32).is_multiple_of(rows_at_once));
         for i in 0..ROWS as u32 / rows_at_once {
             let first = i * rows_at_once;
             copy::copy_async(to.chunk(first + row, chunk), self.from, (first as i32) < self.rows);

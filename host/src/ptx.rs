@@ -46,15 +46,24 @@ impl Entry {
         })
     }
 
-    /// Its PTX, as text that ends with a NUL.
-    pub(crate) fn ptx(&self) -> Result<Vec<u8>> {
+    /// Its PTX.
+    ///
+    /// # Errors
+    /// [`Error::BrokenKernel`] if it does not unpack.
+    pub fn text(&self) -> Result<String> {
         let broken = |reason: String| Error::BrokenKernel { entry: self.name, reason };
         let mut decoder =
             ruzstd::decoding::StreamingDecoder::new(self.compressed).map_err(|error| broken(error.to_string()))?;
-        let mut ptx = Vec::new();
-        decoder.read_to_end(&mut ptx).map_err(|error| broken(error.to_string()))?;
-        ptx.push(0);
-        Ok(ptx)
+        let mut text = String::new();
+        decoder.read_to_string(&mut text).map_err(|error| broken(error.to_string()))?;
+        Ok(text)
+    }
+
+    /// Its PTX, ended by a NUL, as the driver takes it.
+    pub(crate) fn image(&self) -> Result<Vec<u8>> {
+        let mut image = self.text()?.into_bytes();
+        image.push(0);
+        Ok(image)
     }
 }
 
@@ -96,8 +105,7 @@ mod tests {
     #[test]
     fn every_embedded_kernel_unpacks() {
         for entry in embedded() {
-            let ptx = String::from_utf8(entry.ptx().expect("sound")).expect("text");
-            assert!(ptx.contains(entry.name), "{}", entry.name);
+            assert!(entry.text().expect("sound").contains(entry.name), "{}", entry.name);
         }
     }
 }

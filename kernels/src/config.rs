@@ -1,6 +1,5 @@
 //! What a host knows of an entry point.
-use crate::{flash1, flash2, softmax, standard};
-use cuda_std::{DType, Kernel};
+use cuda_std::DType;
 
 /// What a host needs to choose and launch one entry point. Sizes are in elements, rows or threads; shared memory in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,30 +24,4 @@ pub struct Config {
     pub shared_bytes: u32,
     /// Barriers in its source: what its PTX must hold, so that no optimiser has copied or removed one.
     pub barriers: u32,
-}
-
-/// An entry point of any family, for tools that walk over all of them.
-#[derive(Clone, Copy, Debug)]
-pub struct EntryInfo {
-    /// Its name in PTX.
-    pub name: &'static str,
-    /// Its configuration.
-    pub config: Config,
-    /// The oldest architecture that runs it: `"sm_80"`.
-    pub arch: &'static str,
-}
-
-/// All entry points, in the order of their tables.
-pub fn entries() -> impl Iterator<Item = EntryInfo> {
-    info(standard::SCORES)
-        .chain(info(standard::PROBABILITIES))
-        .chain(info(standard::OUTPUT))
-        .chain(info(softmax::ROW_A_WARP))
-        .chain(info(softmax::ROW_A_BLOCK))
-        .chain(info(flash1::FORWARD))
-        .chain(info(flash2::FORWARD))
-}
-
-fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {
-    table.iter().map(|kernel| EntryInfo { name: kernel.name, config: kernel.config, arch: "sm_80" })
 }

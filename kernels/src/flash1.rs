@@ -154,7 +154,7 @@ pub fn forward<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p
                         after
                     });
                     // 13: l_i = l_new, m_i = m_new
-                    if lane_id() % 4 == 0 {
+                    if lane_id().is_multiple_of(4) {
                         if j < last {
                             p.m.store(at, merged.m);
                             p.l.store(at, merged.l);

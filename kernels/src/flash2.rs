@@ -41,7 +41,7 @@ const fn config<
     const O_COLUMNS: usize,
     const CAUSAL: bool,
 >() -> Config {
-    assert!(S_COLUMNS * 8 == BLOCK_N && O_COLUMNS * 8 == HEADDIM && BLOCK_M % (16 * M) == 0);
+    assert!(S_COLUMNS * 8 == BLOCK_N && O_COLUMNS * 8 == HEADDIM && BLOCK_M.is_multiple_of(16 * M));
     Config {
         family: "flash2",
         dtype: T::DTYPE,
@@ -149,7 +149,7 @@ pub fn forward<
     let lse = a.softmax_lse.offset(a.first_row(block.batch, block.head) + block.first_row as usize);
     softmax.finish(&mut o, |row, state| {
         let row = own_row + row;
-        if lane_id() % 4 == 0 && row < rows {
+        if lane_id().is_multiple_of(4) && row < rows {
             lse.store(row as usize, state.lse());
         }
     });

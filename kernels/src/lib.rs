@@ -8,6 +8,7 @@
 
 pub mod attention;
 mod config;
+mod entries;
 pub mod flash1;
 pub mod flash2;
 pub mod mask;
@@ -17,6 +18,7 @@ pub mod schedule;
 pub mod softmax;
 pub mod standard;
 
-pub use config::{Config, EntryInfo, entries};
+pub use config::Config;
+pub use entries::{EntryInfo, entries};
 pub use online_softmax::OnlineSoftmax;
 pub use row_softmax::{Rescale, RowSoftmax};

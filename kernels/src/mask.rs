@@ -44,8 +44,6 @@ impl Mask {
     /// Sets the scores of keys that a row does not see to -inf. The matrix begins at row `first_row` and key `first_key`.
     #[inline(always)]
     pub fn apply<const M: usize, const N: usize>(self, s: &mut Accumulator<M, N>, first_row: u32, first_key: u32) {
-        s.map(|row, column, s| {
-            if first_key + column < self.visible(first_row + row) { s } else { f32::NEG_INFINITY }
-        });
+        s.map(|row, column, s| if first_key + column < self.visible(first_row + row) { s } else { f32::NEG_INFINITY });
     }
 }

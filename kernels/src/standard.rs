@@ -147,11 +147,7 @@ pub fn probabilities<T: MatrixElement>(p: Params) {
     }
 }
 
-const fn output_config<
-    T: MatrixElement,
-    const HEADDIM: usize,
-    const O_COLUMNS: usize,
->() -> Config {
+const fn output_config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>() -> Config {
     assert!(O_COLUMNS * 8 == HEADDIM);
     config::<T>("standard.output", HEADDIM, BLOCK * BLOCK + 2 * BLOCK * HEADDIM, 2)
 }

@@ -82,7 +82,8 @@ impl Case {
     pub fn run(&self, session: &Session) -> (Attention, Accuracy) {
         let [q, k, v] = self.inputs();
         let result = session.attention(&q, &k, &v, &self.options()).unwrap_or_else(|e| panic!("{self:?}: {e}"));
-        let accuracy = accuracy::check(&q, &k, &v, &self.options(), &result).unwrap_or_else(|e| panic!("{self:?}: {e}"));
+        let accuracy =
+            accuracy::check(&q, &k, &v, &self.options(), &result).unwrap_or_else(|e| panic!("{self:?}: {e}"));
         (result, accuracy)
     }
 

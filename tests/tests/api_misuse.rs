@@ -1,6 +1,8 @@
 //! Bad arguments: each gets an error that names the argument, its value and what is allowed, on every backend, and outputs
 //! stay as they were.
-use ferroflash::{AttentionOptions, Backend, DType, Error, Kernel, Session, SoftmaxMethod, Tensor, TensorMut, TensorRef};
+use ferroflash::{
+    AttentionOptions, Backend, DType, Error, Kernel, Session, SoftmaxMethod, Tensor, TensorMut, TensorRef,
+};
 use ferroflash_tests::inputs::normal;
 use half::f16;
 
@@ -94,7 +96,8 @@ fn a_slice_too_short_for_its_shape_and_strides() {
     // The last dimension must be contiguous.
     let data = vec![0f32; 1000];
     let q = TensorRef::with_strides(&data, &[1, 4, 2, 32], &[512, 128, 64, 2]);
-    let refused = q.and_then(|q| Session::new(Backend::Cpu)?.attention(&q, &q, &q, &AttentionOptions::new()).map(|_| ()));
+    let refused =
+        q.and_then(|q| Session::new(Backend::Cpu)?.attention(&q, &q, &q, &AttentionOptions::new()).map(|_| ()));
     names(&refused.unwrap_err().to_string(), &["stride", "2", "1"]);
 }
 

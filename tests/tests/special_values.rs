@@ -10,9 +10,10 @@ fn backends() -> Vec<Session> {
     let mut sessions = vec![Session::new(Backend::Cpu).expect("runs everywhere")];
     sessions.extend([Kernel::Standard, Kernel::Flash1, Kernel::Flash2].map(|kernel| simulator().kernel(kernel)));
     match Session::new(Backend::Cuda) {
-        Ok(_) => sessions.extend([Kernel::Standard, Kernel::Flash1, Kernel::Flash2].map(|kernel| {
-            Session::new(Backend::Cuda).expect("it was there").kernel(kernel)
-        })),
+        Ok(_) => sessions.extend(
+            [Kernel::Standard, Kernel::Flash1, Kernel::Flash2]
+                .map(|kernel| Session::new(Backend::Cuda).expect("it was there").kernel(kernel)),
+        ),
         Err(reason) => println!("skipped: special values on the GPU: {reason}"),
     }
     sessions

@@ -58,7 +58,7 @@ pub struct Declared {
 
 /// The entries of `kernels` whose PTX is for `arch`.
 pub fn declared(arch: Arch) -> BTreeMap<&'static str, Declared> {
-    let entries = kernels::entries().into_iter().filter(|entry| entry.arch == arch.name());
+    let entries = kernels::entries().filter(|entry| entry.arch == arch.name());
     let declared = entries.map(|kernels::EntryInfo { name, config, .. }| {
         let kernels::Config { threads, min_blocks_per_sm: min_blocks, barriers, shared_bytes, .. } = config;
         (name, Declared { threads, min_blocks, barriers, shared_bytes })

@@ -1,7 +1,7 @@
 //! Arguments that several commands take.
 use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use ferroflash::{Backend, Session};
+use ferroflash::{Backend, DType, Session};
 use std::str::FromStr;
 
 /// Where to compute.
@@ -40,4 +40,11 @@ where
     T: FromStr<Err = ferroflash::Error> + Clone + Send + Sync + 'static,
 {
     PossibleValuesParser::new(names).try_map(|name| name.parse::<T>())
+}
+
+/// Parses the name of a dtype, which the help lists.
+pub fn dtype() -> impl TypedValueParser<Value = DType> {
+    const ALL: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    PossibleValuesParser::new(ALL.map(DType::name))
+        .map(|name| ALL.into_iter().find(|dtype| dtype.name() == name).expect("clap has checked the name"))
 }

@@ -1,5 +1,6 @@
 //! `ferroflash info`: what this machine has, and what would run on it.
 use super::answer::{Facts, print, print_json};
+use super::ptx::description;
 use super::units;
 use anyhow::Result;
 use ferroflash::driver::Status;
@@ -77,9 +78,7 @@ fn json() -> Value {
             "total_memory": device.total_memory,
         })
     });
-    let kernels = ptx::embedded()
-        .iter()
-        .map(|kernel| json!({ "name": kernel.name, "arch": kernel.arch, "ptx_bytes": kernel.ptx_bytes }));
+    let kernels = ptx::embedded().iter().map(description);
     let backends = Backend::ALL.iter().map(|&backend| match backend.availability() {
         Ok(device) => json!({ "name": backend.to_string(), "available": true, "device": device }),
         Err(reason) => json!({ "name": backend.to_string(), "available": false, "reason": reason.to_string() }),

@@ -1,6 +1,7 @@
 //! The commands, and what becomes of their errors: one line on stderr, and exit code 1. (clap ends a wrong usage with 2.)
 mod accuracy;
 mod answer;
+mod bench;
 mod choices;
 mod explain;
 mod files;
@@ -8,6 +9,7 @@ mod info;
 mod inputs;
 mod measured;
 mod progress;
+mod ptx;
 mod run;
 mod selftest;
 mod softmax;
@@ -25,6 +27,7 @@ Examples:
                                  why FlashAttention is fast: every byte that moves, counted
   ferroflash info                what this machine has, and which backend would run
   ferroflash selftest            whether it computes right here
+  ferroflash bench               how fast it is here, and how much memory it needs
 
 Each command says more with --help.";
 
@@ -43,6 +46,8 @@ enum Command {
     Info(info::Arguments),
     Selftest(selftest::Arguments),
     Explain(explain::Arguments),
+    Bench(bench::Arguments),
+    Ptx(ptx::Arguments),
 }
 
 pub fn main() -> ExitCode {
@@ -52,6 +57,8 @@ pub fn main() -> ExitCode {
         Command::Info(arguments) => info::execute(arguments),
         Command::Selftest(arguments) => selftest::execute(arguments),
         Command::Explain(arguments) => explain::execute(arguments),
+        Command::Bench(arguments) => bench::execute(arguments),
+        Command::Ptx(arguments) => ptx::execute(arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

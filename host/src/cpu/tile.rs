@@ -110,7 +110,7 @@ pub fn exp2<V: Vector>(x: f32) -> f32 {
     /// Adding it rounds to an integer, which then stands in the lowest bits: 1.5 · 2^23.
     const ROUND: f32 = 12_582_912.0;
     const TERMS: [f32; 7] =
-        [1.0, 0.693_147_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_4, 0.000_154_531_63];
+        [1.0, std::f32::consts::LN_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_4, 0.000_154_531_63];
     let shifted = x + ROUND;
     let f = x - (shifted - ROUND);
     let mut power = TERMS[6];

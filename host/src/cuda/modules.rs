@@ -37,15 +37,15 @@ impl Modules {
             let (device, available) = (info.name.clone(), info.shared_memory_per_block);
             return Err(Error::SharedMemory { entry, device, needed: shared_bytes, available });
         }
-        let ptx = Entry::find(entry, &info.name, info.compute_capability)?.ptx()?;
-        let function = load(entry, &ptx, shared_bytes)?;
+        let image = Entry::find(entry, &info.name, info.compute_capability)?.image()?;
+        let function = load(entry, &image, shared_bytes)?;
         functions.insert(entry, Function(function));
         Ok(function)
     }
 }
 
 /// Has the driver compile PTX that ends with a NUL.
-fn load(entry: &str, ptx: &[u8], shared_bytes: u32) -> Result<Handle> {
+fn load(entry: &str, image: &[u8], shared_bytes: u32) -> Result<Handle> {
     let name = CString::new(entry).expect("names of Rust functions hold no NUL");
     let (mut module, mut function): (Handle, Handle) = (std::ptr::null_mut(), std::ptr::null_mut());
 
@@ -55,7 +55,7 @@ fn load(entry: &str, ptx: &[u8], shared_bytes: u32) -> Result<Handle> {
     let mut values = [log.as_mut_ptr().cast::<c_void>(), (log.len() - 1) as *mut c_void];
     // SAFETY: the image ends with a NUL, the options come with as many values, and the log is as large as is said.
     let code: Code = unsafe {
-        let image = ptx.as_ptr().cast();
+        let image = image.as_ptr().cast();
         cuModuleLoadDataEx(&mut module, image, options.len() as u32, options.as_mut_ptr(), values.as_mut_ptr())
     };
     if code != driver::SUCCESS {

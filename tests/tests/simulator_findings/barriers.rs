@@ -47,7 +47,11 @@ fn of_two_sizes() {
             }
         }
     };
-    let report = run(96, move || if thread_idx_x() < 64 { kernel(false)() });
+    let report = run(96, move || {
+        if thread_idx_x() < 64 {
+            kernel(false)()
+        }
+    });
     HERE.expect(&report, FindingKind::Barrier, "of 96", Some("of 64"));
     expect_clean(&run(64, kernel(true)));
 }

@@ -1,7 +1,7 @@
 //! Asynchronous copies.
 use crate::{Source, expect_clean, run_blocks};
-use cuda_std::sim::{FindingKind, Memory};
 use cuda_std::shared::dynamic_shared;
+use cuda_std::sim::{FindingKind, Memory};
 use cuda_std::thread::{sync_threads, thread_idx_x};
 use cuda_std::{Global, Shared, copy};
 

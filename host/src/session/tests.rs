@@ -1,0 +1,94 @@
+//! Sessions on the backends that every machine has.
+use super::*;
+use crate::accuracy;
+use cuda_std::DType;
+
+fn wave(dtype: DType, shape: &[usize], step: f32) -> Tensor {
+    let data = (0..shape.iter().product::<usize>()).map(|i| (i as f32 * step).sin()).collect();
+    Tensor::from_vec::<f32>(data, shape).expect("as many").convert(dtype)
+}
+
+#[test]
+fn every_kernel_runs_on_the_simulator() {
+    let cases = [
+        (Kernel::Flash2, DType::F16),
+        (Kernel::Flash2, DType::BF16),
+        (Kernel::Flash1, DType::F32),
+        (Kernel::Flash1, DType::F16),
+        (Kernel::Standard, DType::F32),
+        (Kernel::Standard, DType::BF16),
+    ];
+    for (kernel, dtype) in cases {
+        let q = wave(dtype, &[1, 33, 2, 32], 0.37);
+        let k = wave(dtype, &[1, 70, 1, 32], 0.71);
+        let options = AttentionOptions::new().causal(true);
+        let session = Session::new(Backend::Simulator).expect("always there").kernel(kernel);
+        let result = session.attention(&q, &k, &k, &options).expect("no fault");
+        let accuracy = accuracy::check(&q, &k, &k, &options, &result).expect("of these inputs");
+        assert!(accuracy.passed(), "{kernel} {}: {accuracy}", dtype.name());
+        assert_eq!(result.report.algorithm, kernel.name());
+    }
+}
+
+#[test]
+fn softmax_runs_on_the_simulator() {
+    let session = Session::new(Backend::Simulator).expect("always there");
+    for &method in SoftmaxMethod::ALL {
+        for shape in [[5, 40], [2, 1500]] {
+            let x = wave(DType::F32, &shape, 0.37);
+            let softmax = session.softmax(&x, method).expect("no fault");
+            assert!(accuracy::check_softmax(&x, &softmax).expect("of this x").passed());
+        }
+    }
+}
+
+#[test]
+fn nothing_to_do_is_no_error() {
+    for &backend in &[Backend::Cpu, Backend::Simulator] {
+        let session = Session::new(backend).expect("always there");
+        let (q, empty) = (wave(DType::F16, &[1, 3, 2, 64], 0.1), wave(DType::F16, &[1, 0, 2, 64], 0.1));
+        let result = session.attention(&q, &empty, &empty, &AttentionOptions::new()).expect("valid");
+        assert!(result.out.to_f32().iter().all(|&o| o == 0.0));
+        assert!(result.softmax_lse.to_f32().iter().all(|&lse| lse == f32::NEG_INFINITY));
+        assert!(session.attention(&empty, &q, &q, &AttentionOptions::new()).expect("valid").out.is_empty());
+        let x = Tensor::zeros(DType::F32, &[4, 0]).expect("small");
+        assert!(session.softmax(&x, SoftmaxMethod::Online).expect("valid").y.is_empty());
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_is_refused_with_its_reason() {
+    let refused = |backend, kernel, dtype, headdim| {
+        let q = wave(dtype, &[1, 4, 1, headdim], 0.1);
+        let session = Session::new(backend).expect("always there").kernel(kernel);
+        session.attention(&q, &q, &q, &AttentionOptions::new()).expect_err("unsupported").to_string()
+    };
+    assert_eq!(
+        refused(Backend::Simulator, Kernel::Flash2, DType::F32, 64),
+        "no flash2 kernel on the simulator backend for this problem: flash2: dtype f32; allowed: f16, bf16"
+    );
+    assert_eq!(
+        refused(Backend::Simulator, Kernel::Flash1, DType::F16, 40),
+        "no flash1 kernel on the simulator backend for this problem: flash1: headdim 40; allowed: 32, 64, 128"
+    );
+    assert!(refused(Backend::Simulator, Kernel::Auto, DType::F32, 40).contains("standard: headdim 40"));
+    assert!(refused(Backend::Cpu, Kernel::Flash2, DType::F16, 64).contains("the CPU backend has one algorithm"));
+}
+
+#[test]
+fn outputs_and_inputs_may_have_gaps() {
+    // (batch, nheads, seqlen, headdim) in memory.
+    let (shape, strides) = ([2, 5, 3, 8], [3 * 5 * 8, 8, 5 * 8, 1]);
+    let data: Vec<f32> = (0..2 * 5 * 3 * 8).map(|i| (i as f32 * 0.3).sin()).collect();
+    let q = TensorRef::with_strides(&data, &shape, &strides).expect("fits");
+    let session = Session::new(Backend::Cpu).expect("always there");
+    let options = AttentionOptions::new().causal(true);
+    let (mut out, mut lse) = (vec![f32::NAN; data.len()], vec![0.0; 2 * 3 * 5]);
+    let into = TensorMut::with_strides(&mut out, &shape, &strides).expect("fits");
+    session.attention_into(&q, &q, &q, &options, into, &mut lse).expect("valid");
+    let packed = q.to_tensor();
+    let expected = session.attention(&packed, &packed, &packed, &options).expect("valid");
+    let out = TensorRef::with_strides(&out, &shape, &strides).expect("fits").to_tensor();
+    assert_eq!(out, expected.out);
+    assert_eq!(Some(&lse[..]), expected.softmax_lse.as_slice::<f32>());
+}

@@ -1,0 +1,30 @@
+//! All entry points, for tools that walk over them.
+use crate::config::Config;
+use crate::{flash1, flash2, softmax, standard};
+use cuda_std::Kernel;
+
+/// An entry point of any family, for tools that walk over all of them.
+#[derive(Clone, Copy, Debug)]
+pub struct EntryInfo {
+    /// Its name in PTX.
+    pub name: &'static str,
+    /// Its configuration.
+    pub config: Config,
+    /// The oldest architecture that runs it: `"sm_80"`.
+    pub arch: &'static str,
+}
+
+/// All entry points, in the order of their tables.
+pub fn entries() -> impl Iterator<Item = EntryInfo> {
+    info(standard::SCORES)
+        .chain(info(standard::PROBABILITIES))
+        .chain(info(standard::OUTPUT))
+        .chain(info(softmax::ROW_A_WARP))
+        .chain(info(softmax::ROW_A_BLOCK))
+        .chain(info(flash1::FORWARD))
+        .chain(info(flash2::FORWARD))
+}
+
+fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {
+    table.iter().map(|kernel| EntryInfo { name: kernel.name, config: kernel.config, arch: "sm_80" })
+}

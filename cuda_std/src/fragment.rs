@@ -6,7 +6,7 @@
 use crate::element::Element;
 use crate::matrix::{self, TensorCoreElement};
 use crate::warp::{self, ALL};
-use crate::{SmemTile, math, thread};
+use crate::{Shared, SmemTile, math, thread};
 use half::{bf16, f16};
 
 /// A matrix of f32 in the registers of one warp: 16 `M` rows, 8 `N` columns; 4 `M N` registers a lane.
@@ -82,6 +82,42 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         }
     }
 
+    /// Replaces each element x by `f(x, y)`, with y the element of `other` at the same place.
+    #[inline(always)]
+    pub fn zip(&mut self, other: &Self, f: impl Fn(f32, f32) -> f32) {
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    self.0[m][n][i] = f(self.0[m][n][i], other.0[m][n][i]);
+                }
+            }
+        }
+    }
+
+    /// Replaces each element x by `f(x, y)`, with y the value of its row.
+    #[inline(always)]
+    pub fn zip_rows(&mut self, rows: &RowVector<M>, f: impl Fn(f32, f32) -> f32) {
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    self.0[m][n][i] = f(self.0[m][n][i], rows.0[m][i / 2]);
+                }
+            }
+        }
+    }
+
+    /// Replaces each element x by `f(x, y)`, with y the value of its column.
+    #[inline(always)]
+    pub fn zip_columns(&mut self, columns: &ColumnVector<N>, f: impl Fn(f32, f32) -> f32) {
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    self.0[m][n][i] = f(self.0[m][n][i], columns.0[n][i % 2]);
+                }
+            }
+        }
+    }
+
     /// The left operand of a product: columns `step * T::DEPTH` and on of this matrix, rounded to T.
     #[inline(always)]
     #[track_caller]
@@ -129,6 +165,54 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
                 }
             }
         }
+    }
+}
+
+/// A value for each row of an [`Accumulator`] of `M` row blocks.
+#[derive(Clone, Copy)]
+pub struct RowVector<const M: usize>([[f32; 2]; M]);
+
+impl<const M: usize> RowVector<M> {
+    /// The value `f(row)` of each of this lane's rows.
+    #[inline(always)]
+    #[track_caller]
+    pub fn new(f: impl Fn(u32) -> f32) -> Self {
+        let mut rows = [[0.0; 2]; M];
+        for m in 0..M {
+            for half in 0..2 {
+                rows[m][half] = f(Accumulator::<M, 1>::row(m, half));
+            }
+        }
+        RowVector(rows)
+    }
+
+    /// Each value replaced by `f` of it.
+    #[inline(always)]
+    pub fn map(self, f: impl Fn(f32) -> f32) -> Self {
+        let mut rows = self.0;
+        for m in 0..M {
+            for half in 0..2 {
+                rows[m][half] = f(rows[m][half]);
+            }
+        }
+        RowVector(rows)
+    }
+}
+
+/// A value for each column of an [`Accumulator`] of `N` column blocks.
+#[derive(Clone, Copy)]
+pub struct ColumnVector<const N: usize>([[f32; 2]; N]);
+
+impl<const N: usize> ColumnVector<N> {
+    /// From shared memory: `8 N` values from `from` on, aligned to 8 bytes.
+    #[inline(always)]
+    #[track_caller]
+    pub fn load(from: Shared<f32>) -> Self {
+        let mut columns = [[0.0; 2]; N];
+        for n in 0..N {
+            columns[n] = from.load_vector(Accumulator::<1, N>::column(n, 0));
+        }
+        ColumnVector(columns)
     }
 }
 

@@ -273,6 +273,86 @@ fn explain_draws() {
 }
 
 #[test]
+fn bench_measures_each_kernel_on_the_simulator() {
+    let answer =
+        answers(["bench", "--backend=simulator", "--seqlens=17,32", "--tokens=34", "--headdim=32", "--nheads=2"]);
+    assert_eq!((&answer["backend"], &answer["repetitions"]), (&"simulator".into(), &1.into()));
+    let rows = answer["rows"].as_array().expect("a list");
+    let names: Vec<_> =
+        rows.iter().map(|row| (row["seqlen"].as_u64(), row["batch"].as_u64(), &row["kernel"])).collect();
+    let expected = [(17, 2), (32, 1)].map(|(seqlen, batch)| {
+        ["standard", "flash1", "flash2"].map(|kernel| (Some(seqlen), Some(batch), Value::from(kernel)))
+    });
+    assert!(
+        names.iter().copied().eq(expected.as_flattened().iter().map(|(s, b, kernel)| (*s, *b, kernel))),
+        "{names:?}"
+    );
+    for row in rows {
+        assert!(row["seconds"].as_f64() > Some(0.0) && row["tflops"].as_f64() > Some(0.0), "{row}");
+    }
+    let of_inputs: Vec<_> = rows.iter().map(|row| row["extra_per_input"].as_f64().expect("a number")).collect();
+    // Its LSE: 4 bytes for each row of 32 elements of 2 bytes, which Q, K and V have.
+    assert!((of_inputs[2] - 4.0 / (3.0 * 32.0 * 2.0)).abs() < 1e-9, "{of_inputs:?}");
+    assert!(of_inputs[0] > of_inputs[2], "S and P are more than the LSE");
+}
+
+#[test]
+fn bench_measures_the_cpu() {
+    let arguments =
+        ["bench", "--backend=cpu", "--seqlens=8,16", "--batch=1", "--nheads=1", "--repetitions=2", "--causal"];
+    let answer = answers(arguments);
+    let rows = answer["rows"].as_array().expect("a list");
+    // One algorithm; its FLOPs are 4 seqlen² headdim, and half of it when causal.
+    assert_eq!(rows.iter().map(|row| row["flops"].as_u64()).collect::<Vec<_>>(), [Some(8192), Some(32768)]);
+    let printed = succeeds(arguments);
+    for expected in ["seqlen", "TFLOP/s", "extra memory", "the median of 2", "bf16, causal", "tiled online softmax"] {
+        assert!(printed.contains(expected), "{expected:?} is not in {printed}");
+    }
+}
+
+#[test]
+fn bench_says_what_a_kernel_cannot_do_and_goes_on() {
+    let small = ["bench", "--backend=simulator", "--seqlens=16", "--batch=1", "--nheads=1"];
+    let answer = answers(small.into_iter().chain(["--kernels=flash2,flash1", "--dtype=f32"]));
+    let error = answer["rows"][0]["error"].as_str().expect("flash2 has no f32");
+    assert!(error.contains("flash2: dtype f32; allowed: f16, bf16"), "{error}");
+    assert!(answer["rows"][1]["seconds"].as_f64() > Some(0.0));
+
+    let output = ferroflash(small.into_iter().chain(["--headdim=48"]));
+    assert_eq!(output.status.code(), Some(1), "nothing was measured");
+    let printed = String::from_utf8(output.stdout).expect("UTF-8");
+    assert!(printed.contains("flash2: headdim 48; allowed: 32, 64, 128"), "{printed}");
+    refuses(["bench", "--backend=cpu", "--batch=2000000000", "--nheads=2000000000"], "elements; allowed: at most");
+}
+
+#[test]
+fn ptx_prints_what_is_embedded() {
+    let names = succeeds(["ptx"]);
+    let kernels = answers(["ptx"]);
+    let kernels = kernels["kernels"].as_array().expect("a list");
+    assert!(names.lines().eq(kernels.iter().map(|kernel| kernel["name"].as_str().expect("a name"))));
+    assert_eq!(Some(kernels), answers(["info"])["kernels"].as_array());
+    assert!(succeeds(["ptx", "--arch=sm_10"]).is_empty());
+
+    let name = "flash2_fwd_bf16_d64_causal";
+    let ptx = succeeds(["ptx", name]);
+    assert!(ptx.contains(".target sm_80") && ptx.contains(&format!(".visible .entry {name}(")), "{ptx}");
+    let kernel = answers(["ptx", name]);
+    assert_eq!(kernel["ptx"], ptx.as_str());
+    assert_eq!((&kernel["family"], &kernel["dtype"]), (&"flash2".into(), &"bf16".into()));
+    assert_eq!((&kernel["headdim"], &kernel["causal"]), (&64.into(), &true.into()));
+    for size in ["threads", "shared_bytes", "block_m", "block_n"] {
+        assert!(kernel[size].as_u64() > Some(0), "{size}");
+    }
+
+    let directory = Directory::new("ptx");
+    let file = directory.path("flash2.ptx");
+    assert_eq!(succeeds(["ptx", name, "-o", &file]), "");
+    assert_eq!(fs::read_to_string(&file).expect("written"), ptx);
+    refuses(["ptx", "flash9_fwd"], "no kernel \"flash9_fwd\" is embedded here");
+}
+
+#[test]
 fn bad_files_are_refused() {
     let directory = Directory::new("files");
     refuses(["run", "/no/such/file.safetensors"], "cannot read /no/such/file.safetensors: No such file");
@@ -313,9 +393,9 @@ fn bad_tensors_are_refused() {
     let heads = directory.attention("heads", f16, &[1, 8, 3, 32], shape);
     refuses(["run", &heads], "nheads is 3, which is no multiple of nheads_k = 2");
     let odd = directory.attention("odd", f16, &[1, 8, 2, 48], &[1, 8, 2, 48]);
-    refuses(["run", &odd, "--backend=simulator", "--kernel=flash2"], "48");
+    refuses(["run", &odd, "--backend=simulator", "--kernel=flash2"], "flash2: headdim 48; allowed: 32, 64, 128");
     let single = directory.attention("single", Dtype::F32, shape, shape);
-    refuses(["run", &single, "--backend=simulator", "--kernel=flash2"], "flash2");
+    refuses(["run", &single, "--backend=simulator", "--kernel=flash2"], "flash2: dtype f32; allowed: f16, bf16");
 }
 
 #[test]
@@ -334,6 +414,10 @@ fn bad_arguments_are_refused() {
         (vec!["explain", "--seqlen", "0"], "--seqlen"),
         (vec!["explain", "--headdim", "48"], "possible values: 32, 64, 128"),
         (vec!["explain", "--seqlens", "64,many"], "--seqlens"),
+        (vec!["bench", "--seqlens", "64,0"], "--seqlens"),
+        (vec!["bench", "--tokens", "64", "--batch", "1"], "--batch"),
+        (vec!["bench", "--dtype", "f8"], "possible values: f32, f16, bf16"),
+        (vec!["ptx", "-o", "kernels.ptx"], "ENTRY"),
         (vec!["run"], "INPUT"),
         (vec!["fly"], "unrecognized subcommand"),
         (vec![], "Usage"),
@@ -346,7 +430,7 @@ fn bad_arguments_are_refused() {
 #[test]
 fn help_has_examples() {
     assert!(succeeds(["--help"]).contains("Examples:"));
-    for command in ["run", "softmax", "explain"] {
+    for command in ["run", "softmax", "explain", "bench", "ptx"] {
         assert!(succeeds([command, "--help"]).contains("Examples:"));
     }
     assert_eq!(succeeds(["--version"]).trim(), concat!("ferroflash ", env!("CARGO_PKG_VERSION")));

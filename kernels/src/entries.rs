@@ -1,6 +1,6 @@
 //! All entry points, for tools that walk over them.
 use crate::config::Config;
-use crate::{flash1, flash2, softmax, standard};
+use crate::{flash1, flash2, flash2_backward, softmax, standard};
 use cuda_std::Kernel;
 
 /// An entry point of any family, for tools that walk over all of them.
@@ -23,6 +23,9 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(softmax::ROW_A_BLOCK))
         .chain(info(flash1::FORWARD))
         .chain(info(flash2::FORWARD))
+        .chain(info(flash2_backward::ROW_SUMS))
+        .chain(info(flash2_backward::KEYS_AND_VALUES))
+        .chain(info(flash2_backward::QUERIES))
 }
 
 fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {

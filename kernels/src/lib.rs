@@ -11,6 +11,7 @@ mod config;
 mod entries;
 pub mod flash1;
 pub mod flash2;
+pub mod flash2_backward;
 pub mod mask;
 mod online_softmax;
 mod row_softmax;

@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use defaults::Defaults;
 use ferroflash::{Backend, DType, Kernel};
 use measure::{Setting, measure};
-use shapes::ShapeArguments;
+use shapes::{Shape, ShapeArguments};
 use std::num::NonZeroUsize;
 
 const EXAMPLES: &str = "\
@@ -68,7 +68,7 @@ pub fn execute(arguments: Arguments) -> Result<()> {
     if arguments.json {
         print_json(&table::json(&setting, &rows))?;
     } else {
-        print(format_args!("{}\n{}\n", facts(&setting), table::text(&rows)))?;
+        print(format_args!("{}\n{}\n", facts(&setting, shapes[0]), table::text(&rows)))?;
     }
     // Rows that failed have said why; the command fails only if it has nothing else to show.
     if rows.iter().all(|row| row.outcome.is_err()) {
@@ -77,13 +77,14 @@ pub fn execute(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-fn facts(setting: &Setting) -> Facts {
+fn facts(setting: &Setting, shape: Shape) -> Facts {
     let Setting { session, dtype, causal, repetitions } = setting;
     let backend = session.backend();
     let mut facts = Facts::default();
     facts.add("backend", backend);
     facts.add("device", session.device_name());
-    facts.add("inputs", format_args!("{}{}", dtype.name(), if *causal { ", causal" } else { "" }));
+    let (dtype, mask) = (dtype.name(), if *causal { ", causal" } else { "" });
+    facts.add("inputs", format_args!("nheads {}, headdim {}, {dtype}{mask}", shape.nheads, shape.headdim));
     let of = if backend == Backend::Simulator { " of the simulation" } else { "" };
     let each = if *repetitions > 1 { format!("the median of {repetitions}") } else { "of one run".to_owned() };
     facts.add("times", format_args!("{each}{of}"));

@@ -40,7 +40,7 @@ pub struct ShapeArguments {
     /// Sequences, the same number at each length, instead of --tokens
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     batch: Option<u32>,
-    /// Heads [default: 2048 / headdim on a GPU, 512 / headdim on the CPU, 1 on the simulator]
+    /// Heads [default: 2048 / headdim on a GPU, 512 / headdim on the CPU, 64 / headdim on the simulator]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     nheads: Option<u32>,
     /// Elements of one head's row
@@ -61,7 +61,11 @@ impl ShapeArguments {
         let shapes: Vec<_> = self.seqlens.as_deref().unwrap_or(defaults.seqlens).iter().map(|&n| shape(n)).collect();
         for shape in &shapes {
             if shape.elements() > MOST_ELEMENTS {
-                bail!("shape {:?} has {} elements; allowed: {MOST_ELEMENTS}", shape.dimensions(), shape.elements());
+                bail!(
+                    "shape {:?} has {} elements; allowed: at most {MOST_ELEMENTS}",
+                    shape.dimensions(),
+                    shape.elements()
+                );
             }
         }
         Ok(shapes)

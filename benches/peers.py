@@ -1,0 +1,421 @@
+#!/usr/bin/env python3
+"""Times ferroflash's FlashAttention-2 forward beside PyTorch's FlashAttention-2 and cuDNN, on one GPU, in one process.
+
+    cargo build --release
+    python3 benches/peers.py
+    python3 benches/peers.py --headdim 128 --seqlens 4096,16384 --json peers.json --svg peers.svg
+
+The kernels are those that the command `ferroflash` embeds: `ferroflash ptx` gives their PTX and how to launch them.
+Needs PyTorch with CUDA, on a GPU of compute capability 8.0 or newer; for --svg also matplotlib.
+
+How it measures, and why:
+
+- All implementations get the same N(0, 1) inputs, in memory as (batch, seqlen, heads, headdim).
+- Before anything is timed, each is compared with f64. The rule is FlashAttention's own: the largest error is at most
+  twice that of a plain implementation in the same dtype, plus 1e-5. Who breaks it is not timed.
+- The implementations run in a new random order in every round, and the GPU rests before each: its clock falls as it
+  gets hot, so back to back, the order would decide.
+- All repetitions are queued behind a kernel that sleeps: the time to launch them stays out.
+- A time is the median over rounds of the median over repetitions, by CUDA's events.
+- FLOPs are those of the two products, 4 batch heads seqlen^2 headdim, half of it when causal.
+- The ceiling beside them is a matrix product of 8192 x 8192 x 8192 in the same dtype, before and after.
+"""
+import argparse
+import ctypes
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+OURS, FA2, CUDNN = "ferroflash", "PyTorch FA2", "cuDNN"
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+# --- ferroflash's kernel, launched as it is embedded ------------------------------------------------------------------
+
+
+class Tensor(ctypes.Structure):
+    """`kernels::attention::Tensor`: (batch, seqlen, heads, headdim), the last contiguous. Strides count elements."""
+
+    _fields_ = [
+        ("data", ctypes.c_uint64),
+        ("batch_stride", ctypes.c_uint64),
+        ("row_stride", ctypes.c_uint64),
+        ("head_stride", ctypes.c_uint64),
+    ]
+
+    @classmethod
+    def of(cls, x):
+        return cls(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+class Attention(ctypes.Structure):
+    """`kernels::attention::Attention`, which is `repr(C)`: all that `kernels::flash2::Params` holds. Keep it like that."""
+
+    _fields_ = [
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("o", Tensor),
+        ("softmax_lse", ctypes.c_uint64),
+        ("batch", ctypes.c_uint32),
+        ("nheads", ctypes.c_uint32),
+        ("nheads_k", ctypes.c_uint32),
+        ("seqlen_q", ctypes.c_uint32),
+        ("seqlen_k", ctypes.c_uint32),
+        ("headdim", ctypes.c_uint32),
+        ("softmax_scale", ctypes.c_float),
+        ("causal", ctypes.c_uint32),
+    ]
+
+
+class Driver:
+    """The few calls of the CUDA driver that a launch takes. PyTorch has made the device's primary context current."""
+
+    MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
+
+    def __init__(self):
+        self.library = ctypes.CDLL("libcuda.so.1")
+
+    def call(self, function, *arguments):
+        code = getattr(self.library, function)(*arguments)
+        if code != 0:
+            name = ctypes.c_char_p()
+            self.library.cuGetErrorName(code, ctypes.byref(name))
+            raise RuntimeError(f"{function}: {(name.value or b'unknown error').decode()} ({code})")
+
+    def load(self, ptx, name, shared_bytes):
+        """The kernel `name` of this PTX, ready for so much dynamic shared memory."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(ptx.encode()))
+        self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        self.call("cuFuncSetAttribute", function, self.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+        return function
+
+    def launch(self, function, blocks, threads, shared_bytes, parameters):
+        """Launches on PyTorch's current stream. The driver copies the parameters before it returns."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        grid, block = (blocks, 1, 1), (threads, 1, 1)
+        self.call("cuLaunchKernel", function, *grid, *block, shared_bytes, stream, pointers, None)
+
+
+class Flash2:
+    """One kernel of the family flash2: for one dtype and head dimension, causal or not."""
+
+    def __init__(self, driver, command, dtype, headdim, causal):
+        wanted = {"family": "flash2", "dtype": dtype, "headdim": headdim, "causal": causal}
+        kernels = answer(command, "ptx")["kernels"]
+        found = [kernel for kernel in kernels if all(kernel.get(key) == value for key, value in wanted.items())]
+        if not found:
+            raise LookupError(f"{command} embeds no kernel with {wanted}")
+        self.entry = answer(command, "ptx", found[0]["name"], "--arch", found[0]["arch"])
+        if f"_param_0[{ctypes.sizeof(Attention)}]" not in self.entry["ptx"]:
+            raise LookupError(f"{self.entry['name']} takes other parameters than this script knows")
+        self.driver, self.causal = driver, causal
+        self.function = driver.load(self.entry["ptx"], self.entry["name"], self.entry["shared_bytes"])
+
+    def __call__(self, q, k, v):
+        """O, in fresh memory, as the peers return theirs."""
+        o = torch.empty_like(q)
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device, dtype=torch.float32)
+        self.launch(q, k, v, o, lse)
+        return o
+
+    def launch(self, q, k, v, o, lse):
+        batch, seqlen_q, nheads, headdim = q.shape
+        seqlen_k, nheads_k = k.shape[1:3]
+        tensors = (Tensor.of(q), Tensor.of(k), Tensor.of(v), Tensor.of(o), lse.data_ptr())
+        sizes = (batch, nheads, nheads_k, seqlen_q, seqlen_k, headdim)
+        parameters = Attention(*tensors, *sizes, 1 / math.sqrt(headdim), int(self.causal))
+        blocks = math.ceil(seqlen_q / self.entry["block_m"]) * nheads * batch
+        self.driver.launch(self.function, blocks, self.entry["threads"], self.entry["shared_bytes"], parameters)
+
+
+def answer(command, *arguments):
+    """The JSON object that the command `ferroflash` prints."""
+    done = subprocess.run([command, *arguments, "--json"], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout)
+
+
+# --- its peers, and the truth -----------------------------------------------------------------------------------------
+
+
+def sdpa(backend, causal):
+    """PyTorch's scaled_dot_product_attention on one of its backends, which is told so or fails."""
+
+    def attention(q, k, v):
+        with torch.no_grad(), sdpa_kernel(backend):
+            o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
+        return o.transpose(1, 2)
+
+    return attention
+
+
+def plain(q, k, v, causal):
+    """O and LSE by the definition, in the dtype of the inputs."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    s = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], device=s.device, dtype=torch.bool).triu(1), -math.inf)
+    return (s.softmax(-1) @ v).transpose(1, 2), s.logsumexp(-1)
+
+
+def check(attentions, dtype, headdim, causal):
+    """Says how far each is from f64. Returns those that keep the rule."""
+    # A length that no tile divides.
+    q, k, v = (torch.randn(2, 509, 4, headdim, device="cuda", dtype=dtype) for _ in range(3))
+    o, lse = plain(q.double(), k.double(), v.double(), causal)
+    bound = 2 * (plain(q, k, v, causal)[0] - o).abs().max().item() + 1e-5
+    good = {}
+    for name, attention in runnable(attentions, q, k, v).items():
+        if isinstance(attention, Flash2):
+            # An element that it does not write stays NaN, which is not within any bound.
+            out, out_lse = torch.full_like(q, math.nan), torch.full_like(lse, math.nan, dtype=torch.float32)
+            attention.launch(q, k, v, out, out_lse)
+            lse_error = ((out_lse - lse).abs() / lse.abs().clamp(min=1)).max().item()
+        else:
+            out, lse_error = attention(q, k, v), 0.0
+        error = (out - o).abs().max().item()
+        # The LSE of the others is not theirs to give: PyTorch keeps it.
+        passed = error <= bound and lse_error <= 1e-5
+        say(f"  {name}: O off by {error:.1e}, allowed {bound:.1e}: {'ok' if passed else 'WRONG, not timed'}")
+        if passed:
+            good[name] = attention
+    return good
+
+
+def runnable(attentions, q, k, v):
+    """Those that can run these inputs."""
+    able = {}
+    for name, attention in attentions.items():
+        try:
+            attention(q, k, v)
+            torch.cuda.synchronize()
+            able[name] = attention
+        except RuntimeError as reason:
+            say(f"  {name} cannot run {tuple(q.shape)}: {first_line(reason)}")
+    return able
+
+
+# --- the measurements -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """The TFLOP/s of all implementations at one shape. Who could not run has none."""
+
+    headdim: int
+    causal: bool
+    seqlen: int
+    batch: int
+    heads: int
+    tflops: dict
+
+    def ratio(self, peer):
+        """ferroflash's speed as a part of the peer's."""
+        ours, theirs = self.tflops.get(OURS), self.tflops.get(peer)
+        return ours / theirs if ours and theirs else None
+
+
+def seconds(call, repetitions, rest):
+    """The median time of a call on the GPU alone."""
+    call()
+    torch.cuda.synchronize()
+    time.sleep(rest)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    torch.cuda._sleep(10_000_000)  # cycles: some milliseconds, longer than it takes to queue the calls
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e-3
+
+
+def measure(attentions, row, dtype, options):
+    """Fills in the row."""
+    shape = (row.batch, row.seqlen, row.heads, row.headdim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    attentions = runnable(attentions, q, k, v)
+    times = {name: [] for name in attentions}
+    for _ in range(options.rounds):
+        for name in random.sample(list(attentions), len(attentions)):
+            attention = attentions[name]
+            times[name].append(seconds(lambda: attention(q, k, v), options.repetitions, options.rest))
+    flops = 4 * row.batch * row.heads * row.seqlen**2 * row.headdim / (2 if row.causal else 1)
+    row.tflops = {name: flops / statistics.median(of_rounds) * 1e-12 for name, of_rounds in times.items()}
+
+
+def matmul_tflops(dtype, options):
+    """What the GPU's matrix units reach on a problem that suits them."""
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * 8192**3 / seconds(lambda: x @ y, options.repetitions, options.rest) * 1e-12
+
+
+def measure_all(options):
+    """All rows, and the ceiling before and after them."""
+    dtype, driver = DTYPES[options.dtype], Driver()
+    ceiling = [matmul_tflops(dtype, options)]
+    rows = []
+    for headdim in options.headdim:
+        for causal in options.causal:
+            say(f"headdim {headdim}{', causal' if causal else ''}")
+            attentions = {
+                OURS: Flash2(driver, options.ferroflash, options.dtype, headdim, causal),
+                FA2: sdpa(SDPBackend.FLASH_ATTENTION, causal),
+                CUDNN: sdpa(SDPBackend.CUDNN_ATTENTION, causal),
+            }
+            attentions = check(attentions, dtype, headdim, causal)
+            for seqlen in options.seqlens:
+                batch, heads = max(1, options.tokens // seqlen), max(1, options.hidden // headdim)
+                row = Row(headdim, causal, seqlen, batch, heads, {})
+                measure(attentions, row, dtype, options)
+                rows.append(row)
+    ceiling.append(matmul_tflops(dtype, options))
+    return rows, ceiling
+
+
+# --- what is said about them ------------------------------------------------------------------------------------------
+
+
+def markdown(rows):
+    """The rows as a table, with the geometric means of the ratios below."""
+    header = ["headdim", "causal", "seqlen", "batch", "heads", OURS, FA2, CUDNN, f"/ {FA2}", f"/ {CUDNN}"]
+    lines = [header, ["---:"] * len(header)]
+    for row in rows:
+        shape = [row.headdim, "yes" if row.causal else "no", row.seqlen, row.batch, row.heads]
+        speeds = [number(row.tflops.get(name), 0) for name in (OURS, FA2, CUDNN)]
+        lines.append([*shape, *speeds, number(row.ratio(FA2), 2), number(row.ratio(CUDNN), 2)])
+    means = [number(geometric_mean(rows, peer), 2) for peer in (FA2, CUDNN)]
+    lines.append(["geometric mean", *[""] * (len(header) - 3), *means])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def geometric_mean(rows, peer):
+    """Of ferroflash's speed as a part of the peer's, over the shapes that both can run."""
+    ratios = [ratio for row in rows if (ratio := row.ratio(peer)) is not None]
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def number(x, decimals):
+    return "-" if x is None else f"{x:.{decimals}f}"
+
+
+def draw(rows, title, path):
+    """Bars by sequence length: a panel for each head dimension, causal and not."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same numbers make the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "ferroflash", "font.size": 9})
+    from matplotlib import pyplot
+
+    # Of Okabe and Ito's palette, whose colours all people can tell apart; grey for cuDNN.
+    colours = {OURS: "#D55E00", FA2: "#0072B2", CUDNN: "#AAAAAA"}
+    headdims, masks = (sorted({getattr(row, name) for row in rows}) for name in ("headdim", "causal"))
+    size = (5.6 * len(masks), 2.9 * len(headdims) + 0.8)
+    figure, panels = pyplot.subplots(
+        len(headdims), len(masks), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for headdim, line in zip(headdims, panels):
+        for causal, panel in zip(masks, line):
+            of_panel = [row for row in rows if (row.headdim, row.causal) == (headdim, causal)]
+            for i, (name, colour) in enumerate(colours.items()):
+                places = [place + 0.28 * (i - 1) for place in range(len(of_panel))]
+                speeds = [row.tflops.get(name, 0) for row in of_panel]
+                bars = panel.bar(places, speeds, width=0.26, color=colour, label=name)
+                panel.bar_label(bars, [f"{x:.0f}" if x else "" for x in speeds], fontsize=7, padding=1)
+            panel.set_xticks(range(len(of_panel)), [str(row.seqlen) for row in of_panel])
+            panel.set_title(f"headdim {headdim}{', causal' if causal else ''}")
+            panel.margins(y=0.12)
+            panel.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel("TFLOP/s")
+    for panel in panels[-1]:
+        panel.set_xlabel("sequence length")
+    figure.suptitle(title)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def say(line):
+    """Progress, for whoever waits; stdout is for the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def first_line(reason):
+    return str(reason).strip().partition("\n")[0]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def positive(text):
+    n = int(text)
+    if n < 1:
+        raise ValueError
+    return n
+
+
+def list_of_positive(text):
+    return [positive(n) for n in text.split(",")]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built = Path(__file__).resolve().parent.parent / "target" / "release" / "ferroflash"
+    masks = {"no": [False], "yes": [True], "both": [False, True]}
+    add = parser.add_argument
+    add("--ferroflash", metavar="PATH", default=str(built), help="the command [target/release/ferroflash]")
+    add("--headdim", metavar="D,...", type=list_of_positive, default=[64, 128], help="[64,128]")
+    lengths = [1024, 2048, 4096, 8192, 16384]
+    add("--seqlens", metavar="N,...", type=list_of_positive, default=lengths, help="[1024,2048,4096,8192,16384]")
+    add("--tokens", metavar="N", type=positive, default=16384, help="batch x seqlen [16384]")
+    add("--hidden", metavar="N", type=positive, default=2048, help="heads x headdim [2048]")
+    add("--causal", choices=masks, default="both", help="[both]")
+    add("--dtype", choices=DTYPES, default="bf16", help="[bf16]")
+    add("--rounds", metavar="N", type=positive, default=3, help="[3]")
+    add("--repetitions", metavar="N", type=positive, default=8, help="in each round [8]")
+    add("--rest", metavar="SECONDS", type=float, default=0.1, help="before each measurement [0.1]")
+    add("--seed", metavar="N", type=int, default=1, help="of the inputs and the order [1]")
+    add("--json", metavar="FILE", help="write the results to this file, too")
+    add("--svg", metavar="FILE", help="draw them")
+    options = parser.parse_args()
+    options.causal = masks[options.causal]
+    return options
+
+
+def main():
+    options = arguments()
+    if not torch.cuda.is_available():
+        sys.exit("error: PyTorch finds no GPU")
+    random.seed(options.seed)
+    torch.manual_seed(options.seed)
+
+    try:
+        rows, ceiling = measure_all(options)
+    except (LookupError, OSError, RuntimeError, subprocess.CalledProcessError) as reason:
+        sys.exit(f"error: {first_line(reason)}")
+    device = torch.cuda.get_device_name()
+    print(markdown(rows))
+    print(f"\nForward, {options.dtype}, TFLOP/s; {device}, PyTorch {torch.__version__}.")
+    print(f"Matrix product, 8192 x 8192 x 8192: {ceiling[0]:.0f} TFLOP/s before, {ceiling[1]:.0f} after.")
+    if options.json:
+        means = {peer: geometric_mean(rows, peer) for peer in (FA2, CUDNN)}
+        results = {"device": device, "torch": torch.__version__, "dtype": options.dtype, "matmul_tflops": ceiling}
+        results |= {"geometric_means": means, "rows": [asdict(row) for row in rows]}
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    if options.svg:
+        draw(rows, f"Attention forward, {options.dtype}, {device}", options.svg)
+
+
+if __name__ == "__main__":
+    main()

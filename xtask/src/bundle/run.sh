@@ -48,11 +48,12 @@ tests() {
         filters=(gpu cuda)
     fi
     echo "== $binary"
-    "$binary" --show-output "${filters[@]}" 2>&1 | count
+    # A kernel that hangs is not to hang all that follows.
+    timeout 300 "$binary" --show-output "${filters[@]}" 2>&1 | count
     local status=${PIPESTATUS[0]}
     read -r p f s <"$counts"
     if ((status != 0 && f == 0)); then
-        echo "$binary: exit status $status"
+        echo "$binary: exit status $status (124: it took more than 300 s)"
         f=1
     fi
     ((passed += p, failed += f, skipped += s))

@@ -1,30 +1,98 @@
-//! The simulated GPU.
-mod access;
-mod banks;
+//! A simulated GPU: runs kernels on the CPU, checks every access and every barrier, and counts what moves.
+//!
+//! ```
+//! use cuda_std::sim::{Launch, Memory, Options, launch};
+//! use cuda_std::thread::{block_dim_x, block_idx_x, thread_idx_x};
+//!
+//! let memory = Memory::new();
+//! let (x, y) = (memory.upload("x", &[1.0f32; 256]), memory.allocate::<f32>("y", 256));
+//! let (from, to) = (x.global(), y.global());
+//! let two_blocks = Launch { kernel: "double", grid: [2, 1, 1], block: [128, 1, 1], shared_bytes: 0 };
+//! let report = launch(&two_blocks, &memory, &Options::default(), || {
+//!     let i = (block_idx_x() * block_dim_x() + thread_idx_x()) as usize;
+//!     to.store(i, 2.0 * from.load(i));
+//! });
+//! assert!(report.findings.is_empty());
+//! assert_eq!(memory.read(&y), [2.0; 256]);
+//! assert_eq!(report.counters.tensor("y").unwrap().stored_bytes, 1024);
+//! ```
+//!
+//! # The machine
+//!
+//! Each thread of a block is a coroutine. A block runs on one thread of the host, from one word that must wait to the next,
+//! so a launch does the same in each run: threads take turns in the order of their indices, or in one that a
+//! [seed](Options::seed) chooses. Blocks start in their order and run in parallel.
+//!
+//! - **Warps.** Lanes meet in shuffles, votes, matrix words and [`sync_warp`](crate::warp::sync_warp) if they name the same
+//!   word and the same members; where PTX says `.aligned` (matrix words, barriers), at the same place in the source too.
+//! - **Memory order.** `sync_warp` orders the accesses of its members,
+//!   [`sync_threads`](crate::thread::sync_threads) those of the block, a named barrier what those that arrive did before
+//!   with what those that wait do after. Nothing else orders memory: no shuffle, no vote, no atomic.
+//! - **Asynchronous copies** take effect as late as they may, at the wait of the thread that issued them.
+//! - **Atomics** on global memory are done block by block, in the order of the blocks: the first of a block waits until all
+//!   blocks before it have ended. So sums of floats are the same in each run. A block that waits for a later one is reported
+//!   as a deadlock, although a GPU may run both at once.
+//! - **Memory** that nobody has written holds all ones: NaN, in every format of floats.
+//!
+//! # What is reported
+//!
+//! [`FindingKind`] lists it. Races are found by vector clocks, not by luck: two accesses that no barrier orders are
+//! reported in whatever order they happen to run, within a block and between blocks. A finding names kernel, block,
+//! thread and source line of both sides, and counts how often it occurred at the same pair of lines.
+//!
+//! What is not found: a race that hides behind another data-dependent branch than the one taken; a loop that says no word
+//! (it hangs, here as there); too many registers; what depends on how many blocks are resident at once.
+//!
+//! # What is counted
+//!
+//! [`Counters`] has bytes and 32-byte sectors of each tensor, accesses and bank conflicts of shared memory, and flops by
+//! unit. Sectors and bank conflicts are those of instructions of whole warps: lanes run one after the other, and their n-th
+//! accesses at the same place, since they last met, are taken for one instruction. There are no caches: a sector is
+//! counted each time that a warp asks for it.
+//!
+//! # What it costs
+//!
+//! A switch between threads takes 20 to 40 ns, an access 5 ns, 10 to 40 with the race detector and as much again with the
+//! counters. Words that do much at once (a matrix word of many tiles) cost little more than those that do little.
+//! FlashAttention-2, one head of 512 tokens and dimension 64, takes 20 ms on two cores, 30 with all checks.
+
+// What a kernel says. Words of Hopper (mbarrier, TMA, wgmma) become modules beside those that are there.
+pub(crate) mod words;
+
+// Threads: how they run, wait and meet. An mbarrier is to be a rendezvous beside `barriers`.
 mod barriers;
 mod block;
-mod clocks;
 mod cluster;
-mod copies;
-mod counters;
 mod deadlock;
-mod footprints;
-mod global_shadow;
-mod launch;
-mod memory;
-mod order;
 mod panics;
 mod rendezvous;
-mod report;
 mod scheduler;
-mod shadow;
-mod shared_memory;
-mod site;
 mod stacks;
-mod traffic;
+
+// Memory: where it lies, and how it is accessed. TMA is to be an agent beside `copies`.
+mod access;
+mod copies;
+mod memory;
+mod shared_memory;
+
+// The race detector: within a block, and between blocks.
+mod clocks;
+mod footprints;
+mod global_shadow;
+mod order;
+mod shadow;
+mod site;
 mod uninitialised;
 mod unit;
-pub(crate) mod words;
+
+// Counters.
+mod banks;
+mod counters;
+mod traffic;
+
+// Launches, and what is reported of them.
+mod launch;
+mod report;
 
 pub use counters::{ConflictSite, Counters, Flops, SharedTraffic, TensorTraffic};
 pub use launch::{Launch, Options, launch};

@@ -136,13 +136,12 @@ impl Shadow {
         }
         let first = self.units[unit].link as usize;
         let mut rival = None;
-        for (part, Span { offset, bytes }) in parts(Span { offset: 0, bytes: size }) {
-            let (from, to) = (span.offset.max(offset), (span.offset + span.bytes).min(offset + bytes));
-            if from < to {
-                let span = Span { offset: from - offset, bytes: to - from };
-                let found = self.access_parts(first + part, bytes, span, usage, actor, clocks);
-                rival = rival.or(found);
-            }
+        let (part_bytes, end) = (bytes_of_parts(size), span.offset + span.bytes);
+        for part in span.offset / part_bytes..end.div_ceil(part_bytes) {
+            let (from, to) = (span.offset.max(part * part_bytes), end.min((part + 1) * part_bytes));
+            let span = Span { offset: from - part * part_bytes, bytes: to - from };
+            let found = self.access_parts(first + part as usize, part_bytes, span, usage, actor, clocks);
+            rival = rival.or(found);
         }
         if whole && usage == Use::Write {
             self.free_parts.push(first as u32);
@@ -165,6 +164,10 @@ const MOST_PARTS: usize = 4;
 
 /// The parts that a unit is split into.
 fn parts(unit: Span) -> impl Iterator<Item = (usize, Span)> {
-    let bytes = if unit.bytes == GRANULE as u32 { 4 } else { 2 };
+    let bytes = bytes_of_parts(unit.bytes);
     (0..unit.bytes / bytes).map(move |part| (part as usize, Span { offset: unit.offset + part * bytes, bytes }))
+}
+
+fn bytes_of_parts(unit: u32) -> u32 {
+    if unit == GRANULE as u32 { 4 } else { 2 }
 }

@@ -5,7 +5,7 @@
 //! - built for the host, each word acts on a simulated GPU (module [`sim`]), which runs the same kernel, line for line,
 //!   and reports races, uninitialised reads, out-of-bounds accesses, divergent barriers, and every byte that moves.
 //!
-//! The names follow the Rust-CUDA crate of the same name ([`thread::thread_idx_x`], [`kernel`], [`shared_array!`]), so
+//! The names follow the Rust-CUDA crate of the same name ([`thread::thread_idx_x`], [`kernel`](macro@kernel), [`shared_array!`]), so
 //! that a kernel can move between the two.
 //!
 //! # Safety of device code

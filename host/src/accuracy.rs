@@ -15,6 +15,10 @@ use crate::reference;
 use crate::session::{Attention, Softmax};
 use crate::tensor::{Tensor, TensorRef};
 
+mod backward;
+
+pub use backward::{BackwardAccuracy, GradientAccuracy, check_backward};
+
 /// What every bound allows.
 const FLOOR: f64 = 1e-5;
 
@@ -91,12 +95,17 @@ pub fn check_softmax<'a>(x: impl Into<TensorRef<'a>>, result: &Softmax) -> Resul
 fn compare_outputs(dtype: DType, out: &[f32], plain: &[f32], reference: &[f64]) -> Accuracy {
     let Comparison { error: out_error, misplaced } = compare(out, reference, |_| 1.0);
     let plain_error = compare(plain, reference, |_| 1.0).error;
+    let out_bound = bound(dtype, plain_error, reference);
+    Accuracy { out_error, plain_error, out_bound, lse_error: 0.0, lse_bound: FLOOR, misplaced }
+}
+
+/// The largest error that a tensor of this dtype may have.
+fn bound(dtype: DType, plain_error: f64, reference: &[f64]) -> f64 {
     let largest = reference.iter().filter(|x| x.is_finite()).fold(1.0, |largest: f64, x| largest.max(x.abs()));
-    let out_bound = match dtype {
+    match dtype {
         DType::F32 => FLOOR * largest,
         DType::F16 | DType::BF16 => 2.0 * plain_error + FLOOR,
-    };
-    Accuracy { out_error, plain_error, out_bound, lse_error: 0.0, lse_bound: FLOOR, misplaced }
+    }
 }
 
 struct Comparison {

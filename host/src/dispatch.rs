@@ -11,6 +11,10 @@ use crate::launch::{Launch, Workspace};
 use crate::options::{Kernel, SoftmaxMethod};
 use crate::problem::Problem;
 
+mod backward;
+
+pub(crate) use backward::BackwardPlan;
+
 /// The family's kernels for a problem, or why it has none.
 type FamilyFor = fn(&Problem) -> Result<Family, String>;
 

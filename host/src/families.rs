@@ -99,7 +99,7 @@ impl Family {
 }
 
 /// The entry point of a table that runs this problem, or what its entries want instead.
-fn find<P>(
+pub(crate) fn find<P>(
     family: &str,
     table: &'static [Kernel<P, Config>],
     problem: &Problem,

@@ -68,6 +68,6 @@ pub use layout::Layout;
 pub use options::{AttentionOptions, Kernel, SoftmaxMethod};
 pub use problem::Problem;
 pub use report::{LaunchReport, Report};
-pub use session::{Attention, Session, Softmax, attention, softmax};
+pub use session::{Attention, Gradients, Session, Softmax, attention, attention_backward, softmax};
 pub use simulator::{Progress, SimulatorOptions};
 pub use tensor::{Tensor, TensorMut, TensorRef};

@@ -10,6 +10,10 @@ use crate::options::SoftmaxMethod;
 use crate::problem::Problem;
 use crate::report::LaunchReport;
 
+mod backward;
+
+pub(crate) use backward::{BackwardInputs, GradientsMut, attention_backward};
+
 /// A machine with a memory of its own.
 pub(crate) trait Machine {
     /// An allocation in its memory, which ends with this.

@@ -106,13 +106,52 @@ impl Problem {
         self.lse_shape().iter().product()
     }
 
+    /// The shape of dK and dV, which is that of K and V: (batch, seqlen_k, nheads_k, headdim).
+    pub(crate) fn keys_shape(&self) -> [usize; 4] {
+        [self.batch, self.seqlen_k, self.nheads_k, self.headdim]
+    }
+
+    /// Whether a tensor has the dtype of the problem and this shape, which is that of `of`.
+    pub(crate) fn check_like(
+        &self,
+        argument: &'static str,
+        layout: &Layout,
+        shape: [usize; 4],
+        of: &'static str,
+    ) -> Result<()> {
+        dimensions(argument, layout)?;
+        same_dtype(argument, layout, self.dtype)?;
+        DIMENSIONS
+            .into_iter()
+            .zip(shape)
+            .enumerate()
+            .try_for_each(|(i, (dimension, extent))| same(argument, layout, i, dimension, extent, of))
+    }
+
+    /// Checks that a backward pass may begin with these: O, its gradient, and the LSE.
+    pub(crate) fn check_backward(&self, out: &Layout, softmax_lse: &Layout, dout: &Layout) -> Result<()> {
+        self.check_like("out", out, self.out_shape(), "q")?;
+        self.check_like("dout", dout, self.out_shape(), "q")?;
+        let argument = "softmax_lse";
+        if softmax_lse.dtype() != DType::F32 {
+            let allowed = "f32".to_owned();
+            return Err(Error::DType { argument, found: softmax_lse.dtype().name(), allowed });
+        }
+        if softmax_lse.shape().len() != 3 {
+            let allowed = "3: (batch, nheads, seqlen_q)";
+            return Err(Error::Rank { argument, found: softmax_lse.shape().len(), allowed });
+        }
+        let dimensions = ["batch", "nheads", "seqlen"];
+        dimensions
+            .into_iter()
+            .zip(self.lse_shape())
+            .enumerate()
+            .try_for_each(|(i, (dimension, extent))| same(argument, softmax_lse, i, dimension, extent, "q"))
+    }
+
     /// Checks that outputs of these sizes take the result.
     pub(crate) fn check_outputs(&self, out: &Layout, softmax_lse: Option<usize>) -> Result<()> {
-        dimensions("out", out)?;
-        same_dtype("out", out, self.dtype)?;
-        for (i, (dimension, extent)) in DIMENSIONS.into_iter().zip(self.out_shape()).enumerate() {
-            same("out", out, i, dimension, extent, "q")?;
-        }
+        self.check_like("out", out, self.out_shape(), "q")?;
         if let Some(found) = softmax_lse.filter(|&found| found != self.rows()) {
             let layout = Layout::contiguous(DType::F32, &self.lse_shape())?;
             let (shape, strides) = (layout.shape().to_vec(), layout.strides().to_vec());
@@ -140,6 +179,11 @@ impl Problem {
     pub fn flops(&self) -> u64 {
         let products = ((self.rows() * self.headdim) as u64).saturating_mul(4 * self.seqlen_k as u64);
         if self.causal { products / 2 } else { products }
+    }
+
+    /// Floating-point operations of the backward pass: its five products are 2.5 times the two of the forward pass.
+    pub fn backward_flops(&self) -> u64 {
+        self.flops().saturating_mul(5) / 2
     }
 }
 

@@ -38,6 +38,10 @@ use crate::options::{AttentionOptions, Kernel};
 use crate::problem::Problem;
 use crate::report::LaunchReport;
 
+mod backward;
+
+pub use backward::{BackwardArguments, BackwardCall};
+
 /// A `CUstream`; null for the default one.
 pub type Stream = *mut c_void;
 
@@ -94,10 +98,7 @@ impl Call {
         let Arguments { q, k, v, out, softmax_lse, options, kernel } = arguments;
         let problem = Problem::new(&q.layout, &k.layout, &v.layout, options)?;
         problem.check_outputs(&out.layout, None)?;
-        if !out.layout.is_distinct() {
-            let allowed = "those with which no two elements share memory";
-            return Err(Error::Stride { argument: "out", found: out.layout.strides().to_vec(), allowed });
-        }
+        out.check_distinct("out")?;
         for (argument, tensor) in [("q", q), ("k", k), ("v", v), ("out", out)] {
             tensor.check_alignment(argument)?;
         }
@@ -185,20 +186,11 @@ impl Call {
     /// # Safety
     /// As [`Call::launch`], and the device's context is current.
     unsafe fn fill_without_keys(&self, stream: Stream) -> Result<()> {
-        let (problem, element) = (&self.problem, self.problem.dtype.bytes());
-        let [batch_stride, row_stride, head_stride] = [0, 1, 2].map(|i| self.out.layout.strides()[i] * element);
-        let width = problem.headdim * element;
-        let pitch = if problem.seqlen_q > 1 { row_stride } else { width };
-        for (batch, head) in (0..problem.batch).flat_map(|batch| (0..problem.nheads).map(move |head| (batch, head))) {
-            let address = self.out.address + (batch * batch_stride + head * head_stride) as u64;
-            // SAFETY: the rows of one head, as the caller promises.
-            check("cuMemsetD2D8Async", unsafe {
-                cuMemsetD2D8Async(address, pitch, 0, width, problem.seqlen_q, stream)
-            })?;
-        }
+        // SAFETY: as the caller promises.
+        unsafe { self.out.fill_with_zeros(stream)? };
         let (lse, minus_infinity) = (self.attention.softmax_lse.address(), f32::NEG_INFINITY.to_bits());
         // SAFETY: the LSE has as many elements, as the caller promises.
-        check("cuMemsetD32Async", unsafe { cuMemsetD32Async(lse, minus_infinity, problem.rows(), stream) })
+        check("cuMemsetD32Async", unsafe { cuMemsetD32Async(lse, minus_infinity, self.problem.rows(), stream) })
     }
 }
 
@@ -217,10 +209,40 @@ impl RawTensor {
         Ok(())
     }
 
+    fn check_distinct(&self, argument: &'static str) -> Result<()> {
+        if self.layout.is_distinct() {
+            return Ok(());
+        }
+        let allowed = "those with which no two elements share memory";
+        Err(Error::Stride { argument, found: self.layout.strides().to_vec(), allowed })
+    }
+
+    /// Sets all elements to 0, head by head: what lies between them stays.
+    ///
+    /// # Safety
+    /// The tensor lies in memory of the device whose context is current and is not used until the stream has done it; the
+    /// stream is one of that context, or null.
+    unsafe fn fill_with_zeros(&self, stream: Stream) -> Result<()> {
+        if self.layout.is_empty() {
+            return Ok(());
+        }
+        let element = self.layout.dtype().bytes();
+        let [batches, rows, heads, headdim] = [0, 1, 2, 3].map(|i| self.layout.shape()[i]);
+        let [batch_stride, row_stride, head_stride] = [0, 1, 2].map(|i| self.layout.strides()[i] * element);
+        let width = headdim * element;
+        let pitch = if rows > 1 { row_stride } else { width };
+        for (batch, head) in (0..batches).flat_map(|batch| (0..heads).map(move |head| (batch, head))) {
+            let address = self.address + (batch * batch_stride + head * head_stride) as u64;
+            // SAFETY: the rows of one head, as the caller promises.
+            check("cuMemsetD2D8Async", unsafe { cuMemsetD2D8Async(address, pitch, 0, width, rows, stream) })?;
+        }
+        Ok(())
+    }
+
     fn tensor(&self) -> Tensor<Untyped> {
         let strides = self.layout.strides();
         let [batch_stride, row_stride, head_stride] = [0, 1, 2].map(|i| strides[i] as u64);
-        // SAFETY: what is at the address `Call::launch` asks its caller about.
+        // SAFETY: what is at the address `launch` asks its caller about.
         let data = unsafe { Global::from_address(self.address) };
         Tensor { data, batch_stride, row_stride, head_stride }
     }

@@ -11,6 +11,10 @@ use crate::options::AttentionOptions;
 use crate::problem::Problem;
 use crate::tensor::TensorRef;
 
+mod backward;
+
+pub use backward::{Gradients, attention_backward, plain_backward};
+
 /// Attention in f64.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]

@@ -17,8 +17,11 @@ use crate::report::{LaunchReport, Report};
 use crate::simulator::{self, Progress, Simulator, SimulatorOptions};
 use crate::tensor::{Tensor, TensorMut, TensorRef};
 
+mod backward;
 #[cfg(test)]
 mod tests;
+
+pub use backward::{Gradients, attention_backward};
 
 /// What computes: a backend, a kernel, and how often to run.
 #[derive(Clone, Debug)]
@@ -222,10 +225,7 @@ impl Session {
         let (algorithm, reason, extra_bytes, (launches, seconds));
         match self.executor {
             Executor::Cpu => {
-                if self.kernel != Kernel::Auto {
-                    let reasons = vec!["the CPU backend has one algorithm of its own, and no kernels".to_owned()];
-                    return Err(Error::Unsupported { kernel: self.kernel, backend: Backend::Cpu, reasons });
-                }
+                self.refuse_kernels_on_cpu()?;
                 algorithm = "tiled online softmax";
                 reason = "the CPU has one algorithm".to_owned();
                 extra_bytes = (problem.rows() * size_of::<f32>()) as u64 + cpu::extra_bytes(problem);
@@ -259,6 +259,14 @@ impl Session {
             extra_bytes,
             launches,
         })
+    }
+
+    fn refuse_kernels_on_cpu(&self) -> Result<()> {
+        if self.kernel == Kernel::Auto {
+            return Ok(());
+        }
+        let reasons = vec!["the CPU backend has one algorithm of its own, and no kernels".to_owned()];
+        Err(Error::Unsupported { kernel: self.kernel, backend: Backend::Cpu, reasons })
     }
 
     fn on_cpu<T: Element>(

@@ -1,4 +1,5 @@
 //! What the workspace's tests share: random inputs, and the grid of shapes that every kernel must pass.
 
+mod backward;
 pub mod grid;
 pub mod inputs;

@@ -146,7 +146,7 @@ fn atomics() {
         sync_threads();
         let [sum, maximum, increments, halves, winner] = [0, 1, 2, 3, 4].map(|i| shared.load(i));
         assert_eq!((sum, maximum, increments, halves), (2016, 63, 64 % 10, 32f32.to_bits()));
-        assert!(winner >= 1 && winner <= 64);
+        assert!((1..=64).contains(&winner));
     });
     // From 5 up to 9, then from 0: 256 increments.
     let increments = (5 + 256) % 10;

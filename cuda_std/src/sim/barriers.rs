@@ -99,7 +99,7 @@ impl Block {
         }
         if barrier.waiting.len() == self.threads.len() {
             self.clocks.join_all();
-        } else {
+        } else if self.context.race_detector {
             self.clocks.join_some(&barrier.arrived, &barrier.waiting);
         }
         // In the order of their indices, unless a seed shuffles them.

@@ -9,7 +9,7 @@ use super::scheduler::Waiting;
 use super::site::Site;
 use super::stacks::{self, ThreadStack};
 use super::traffic::Tally;
-use super::{WARP, words};
+use super::words;
 use corosensei::{Coroutine, Yielder};
 use std::panic::Location;
 use std::sync::Arc;
@@ -83,6 +83,10 @@ impl Block {
             return None;
         }
         self.current = self.ready.pop()?;
+        if self.ready.is_spinning() {
+            self.report_spinning();
+            return None;
+        }
         self.traffic.tally.switches += 1;
         Some(self.current)
     }
@@ -108,5 +112,3 @@ impl Block {
         self.leave_warp();
     }
 }
-
-const _: () = assert!(WARP == 32);

@@ -58,7 +58,6 @@ impl Block {
                 self.end_first_copy()?;
             }
         }
-        self.ready.progress();
         Ok(())
     }
 
@@ -71,6 +70,7 @@ impl Block {
             None => Chunk::default(),
         };
         self.end_copy(to, data, site);
+        self.ready.progress();
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! What to say when no thread of a block can run and some have not exited.
+//! What to say when no thread of a block can run and some have not exited, or when they run for nothing.
 use super::WARP;
 use super::block::Block;
 use super::rendezvous::Lanes;
@@ -21,6 +21,19 @@ impl Block {
         }
         for (waiting, site, threads) in groups {
             self.report_stuck(waiting, site, &threads);
+        }
+    }
+
+    /// Reports that the threads that can run wait for what nobody does.
+    #[cold]
+    pub fn report_spinning(&mut self) {
+        self.stopped = true;
+        let spins = |thread: &usize| self.threads[*thread].waiting == Waiting::Nothing;
+        for thread in (0..self.threads.len()).filter(spins) {
+            if let Some(site) = self.threads[thread].site {
+                let message = "spins for a change that no thread makes; a block cannot wait for a later one".to_owned();
+                return self.report_of(thread, FindingKind::Deadlock, site, None, message);
+            }
         }
     }
 

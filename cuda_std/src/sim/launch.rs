@@ -53,8 +53,8 @@ const MOST_THREADS: u64 = 1024;
 /// ended; a block with a fault that it cannot go on from ends early, and the others run all the same.
 #[track_caller]
 pub fn launch(launch: &Launch, memory: &Memory, options: &Options<'_>, kernel: impl Fn() + Sync) -> Report {
-    let blocks = launch.grid.iter().map(|&n| n as u64).product::<u64>();
-    let threads = launch.block.iter().map(|&n| n as u64).product::<u64>();
+    let product = |dimensions: [u32; 3]| dimensions.into_iter().fold(1u64, |all, n| all.saturating_mul(n as u64));
+    let (blocks, threads) = (product(launch.grid), product(launch.block));
     if let Some(message) = why_impossible(blocks, threads, launch.shared_bytes) {
         return refuse(launch, Location::caller(), message);
     }

@@ -122,9 +122,11 @@ pub(super) fn meet<T>(
 ) {
     let operand: *mut T = operand;
     unless_stopped(with(|block| {
-        let Some(operands) = block.arrive(word, members, site, operand.cast())? else { return Ok(()) };
-        let first_thread = block.current / WARP * WARP;
-        finish(block, &mut Meeting { members, first_thread, operands: operands.map(|operand| operand.cast()) })?;
+        let Some(slot) = block.arrive(word, members, site, operand.cast())? else { return Ok(()) };
+        let warp = block.current / WARP;
+        let operands = block.warps[warp].slots[slot].operands.map(|operand| operand.cast());
+        let first_thread = warp * WARP;
+        finish(block, &mut Meeting { members, first_thread, operands })?;
         block.part(first_thread, members);
         Ok(())
     }));
@@ -132,23 +134,17 @@ pub(super) fn meet<T>(
 }
 
 impl Block {
-    /// The running lane arrives; the operands of all members if it is the last.
+    /// The running lane arrives. If it is the last, the slot that has the operands of all.
     #[inline(always)]
-    fn arrive(
-        &mut self,
-        word: Word,
-        members: u32,
-        site: Site,
-        operand: *mut (),
-    ) -> Result<Option<[*mut (); WARP]>, Stop> {
+    fn arrive(&mut self, word: Word, members: u32, site: Site, operand: *mut ()) -> Result<Option<usize>, Stop> {
         let (number, lane) = (self.current / WARP, self.current % WARP);
         let warp = &self.warps[number];
         let is_usual = members == u32::MAX && warp.lanes == members && warp.exited == 0;
-        let slot = match &warp.slots[..] {
+        let index = match &warp.slots[..] {
             [slot] if is_usual && (slot.arrived == 0 || slot.word == word && slot.members == members) => 0,
             _ => self.find_slot(word, members, site)?,
         };
-        let slot = &mut self.warps[number].slots[slot];
+        let slot = &mut self.warps[number].slots[index];
         if slot.arrived == 0 {
             (slot.word, slot.members) = (word, members);
         } else if word.is_aligned() {
@@ -159,12 +155,12 @@ impl Block {
         }
         slot.arrived |= 1 << lane;
         slot.operands[lane] = operand;
-        if slot.arrived == members {
+        let is_last = slot.arrived == members;
+        if is_last {
             slot.arrived = 0;
-            return Ok(Some(slot.operands));
         }
         self.wait(Waiting::Warp { word, members }, site);
-        Ok(None)
+        Ok(is_last.then_some(index))
     }
 
     /// The members of a word, which is done, go on: in their order, the last to come too.

@@ -67,7 +67,7 @@ pub enum FindingKind {
     Deadlock,
     /// The kernel panicked. It ends the block.
     Panic,
-    /// No GPU can make this launch: too many threads or too much shared memory. Nothing runs.
+    /// No GPU can make this launch: too many threads, or too much shared memory.
     Launch,
 }
 

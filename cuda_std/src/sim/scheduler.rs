@@ -1,8 +1,7 @@
 //! Which thread of a block runs next, and what the others wait for.
 use super::WARP;
-use super::block::{Block, suspend, unless_stopped, with};
+use super::block::{Block, suspend, with};
 use super::rendezvous::Word;
-use super::report::FindingKind;
 use super::site::Site;
 use std::collections::VecDeque;
 
@@ -22,7 +21,7 @@ pub(super) enum Waiting {
 /// Accesses after which the other threads get their turn.
 const SLICE: u32 = 1 << 12;
 
-/// Accesses that threads may make while none of them changes anything: then they spin for what never comes.
+/// Accesses and turns that threads may take while none of them changes anything: then they spin for what never comes.
 const PATIENCE: u32 = 1 << 26;
 
 /// A failed poll counts for so many accesses.
@@ -36,7 +35,7 @@ pub(super) struct Ready {
     random: Option<u64>,
     /// Accesses until the running thread must let others run.
     slice: u32,
-    /// Accesses until the block is given up, unless something changes.
+    /// Accesses and turns until the block is given up, unless something changes.
     patience: u32,
 }
 
@@ -63,6 +62,8 @@ impl Ready {
             let chosen = (*random % self.queue.len() as u64) as usize;
             self.queue.swap(0, chosen);
         }
+        self.spend(SLICE - self.slice + 1);
+        self.slice = SLICE;
         self.queue.pop_front().map(usize::from)
     }
 
@@ -71,9 +72,18 @@ impl Ready {
     pub fn progress(&mut self) {
         self.patience = PATIENCE;
     }
+
+    /// Whether the threads that are ready do nothing but spin.
+    pub fn is_spinning(&self) -> bool {
+        self.patience == 0
+    }
+
+    fn spend(&mut self, accesses: u32) {
+        self.patience = self.patience.saturating_sub(accesses);
+    }
 }
 
-/// Counts an access: a thread that spins must let others run, and not for ever.
+/// Counts an access: a thread that spins must let others run.
 #[inline(always)]
 pub(super) fn count_access(site: Site) {
     let exhausted = with(|block| {
@@ -81,7 +91,7 @@ pub(super) fn count_access(site: Site) {
         block.ready.slice == 0
     });
     if exhausted {
-        pause(SLICE, site);
+        pause(0, site);
     }
 }
 
@@ -94,17 +104,11 @@ pub(super) fn count_poll(site: Site) {
 #[cold]
 #[inline(never)]
 fn pause(cost: u32, site: Site) {
-    unless_stopped(with(|block| {
-        let Some(patience) = block.ready.patience.checked_sub(cost) else {
-            let message =
-                "spins for a change that no thread makes; blocks before this one cannot wait for it".to_owned();
-            return Err(block.fault(FindingKind::Deadlock, site, None, message));
-        };
-        block.ready.patience = patience;
-        block.ready.slice = SLICE;
+    with(|block| {
+        block.threads[block.current].site = Some(site);
+        block.ready.spend(cost);
         block.ready.push(block.current);
-        Ok(())
-    }));
+    });
     suspend();
     with(|block| {
         if block.traffic.is_long(block.current) {

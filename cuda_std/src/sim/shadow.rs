@@ -68,9 +68,8 @@ impl Shadow {
         }
         let mask = span.mask();
         let initialised = unit.initialised & mask == mask || usage == Use::Write;
-        if usage != Use::Read {
-            unit.initialised |= mask;
-        }
+        // Also after a read: once said is enough.
+        unit.initialised |= mask;
         // The usual cases first: a whole granule, and one of the four parts of one that is split.
         let part = if unit.is_split() && span.bytes == 4 { (unit.link + span.offset / 4) as usize } else { granule };
         let unit = &mut self.units[part];

@@ -1,6 +1,6 @@
 //! The outcome of `--verify`.
 use anyhow::{Result, bail};
-use ferroflash::accuracy::Accuracy;
+use ferroflash::accuracy::{Accuracy, BackwardAccuracy};
 use serde_json::{Value, json};
 
 /// Numbers beside their bounds, for a program.
@@ -20,6 +20,28 @@ pub fn json(accuracy: &Accuracy) -> Value {
 pub fn require(accuracy: Option<&Accuracy>) -> Result<()> {
     match accuracy {
         Some(accuracy) if !accuracy.passed() => bail!("not accurate: {accuracy}"),
+        _ => Ok(()),
+    }
+}
+
+/// The numbers of each gradient.
+pub fn backward_json(accuracy: &BackwardAccuracy) -> Value {
+    let mut object = json!({ "passed": accuracy.passed() });
+    for (name, gradient) in accuracy.gradients() {
+        object[name] = json!({
+            "error": gradient.error,
+            "bound": gradient.bound,
+            "plain_error": gradient.plain_error,
+            "misplaced": gradient.misplaced,
+        });
+    }
+    object
+}
+
+/// An error where the rule is broken for a gradient.
+pub fn require_backward(accuracy: Option<&BackwardAccuracy>) -> Result<()> {
+    match accuracy {
+        Some(accuracy) if !accuracy.passed() => bail!("gradients not accurate: {accuracy}"),
         _ => Ok(()),
     }
 }

@@ -11,14 +11,28 @@ pub fn add_to(facts: &mut Facts, report: &Report, repetitions: usize) {
     facts.add("chosen", &report.reason);
     facts.add("kernel", report.algorithm);
     facts.add("problem", format_args!("{}, {}", report.shape, report.dtype.name()));
-    let of = if repetitions > 1 { format!(", the median of {repetitions}") } else { String::new() };
-    let on = if simulated_bytes(report).is_some() { ", of the simulation" } else { "" };
-    facts.add("time", format_args!("{}{on}{of}", units::seconds(report.seconds)));
+    facts.add("time", time(report, repetitions));
     facts.add("speed", format_args!("{} TFLOP/s", units::three_digits(report.tflops())));
     facts.add("extra memory", units::bytes(report.extra_bytes));
     if let Some((loaded, stored)) = simulated_bytes(report) {
         facts.add("HBM", format_args!("{} loaded, {} stored", units::bytes(loaded), units::bytes(stored)));
     }
+}
+
+/// All of a second computation that differs from the first, in one line.
+pub fn summary(report: &Report, repetitions: usize) -> String {
+    let (kernel, time, extra) = (report.algorithm, time(report, repetitions), units::bytes(report.extra_bytes));
+    let speed = units::three_digits(report.tflops());
+    let moved = simulated_bytes(report).map_or_else(String::new, |(loaded, stored)| {
+        format!("; HBM: {} loaded, {} stored", units::bytes(loaded), units::bytes(stored))
+    });
+    format!("{kernel}: {time}; {speed} TFLOP/s; extra memory {extra}{moved}")
+}
+
+fn time(report: &Report, repetitions: usize) -> String {
+    let of = if repetitions > 1 { format!(", the median of {repetitions}") } else { String::new() };
+    let on = if simulated_bytes(report).is_some() { ", of the simulation" } else { "" };
+    format!("{}{on}{of}", units::seconds(report.seconds))
 }
 
 /// The same as an object, for a program.

@@ -1,4 +1,6 @@
 //! `ferroflash run`: attention on the tensors of a file.
+mod backward;
+
 use super::accuracy;
 use super::answer::{Facts, print, print_json};
 use super::choices::{BackendArgument, one_of};
@@ -6,6 +8,7 @@ use super::files::{NewFile, read_tensors};
 use super::measured;
 use super::progress::SimulationBar;
 use anyhow::Result;
+use backward::Backward;
 use ferroflash::{AttentionOptions, Kernel};
 use serde_json::json;
 use std::num::NonZeroUsize;
@@ -16,6 +19,7 @@ Examples:
   ferroflash run attention.safetensors --verify
   ferroflash run attention.safetensors --causal -o out.safetensors
   ferroflash run attention.safetensors --backend simulator --kernel flash2
+  ferroflash run attention.safetensors --backward --verify -o gradients.safetensors
 
 To make an input in Python:
   from safetensors.numpy import save_file
@@ -27,9 +31,11 @@ To make an input in Python:
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Arguments {
-    /// A safetensors file with tensors q, k and v of shape (batch, seqlen, nheads, headdim), in F32, F16 or BF16
+    /// A safetensors file with tensors q, k and v of shape (batch, seqlen, nheads, headdim), in F32, F16 or BF16; with
+    /// --backward also dout, like q
     input: PathBuf,
-    /// Write the results to this safetensors file: out, shaped like q, and softmax_lse (batch, nheads, seqlen), in F32
+    /// Write the results to this safetensors file: out, shaped like q, and softmax_lse (batch, nheads, seqlen), in F32;
+    /// with --backward also dq, dk and dv
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -43,6 +49,9 @@ pub struct Arguments {
     /// What Q Kᵀ is multiplied with [default: 1/√headdim]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     softmax_scale: Option<f32>,
+    /// Compute also dq, dk and dv, the gradients of a loss whose gradient with respect to out is the tensor dout
+    #[arg(long)]
+    backward: bool,
     /// Compare the result with f64 arithmetic, and fail if it is less accurate than it should be
     #[arg(long)]
     verify: bool,
@@ -56,6 +65,10 @@ pub struct Arguments {
 
 pub fn execute(arguments: Arguments) -> Result<()> {
     let [q, k, v] = read_tensors(&arguments.input, ["q", "k", "v"])?;
+    let dout = match arguments.backward {
+        true => Some(backward::read_dout(&arguments.input, &q)?),
+        false => None,
+    };
     let output = arguments.output.map(NewFile::create).transpose()?;
     let mut options = AttentionOptions::default().causal(arguments.causal);
     options.softmax_scale = arguments.softmax_scale;
@@ -65,19 +78,23 @@ pub fn execute(arguments: Arguments) -> Result<()> {
     let session = arguments.backend.session()?.kernel(arguments.kernel).repetitions(warmup, repetitions);
     let (session, bar) = SimulationBar::on(session);
     let result = session.attention(&q, &k, &v, &options)?;
+    let verify = arguments.verify;
+    let backward = dout.map(|dout| Backward::compute(&session, [&q, &k, &v], &result, &dout, &options, verify));
+    let backward = backward.transpose()?;
     drop(bar);
 
-    let accuracy = match arguments.verify {
+    let accuracy = match verify {
         true => Some(ferroflash::accuracy::check(&q, &k, &v, &options, &result)?),
         false => None,
     };
-    let written = output
-        .map(|file| file.write_tensors(&[("out", &result.out), ("softmax_lse", &result.softmax_lse)]))
-        .transpose()?;
+    let mut tensors = vec![("out", &result.out), ("softmax_lse", &result.softmax_lse)];
+    tensors.extend(backward.iter().flat_map(Backward::tensors));
+    let written = output.map(|file| file.write_tensors(&tensors)).transpose()?;
 
     if arguments.json {
         let mut object = measured::json(&result.report);
         object["accuracy"] = json!(accuracy.as_ref().map(accuracy::json));
+        object["backward"] = json!(backward.as_ref().map(Backward::json));
         object["output"] = json!(written);
         print_json(&object)?;
     } else {
@@ -86,10 +103,14 @@ pub fn execute(arguments: Arguments) -> Result<()> {
         if let Some(accuracy) = &accuracy {
             facts.add("accuracy", accuracy);
         }
+        if let Some(backward) = &backward {
+            backward.add_to(&mut facts, repetitions);
+        }
         if let Some(path) = written {
             facts.add("written", path.display());
         }
         print(facts)?;
     }
-    accuracy::require(accuracy.as_ref())
+    accuracy::require(accuracy.as_ref())?;
+    backward.map_or(Ok(()), |backward| backward.require_accuracy())
 }

@@ -5,11 +5,13 @@
 //! so that the softmax needs no horizontal sums, and K and V are read as they lie, an element broadcast to all lanes.
 
 mod attention;
+mod backward;
 mod isa;
 mod softmax;
 mod tile;
 
 pub(crate) use attention::{attention, extra_bytes};
+pub(crate) use backward::{BackwardInputs, GradientHeads, attention_backward, backward_extra_bytes};
 pub(crate) use softmax::softmax;
 
 /// The cores and the vector instructions that this backend uses.

@@ -16,4 +16,4 @@ mod tests;
 pub(crate) use codes::check;
 pub use device::{Device, DeviceInfo, devices, driver_version};
 pub(crate) use gpu::Gpu;
-pub use tensor::{DeviceAttention, DeviceTensor};
+pub use tensor::{DeviceAttention, DeviceGradients, DeviceTensor};

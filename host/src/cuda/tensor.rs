@@ -14,6 +14,10 @@ use crate::raw::{self, RawTensor};
 use crate::report::LaunchReport;
 use crate::tensor::{Tensor, TensorRef};
 
+mod backward;
+
+pub use backward::DeviceGradients;
+
 /// A contiguous tensor in the memory of a device.
 #[derive(Debug)]
 pub struct DeviceTensor<T> {
@@ -101,10 +105,7 @@ impl Device {
         kernel: Kernel,
     ) -> Result<DeviceAttention<T>> {
         for (argument, tensor) in [("q", q), ("k", k), ("v", v)] {
-            let (found, allowed) = (tensor.device.info().ordinal, self.info().ordinal);
-            if found != allowed {
-                return Err(Error::Device { argument, found, allowed });
-            }
+            self.check_owns(argument, tensor)?;
         }
         let problem = crate::Problem::new(&q.layout, &k.layout, &v.layout, options)?;
         let out = DeviceTensor::uninitialised(self, &problem.out_shape())?;
@@ -127,5 +128,10 @@ impl Device {
         let launched = unsafe { call.launch(self, workspace.address(), stream.as_inner().cast()) };
         through_cust("cuStreamSynchronize", stream.synchronize())?;
         Ok(DeviceAttention { out, softmax_lse, launches: launched? })
+    }
+
+    fn check_owns<T>(&self, argument: &'static str, tensor: &DeviceTensor<T>) -> Result<()> {
+        let (found, allowed) = (tensor.device.info().ordinal, self.info().ordinal);
+        if found == allowed { Ok(()) } else { Err(Error::Device { argument, found, allowed }) }
     }
 }

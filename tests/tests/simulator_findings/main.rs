@@ -6,8 +6,8 @@
 mod barriers;
 mod blocks;
 mod copies;
+mod endings;
 mod global_memory;
-mod order;
 mod shared_memory;
 mod warps;
 

@@ -289,7 +289,7 @@ fn matrices_race_too() {
             if right {
                 sync_warp(ALL);
             }
-            matrix::ldmatrix([t * 16 ^ 16]); // read as a matrix
+            matrix::ldmatrix([(16 * t) ^ 16]); // read as a matrix
         }
     };
     HERE.expect(&run(32, kernel(false)), FindingKind::Race, "read as a matrix", Some("a row"));

@@ -28,7 +28,9 @@ pub(crate) fn barrier_arrive(id: u32, threads: u32) {
 #[track_caller]
 pub(crate) fn sync_warp(members: u32) {
     meet(Word::SyncWarp, members, here(), &mut (), |block, meeting| {
-        block.clocks.join_warp(meeting.first_thread, members);
+        if block.context.race_detector {
+            block.clocks.join_warp(meeting.first_thread, members);
+        }
         Ok(())
     });
 }

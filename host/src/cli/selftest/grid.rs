@@ -1,8 +1,8 @@
 //! The grid of shapes.
 use crate::cli::inputs;
-use anyhow::Result;
-use ferroflash::accuracy::{self, Accuracy};
-use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session, SoftmaxMethod};
+use anyhow::{Result, ensure};
+use ferroflash::accuracy::{self, Accuracy, BackwardAccuracy};
+use ferroflash::{Attention, AttentionOptions, Backend, DType, Kernel, Session, SoftmaxMethod};
 use std::fmt;
 
 /// Around the edges of blocks of 16, 64 and 128 rows.
@@ -20,6 +20,7 @@ pub struct Group {
 /// One computation.
 pub enum Case {
     Attention { dtype: DType, q: [usize; 4], k: [usize; 4], causal: bool },
+    Backward { dtype: DType, q: [usize; 4], k: [usize; 4], causal: bool },
     Softmax { dtype: DType, rows: usize, columns: usize, method: SoftmaxMethod },
 }
 
@@ -78,6 +79,16 @@ pub fn groups(backend: Backend, quick: bool) -> Vec<Group> {
             }
         }
     }
+    let (kernel, dtypes): (_, &[DType]) = match backend {
+        Backend::Cpu => (Kernel::Auto, &[DType::F32, DType::F16, DType::BF16]),
+        _ => (Kernel::Flash2, &[DType::F16, DType::BF16]),
+    };
+    for &dtype in dtypes {
+        for &headdim in extent.headdims {
+            let name = format!("backward {} headdim {headdim}", dtype.name());
+            groups.push(Group { name, kernel, cases: backward_cases(&extent, dtype, headdim) });
+        }
+    }
     for &method in SoftmaxMethod::ALL {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             let cases = extent.columns.iter().map(|&columns| Case::Softmax { dtype, rows: 5, columns, method });
@@ -89,41 +100,66 @@ pub fn groups(backend: Backend, quick: bool) -> Vec<Group> {
 }
 
 fn attention_cases(extent: &Extent, dtype: DType, headdim: usize) -> Vec<Case> {
+    shapes(extent, headdim).map(|(q, k, causal)| Case::Attention { dtype, q, k, causal }).collect()
+}
+
+fn backward_cases(extent: &Extent, dtype: DType, headdim: usize) -> Vec<Case> {
+    shapes(extent, headdim).map(|(q, k, causal)| Case::Backward { dtype, q, k, causal }).collect()
+}
+
+/// The shapes of Q and of K and V, and whether the mask is causal.
+fn shapes(extent: &Extent, headdim: usize) -> impl Iterator<Item = ([usize; 4], [usize; 4], bool)> {
     let equal = extent.lengths.iter().map(|&length| (length, length));
     let lengths = equal.chain(extent.unequal.iter().copied());
     // One sequence with two heads; and, once, two sequences whose heads of Q share heads of K and V.
     let mut shapes: Vec<_> = lengths.map(|(q, k)| ([1, q, 2, headdim], [1, k, 2, headdim])).collect();
     shapes.push(([2, 17, 4, headdim], [2, 17, 2, headdim]));
-    [false, true]
-        .into_iter()
-        .flat_map(|causal| shapes.iter().map(move |&(q, k)| Case::Attention { dtype, q, k, causal }))
-        .collect()
+    [false, true].into_iter().flat_map(move |causal| shapes.clone().into_iter().map(move |(q, k)| (q, k, causal)))
 }
 
 impl Case {
-    /// Computes it, and how far the result is from that of f64 arithmetic.
-    pub fn compute(&self, session: &Session) -> Result<Accuracy> {
+    /// Computes it, and compares the result with that of f64 arithmetic. Returns its error as a part of the error that is
+    /// allowed.
+    pub fn check(&self, session: &Session) -> Result<f64> {
         match *self {
             Case::Attention { dtype, q, k, causal } => {
                 let v = inputs::normal(&k, dtype, 3)?;
                 let (q, k) = (inputs::normal(&q, dtype, 1)?, inputs::normal(&k, dtype, 2)?);
                 let options = AttentionOptions::default().causal(causal);
                 let result = session.attention(&q, &k, &v, &options)?;
-                Ok(accuracy::check(&q, &k, &v, &options, &result)?)
+                part(&accuracy::check(&q, &k, &v, &options, &result)?)
+            }
+            Case::Backward { dtype, q, k, causal } => {
+                let (dout, v) = (inputs::normal(&q, dtype, 4)?, inputs::normal(&k, dtype, 3)?);
+                let (q, k) = (inputs::normal(&q, dtype, 1)?, inputs::normal(&k, dtype, 2)?);
+                let options = AttentionOptions::default().causal(causal);
+                let Attention { out, softmax_lse, .. } = session.attention(&q, &k, &v, &options)?;
+                let gradients = session.attention_backward(&q, &k, &v, &out, &softmax_lse, &dout, &options)?;
+                backward_part(&accuracy::check_backward(&q, &k, &v, &dout, &options, &gradients)?)
             }
             Case::Softmax { dtype, rows, columns, method } => {
                 let x = inputs::normal(&[rows, columns], dtype, 1)?;
                 let result = session.softmax(&x, method)?;
-                Ok(accuracy::check_softmax(&x, &result)?)
+                part(&accuracy::check_softmax(&x, &result)?)
             }
         }
     }
 }
 
+fn part(accuracy: &Accuracy) -> Result<f64> {
+    ensure!(accuracy.passed(), "{accuracy}");
+    Ok((accuracy.out_error / accuracy.out_bound).max(accuracy.lse_error / accuracy.lse_bound))
+}
+
+fn backward_part(accuracy: &BackwardAccuracy) -> Result<f64> {
+    ensure!(accuracy.passed(), "{accuracy}");
+    Ok(accuracy.gradients().iter().fold(0.0, |worst, (_, gradient)| f64::max(worst, gradient.error / gradient.bound)))
+}
+
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Case::Attention { q, k, causal, .. } => {
+            Case::Attention { q, k, causal, .. } | Case::Backward { q, k, causal, .. } => {
                 write!(f, "q {q:?}, k {k:?}{}", if *causal { ", causal" } else { "" })
             }
             Case::Softmax { rows, columns, .. } => write!(f, "x [{rows}, {columns}]"),

@@ -6,14 +6,15 @@ use super::choices::BackendArgument;
 use super::units;
 use anyhow::{Result, bail};
 use ferroflash::Session;
-use grid::{Case, Group};
+use grid::Group;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::time::Instant;
 
 /// Compute a grid of shapes, and compare each result with f64 arithmetic
 ///
-/// All kernels, dtypes and head dimensions that the backend has, causal and not, at lengths around the edges of tiles. On
+/// All kernels, dtypes and head dimensions that the backend has, forward and backward, causal and not, at lengths around the
+/// edges of tiles. On
 /// the simulator the grid is smaller, and the kernels are checked for races and other faults besides.
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -86,7 +87,7 @@ fn run(session: &Session, group: Group, bar: &ProgressBar) -> Outcome {
     let mut outcome = Outcome { name: group.name, passed: 0, worst: 0.0, failures: Vec::new() };
     for case in &group.cases {
         // An error of one case (the simulator found a race, a launch failed) is the outcome of that case.
-        match check(session, case) {
+        match case.check(session) {
             Ok(part) => {
                 outcome.passed += 1;
                 outcome.worst = outcome.worst.max(part);
@@ -96,15 +97,6 @@ fn run(session: &Session, group: Group, bar: &ProgressBar) -> Outcome {
         bar.inc(1);
     }
     outcome
-}
-
-/// Computes one case. Returns its error as a part of the error that is allowed.
-fn check(session: &Session, case: &Case) -> Result<f64> {
-    let accuracy = case.compute(session)?;
-    if !accuracy.passed() {
-        bail!("{accuracy}");
-    }
-    Ok((accuracy.out_error / accuracy.out_bound).max(accuracy.lse_error / accuracy.lse_bound))
 }
 
 impl Outcome {

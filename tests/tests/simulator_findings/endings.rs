@@ -4,9 +4,9 @@ use cuda_std::atomic::{shared_cas_u32, shared_max_u32};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::sim::{FindingKind, Launch, Memory, Options, launch};
 use cuda_std::thread::{sync_threads, thread_idx_x};
-use cuda_std::warp::{ALL, sync_warp};
+use cuda_std::warp::{ALL, any, sync_warp};
 
-const HERE: Source = Source(include_str!("order.rs"));
+const HERE: Source = Source(include_str!("endings.rs"));
 
 #[test]
 fn a_lock_that_nobody_opens() {
@@ -43,6 +43,20 @@ fn a_plain_load_that_never_changes() {
         }
     };
     HERE.expect(&run(32, kernel(false)), FindingKind::Deadlock, "spins on a load", None);
+    expect_clean(&run(32, kernel(true)));
+}
+
+#[test]
+fn a_warp_that_asks_for_ever() {
+    let kernel = |right| {
+        move || {
+            let (flag, t) = (dynamic_shared::<u32>(), thread_idx_x());
+            flag.store(t, right as u32);
+            sync_threads();
+            while !any(ALL, flag.load(t) == 1) {} // asks for ever
+        }
+    };
+    HERE.expect(&run(32, kernel(false)), FindingKind::Deadlock, "asks for ever", None);
     expect_clean(&run(32, kernel(true)));
 }
 

@@ -1,0 +1,46 @@
+//! The kernels are algorithms and nothing else: what they say to the machine is in `cuda_std`, once for each machine.
+
+/// Words that belong to a machine: assembly, intrinsics, and asking which machine this is.
+const MACHINE_WORDS: [&str; 7] =
+    ["asm!", "core::arch", "core::intrinsics", "link_name", "target_arch", "target_os", "extern \"C\""];
+
+macro_rules! sources {
+    ($($file:literal),* $(,)?) => {
+        [$(($file, include_str!(concat!("../../kernels/src/", $file, ".rs")))),*]
+    };
+}
+
+const SOURCES: [(&str, &str); 13] = sources![
+    "lib",
+    "attention",
+    "config",
+    "entries",
+    "flash1",
+    "flash2",
+    "flash2_backward",
+    "mask",
+    "online_softmax",
+    "row_softmax",
+    "schedule",
+    "softmax",
+    "standard",
+];
+
+#[test]
+fn kernels_hold_no_assembly_no_intrinsic_and_no_target() {
+    for (file, text) in SOURCES {
+        for word in MACHINE_WORDS {
+            assert!(!text.contains(word), "kernels/src/{file}.rs holds `{word}`");
+        }
+    }
+}
+
+#[test]
+fn every_module_of_the_kernels_is_looked_at() {
+    let (_, lib) = SOURCES[0];
+    for line in lib.lines() {
+        let Some(module) = line.trim_start_matches("pub ").strip_prefix("mod ") else { continue };
+        let module = module.trim_end_matches(';');
+        assert!(SOURCES.iter().any(|(file, _)| *file == module), "`{module}` is missing from the list of this test");
+    }
+}

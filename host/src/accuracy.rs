@@ -2,6 +2,8 @@
 //!
 //! FlashAttention's own: `max |out - ref|` is at most twice that of a plain implementation in the same dtype, plus 1e-5,
 //! where the reference is f64. In f32, where there is no rounding to hide behind, it is at most 1e-5 of the largest output.
+//! dQ, dK and dV each keep the same rule.
+//!
 //! LSE is right within 1e-5 relative (absolute below 1); of `standard` in 16 bits, whose LSE is that of scores which were
 //! rounded on their way through memory, twice the plain implementation's error more. NaN and infinities are where the
 //! reference has them.

@@ -1,4 +1,5 @@
-//! Exact attention whose GPU kernels are written in Rust, forward, and which can be run and checked without a GPU.
+//! Exact attention whose GPU kernels are written in Rust, forward and backward, and which can be run and checked without a
+//! GPU.
 //!
 //! O = softmax(softmax_scale · Q Kᵀ + mask) V, without S and P ever being whole in memory. The kernels are embedded as PTX:
 //! an application needs stable Rust and NVIDIA's driver, and where there is no GPU, nothing.
@@ -19,10 +20,12 @@
 //!
 //! # Three levels
 //!
-//! - **Host tensors** in and out: [`attention`], [`softmax`], or a [`Session`] to choose backend and kernel, on the GPU, on
-//!   the CPU or on a simulated GPU.
-//! - **Device tensors**: [`cuda::DeviceTensor`] and [`cuda::Device::attention`], to keep data on the GPU.
-//! - **Pointers**: [`raw::Call`] takes addresses, strides and a CUDA stream from any framework, and only launches.
+//! - **Host tensors** in and out: [`attention`], [`attention_backward`], [`softmax`], or a [`Session`] to choose backend and
+//!   kernel, on the GPU, on the CPU or on a simulated GPU.
+//! - **Device tensors**: [`cuda::DeviceTensor`], [`cuda::Device::attention`] and [`cuda::Device::attention_backward`], to
+//!   keep data on the GPU.
+//! - **Pointers**: [`raw::Call`] and [`raw::BackwardCall`] take addresses, strides and a CUDA stream from any framework, and
+//!   only launch.
 //!
 //! # Words
 //!

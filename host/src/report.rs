@@ -12,7 +12,7 @@ pub struct Report {
     pub backend: Backend,
     /// The name of the device.
     pub device: String,
-    /// The kernel family, as `flash2`; on the CPU `tiled online softmax`.
+    /// The kernel family, as `flash2`; on the CPU `tiled online softmax`, and backward `tiled recomputation`.
     pub algorithm: &'static str,
     /// Why this backend and this kernel.
     pub reason: String,
@@ -23,10 +23,11 @@ pub struct Report {
     /// Seconds that the computation took, without copies between host and device: by CUDA's events on a GPU, by the clock
     /// elsewhere. The median, where it was repeated.
     pub seconds: f64,
-    /// Floating-point operations: 4 batch nheads seqlen_q seqlen_k headdim for attention, half of it when causal.
+    /// Floating-point operations: 4 batch nheads seqlen_q seqlen_k headdim for attention, half of it when causal; 2.5 times
+    /// as many for its gradients.
     pub flops: u64,
-    /// Bytes of device memory beyond inputs and outputs: the workspace of the kernels and the LSE. On the CPU also what
-    /// its threads work in.
+    /// Bytes of device memory beyond inputs and outputs: the workspace of the kernels and the LSE; of a backward pass, to
+    /// which the LSE is an input, the workspace. On the CPU also what its threads work in.
     pub extra_bytes: u64,
     /// The launches, in order; none on the CPU.
     pub launches: Vec<LaunchReport>,

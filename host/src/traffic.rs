@@ -14,6 +14,10 @@ use crate::options::Kernel;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
 
+mod backward;
+
+pub use backward::backward;
+
 /// What one kernel launch moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
@@ -35,7 +39,8 @@ pub struct Moved {
 }
 
 /// All tensors, by the names that the papers give them. O is the output together with what the output is made from.
-pub const TENSORS: [&str; 9] = ["Q", "K", "V", "S", "P", "O", "l", "m", "LSE"];
+/// D is rowsum(dO ∘ O), of the backward pass.
+pub const TENSORS: [&str; 14] = ["Q", "K", "V", "S", "P", "O", "l", "m", "LSE", "dO", "D", "dQ", "dK", "dV"];
 
 const SCORES: &str = "S = QKᵀ";
 const PROBABILITIES: &str = "P = softmax(S)";
@@ -65,7 +70,14 @@ fn counted_step(launch: &LaunchReport) -> Option<Step> {
         let (loaded, stored) = (traffic.loaded_bytes, traffic.stored_bytes);
         (loaded + stored > 0).then_some(Moved { tensor, loaded, stored })
     };
-    let names = [("standard_scores", SCORES), ("standard_probabilities", PROBABILITIES), ("standard_output", OUTPUT)];
+    let names = [
+        ("standard_scores", SCORES),
+        ("standard_probabilities", PROBABILITIES),
+        ("standard_output", OUTPUT),
+        ("flash2_bwd_row_sums", backward::ROW_SUMS),
+        ("flash2_bwd_dkdv", backward::KEYS_AND_VALUES_GRADIENTS),
+        ("flash2_bwd_dq", backward::QUERIES_GRADIENT),
+    ];
     let name = names.into_iter().find(|(entry, _)| launch.entry.starts_with(entry)).map_or(FUSED, |(_, name)| name);
     Some(Step { name, tensors: TENSORS.iter().filter_map(moved).collect() })
 }

@@ -158,6 +158,46 @@ fn run_writes_out_and_softmax_lse() {
 }
 
 #[test]
+fn run_backward_writes_gradients() {
+    let directory = Directory::new("backward");
+    let (of_queries, of_keys) = (&[2, 19, 4, 32][..], &[2, 23, 2, 32][..]);
+    let tensors = [("q", of_queries), ("k", of_keys), ("v", of_keys), ("dout", of_queries)];
+    let input = directory.tensors("in.safetensors", &tensors.map(|(name, shape)| (name, Dtype::F16, shape)));
+    let output = directory.path("out.safetensors");
+    for backend in ["cpu", "simulator"] {
+        let arguments = ["run", &input, "-o", &output, "--backward", "--causal", "--verify", "--backend", backend];
+        let answer = answers(arguments);
+        assert_eq!(answer["backward"]["accuracy"]["passed"], true);
+        assert_eq!(answer["backward"]["flops"].as_u64(), answer["flops"].as_u64().map(|flops| flops * 5 / 2));
+        let bytes = fs::read(&output).expect("written");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        let written = [("out", of_queries), ("dq", of_queries), ("dk", of_keys), ("dv", of_keys)];
+        for (name, shape) in written {
+            let tensor = file.tensor(name).expect(name);
+            assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::F16, shape), "{name}");
+        }
+        file.tensor("softmax_lse").expect("softmax_lse");
+        let printed = succeeds(arguments);
+        for line in ["time", "backward", "gradients"] {
+            assert!(printed.lines().any(|printed| printed.starts_with(line)), "no line {line} in {printed}");
+        }
+    }
+}
+
+#[test]
+fn run_backward_needs_dout() {
+    let directory = Directory::new("no-dout");
+    let input = directory.attention("in.safetensors", Dtype::BF16, &[1, 8, 2, 32], &[1, 8, 2, 32]);
+    let needed = "--backward needs dout, bf16 of shape [1, 8, 2, 32], like q";
+    refuses(["run", &input, "--backward"], needed);
+    refuses(["run", &input, "--backward"], "has no tensor dout; it has: k, q, v");
+    let shape = &[1, 8, 2, 32][..];
+    let tensors = [("q", shape), ("k", shape), ("v", shape), ("dout", &[1, 7, 2, 32])];
+    let input = directory.tensors("short.safetensors", &tensors.map(|(name, shape)| (name, Dtype::F32, shape)));
+    refuses(["run", &input, "--backward", "--backend=cpu"], "dout: seqlen is 7; allowed: 8, as of q");
+}
+
+#[test]
 fn run_has_each_kernel_on_the_simulator() {
     let directory = Directory::new("kernels");
     let input = directory.attention("in.safetensors", Dtype::F16, &[1, 70, 2, 32], &[1, 70, 2, 32]);
@@ -307,6 +347,18 @@ fn bench_measures_the_cpu() {
     let printed = succeeds(arguments);
     for expected in ["seqlen", "TFLOP/s", "extra memory", "the median of 2", "bf16, causal", "tiled online softmax"] {
         assert!(printed.contains(expected), "{expected:?} is not in {printed}");
+    }
+}
+
+#[test]
+fn bench_measures_gradients() {
+    for backend in ["cpu", "simulator"] {
+        let small = ["bench", "--backward", "--backend", backend, "--seqlens=16", "--batch=1", "--nheads=1"];
+        let answer = answers(small);
+        let rows = answer["rows"].as_array().expect("a list");
+        assert_eq!((&answer["pass"], rows.len()), (&"backward".into(), 1));
+        assert_eq!(rows[0]["flops"].as_u64(), Some(10 * 16 * 16 * 64));
+        assert!(rows[0]["seconds"].as_f64() > Some(0.0), "{answer}");
     }
 }
 

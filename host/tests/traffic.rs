@@ -45,3 +45,22 @@ fn of_flash_attention_2() {
     assert_counted_equals_formula(Kernel::Flash2, DType::F16, 32);
     assert_counted_equals_formula(Kernel::Flash2, DType::BF16, 128);
 }
+
+#[test]
+fn of_the_backward_pass() {
+    let session = Session::new(Backend::Simulator).expect("the simulator runs everywhere");
+    for (dtype, headdim) in [(DType::F16, 32), (DType::BF16, 64), (DType::F16, 128)] {
+        for (batch, seqlen_q, seqlen_k, nheads, nheads_k) in SHAPES {
+            for causal in [false, true] {
+                let q = Tensor::zeros(dtype, &[batch, seqlen_q, nheads, headdim]).expect("small");
+                let k = Tensor::zeros(dtype, &[batch, seqlen_k, nheads_k, headdim]).expect("small");
+                let lse = Tensor::zeros(DType::F32, &[batch, nheads, seqlen_q]).expect("small");
+                let options = AttentionOptions::default().causal(causal);
+                let (of_q, of_k) = (q.view(), k.view());
+                let problem = Problem::new(of_q.layout(), of_k.layout(), of_k.layout(), &options).expect("valid");
+                let gradients = session.attention_backward(&q, &k, &k, &q, &lse, &q, &options).expect("computed");
+                assert_eq!(traffic::counted(&gradients.report), traffic::backward(&problem), "{problem}");
+            }
+        }
+    }
+}

@@ -34,7 +34,7 @@ fn on_the_simulator() {
 fn on_the_cpu() {
     let session = session(Backend::Cpu);
     for dtype in [DType::F32, DType::F16, DType::BF16] {
-        for headdim in HEAD_DIMS.into_iter().chain([1, 40, 256]) {
+        for headdim in HEAD_DIMS.into_iter().chain([40, 256]) {
             for causal in [false, true] {
                 for lengths in LENGTHS {
                     Case::single(dtype, lengths, headdim, causal).check_backward(&session);

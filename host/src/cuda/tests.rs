@@ -71,6 +71,30 @@ fn device_tensors_give_what_host_tensors_give() {
 }
 
 #[test]
+fn gradients_of_device_tensors_are_those_of_host_tensors() {
+    let Some(device) = gpu() else { return };
+    let (q, k, dout) = (wave(&[1, 65, 2, 128], 0.37), wave(&[1, 130, 1, 128], 0.71), wave(&[1, 65, 2, 128], 1.3));
+    let options = AttentionOptions::new().causal(true);
+    let [on_q, on_k, on_dout] = [&q, &k, &dout].map(|x| DeviceTensor::<f16>::from_host(device, x).expect("room"));
+    let forward = device.attention(&on_q, &on_k, &on_k, &options, Kernel::Auto).expect("runs");
+    let (out, lse) = (&forward.out, &forward.softmax_lse);
+    let there = device.attention_backward(&on_q, &on_k, &on_k, out, lse, &on_dout, &options, Kernel::Auto);
+    let there = there.expect("runs");
+    let (out, lse) = (out.to_host().expect("copies"), lse.to_host().expect("copies"));
+    let here = session(Kernel::Auto).attention_backward(&q, &k, &k, &out, &lse, &dout, &options).expect("runs");
+    let accuracy = accuracy::check_backward(&q, &k, &k, &dout, &options, &here).expect("of these inputs");
+    assert!(accuracy.passed(), "{accuracy}");
+    for (there, here) in [(there.dq, here.dq), (there.dk, here.dk), (there.dv, here.dv)] {
+        assert_eq!(there.to_host().expect("copies"), here);
+    }
+    // Without keys there is nothing to launch, and dQ is 0.
+    let none = DeviceTensor::<f16>::uninitialised(device, &[1, 0, 1, 128]).expect("no room needed");
+    let (out, lse) = (&forward.out, &forward.softmax_lse);
+    let empty = device.attention_backward(&on_q, &none, &none, out, lse, &on_dout, &options, Kernel::Auto);
+    assert!(empty.expect("valid").dq.to_host().expect("copies").to_f32().iter().all(|&dq| dq == 0.0));
+}
+
+#[test]
 fn pointers_may_have_any_aligned_strides_and_threads_no_context() {
     let Some(device) = gpu() else { return };
     // (batch, nheads, seqlen, headdim) in memory.

@@ -81,7 +81,7 @@ impl Session {
     ///
     /// # Errors
     /// As [`attention_backward`](crate::attention_backward()).
-    #[expect(clippy::too_many_arguments, reason = "those of FlashAttention, in its order")]
+    #[expect(clippy::too_many_arguments, reason = "the tensors of FlashAttention's backward pass")]
     pub fn attention_backward<'a>(
         &self,
         q: impl Into<TensorRef<'a>>,

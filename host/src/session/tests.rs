@@ -92,3 +92,22 @@ fn outputs_and_inputs_may_have_gaps() {
     assert_eq!(out, expected.out);
     assert_eq!(Some(&lse[..]), expected.softmax_lse.as_slice::<f32>());
 }
+
+#[test]
+fn gradients_of_tensors_with_gaps_are_those_of_packed_ones() {
+    // (batch, nheads, seqlen, headdim) in memory.
+    let (shape, strides) = ([2, 5, 3, 32], [3 * 5 * 32, 32, 5 * 32, 1]);
+    let data: Vec<f32> = (0..2 * 5 * 3 * 32).map(|i| (i as f32 * 0.3).sin()).collect();
+    let data = Tensor::from_vec(data, &[2, 3, 5, 32]).expect("fits").convert(DType::F16);
+    let data = data.as_slice::<half::f16>().expect("f16");
+    let x = TensorRef::with_strides(data, &shape, &strides).expect("fits");
+    let (packed, options) = (x.to_tensor(), AttentionOptions::new().causal(true));
+    for backend in [Backend::Cpu, Backend::Simulator] {
+        let session = Session::new(backend).expect("always there");
+        let Attention { out, softmax_lse, .. } = session.attention(&x, &x, &x, &options).expect("valid");
+        let with_gaps = session.attention_backward(&x, &x, &x, &out, &softmax_lse, &x, &options).expect("valid");
+        let p = &packed;
+        let expected = session.attention_backward(p, p, p, &out, &softmax_lse, p, &options).expect("valid");
+        assert_eq!((with_gaps.dq, with_gaps.dk, with_gaps.dv), (expected.dq, expected.dk, expected.dv), "{backend}");
+    }
+}

@@ -13,11 +13,13 @@ pub struct Defaults {
 }
 
 impl Defaults {
-    pub fn on(backend: Backend) -> Self {
-        const KERNELS: &[Kernel] = &[Kernel::Standard, Kernel::Flash1, Kernel::Flash2];
+    pub fn on(backend: Backend, backward: bool) -> Self {
+        // One family has a backward pass.
+        let kernels: &[Kernel] =
+            if backward { &[Kernel::Flash2] } else { &[Kernel::Standard, Kernel::Flash1, Kernel::Flash2] };
         match backend {
             Backend::Cuda => Defaults {
-                kernels: KERNELS,
+                kernels,
                 seqlens: &[1024, 2048, 4096, 8192, 16384],
                 tokens: 16384,
                 hidden: 2048,
@@ -32,7 +34,7 @@ impl Defaults {
                 repetitions: 5,
             },
             // The simulator: a thousand times slower than a GPU.
-            _ => Defaults { kernels: KERNELS, seqlens: &[64, 128, 256], tokens: 256, hidden: 64, repetitions: 1 },
+            _ => Defaults { kernels, seqlens: &[64, 128, 256], tokens: 256, hidden: 64, repetitions: 1 },
         }
     }
 }

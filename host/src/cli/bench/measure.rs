@@ -15,6 +15,8 @@ pub struct Setting {
     pub session: Session,
     pub dtype: DType,
     pub causal: bool,
+    /// The gradients instead of the output.
+    pub backward: bool,
     pub repetitions: usize,
 }
 
@@ -69,32 +71,47 @@ fn row(setting: &Setting, inputs: &Inputs, shape: Shape, kernel: Kernel) -> Resu
     // A first run loads the kernel and touches its memory. The simulator has nothing to warm up.
     let warmup = if backend == Backend::Simulator { 0 } else { 1 };
     let session = setting.session.clone().kernel(kernel).repetitions(warmup, setting.repetitions);
-    let [q, k, v] = inputs.of(shape)?;
+    let tensors = inputs.of(shape)?;
     let input_bytes = 3 * shape.elements() * setting.dtype.bytes();
     let options = AttentionOptions::default().causal(setting.causal);
-    let outcome = session.attention(q, k, v, &options).map(|result| result.report);
+    let outcome = match setting.backward {
+        false => session.attention(&tensors[0], &tensors[1], &tensors[2], &options).map(|result| result.report),
+        true => backward(&setting.session, &session, tensors, &options),
+    };
     Ok(Row { shape, kernel, input_bytes, outcome })
 }
 
-/// Q, K and V of the largest shape. Smaller ones take their beginnings: random numbers are made once.
+/// The gradients, as `measured` repeats them, of one forward pass in `session`.
+fn backward(
+    session: &Session,
+    measured: &Session,
+    [q, k, v, dout]: [TensorRef; 4],
+    options: &AttentionOptions,
+) -> ferroflash::Result<Report> {
+    let forward = session.attention(&q, &k, &v, options)?;
+    let gradients = measured.attention_backward(&q, &k, &v, &forward.out, &forward.softmax_lse, &dout, options)?;
+    Ok(gradients.report)
+}
+
+/// Q, K, V and dO of the largest shape. Smaller ones take their beginnings: random numbers are made once.
 struct Inputs {
     dtype: DType,
-    tensors: [Tensor; 3],
+    tensors: [Tensor; 4],
 }
 
 impl Inputs {
     fn random(shapes: &[Shape], dtype: DType) -> Result<Self> {
         let most = shapes.iter().map(|shape| shape.elements()).max().unwrap_or(0);
         let tensor = |seed| inputs::normal(&[most], dtype, seed);
-        Ok(Inputs { dtype, tensors: [tensor(1)?, tensor(2)?, tensor(3)?] })
+        Ok(Inputs { dtype, tensors: [tensor(1)?, tensor(2)?, tensor(3)?, tensor(4)?] })
     }
 
-    fn of(&self, shape: Shape) -> Result<[TensorRef<'_>; 3]> {
+    fn of(&self, shape: Shape) -> Result<[TensorRef<'_>; 4]> {
         let bytes = shape.elements() * self.dtype.bytes();
-        let [q, k, v] = self
+        let [q, k, v, dout] = self
             .tensors
             .each_ref()
             .map(|tensor| TensorRef::from_bytes(self.dtype, &tensor.bytes()[..bytes], &shape.dimensions()));
-        Ok([q?, k?, v?])
+        Ok([q?, k?, v?, dout?])
     }
 }

@@ -17,6 +17,7 @@ const EXAMPLES: &str = "\
 Examples:
   ferroflash bench
   ferroflash bench --kernels flash2 --headdim 128 --causal
+  ferroflash bench --backward
   ferroflash bench --backend simulator --seqlens 64,128,256";
 
 /// Measure how fast the kernels are, and how much memory each needs
@@ -25,13 +26,15 @@ Examples:
 /// constant, as the FlashAttention papers do. A time is the median over the repetitions, after one run to warm up: by
 /// CUDA's events on a GPU, by the clock elsewhere. The GPU rests for a tenth of a second before each measurement, and the
 /// kernels take turns at being first: a hot chip is slower. TFLOP/s count 4 batch nheads seqlen² headdim operations, half
-/// as many with --causal. Extra memory is what a kernel needs besides Q, K, V and O.
+/// as many with --causal, and 2.5 times as many with --backward. Extra memory is what a kernel needs besides its inputs and
+/// its outputs, of which the LSE is not one.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Arguments {
     #[command(flatten)]
     backend: BackendArgument,
-    /// The kernels [default: all of them; on the CPU, which has one algorithm of its own: auto]
+    /// The kernels [default: all of them; with --backward flash2, which alone has gradients; on the CPU, which has one
+    /// algorithm of its own, auto]
     #[arg(
         long,
         value_name = "KERNEL,...",
@@ -47,6 +50,9 @@ pub struct Arguments {
     /// Each query sees only the keys up to its own position
     #[arg(long)]
     causal: bool,
+    /// Measure the gradients, dq, dk and dv, without the forward pass before them
+    #[arg(long)]
+    backward: bool,
     /// How often to compute each [default: 10 on a GPU, 5 on the CPU, 1 on the simulator]
     #[arg(long, value_name = "N")]
     repetitions: Option<NonZeroUsize>,
@@ -58,11 +64,17 @@ pub struct Arguments {
 pub fn execute(arguments: Arguments) -> Result<()> {
     let session = arguments.backend.session()?;
     let backend = session.backend();
-    let defaults = Defaults::on(backend);
+    let defaults = Defaults::on(backend, arguments.backward);
     let kernels = arguments.kernels.unwrap_or_else(|| defaults.kernels.to_vec());
     let shapes = arguments.shapes.or(&defaults)?;
     let repetitions = arguments.repetitions.map_or(defaults.repetitions, NonZeroUsize::get);
-    let setting = Setting { session, dtype: arguments.dtype, causal: arguments.causal, repetitions };
+    let setting = Setting {
+        session,
+        dtype: arguments.dtype,
+        causal: arguments.causal,
+        backward: arguments.backward,
+        repetitions,
+    };
 
     let rows = measure(&setting, &shapes, &kernels)?;
     if arguments.json {
@@ -78,12 +90,13 @@ pub fn execute(arguments: Arguments) -> Result<()> {
 }
 
 fn facts(setting: &Setting, shape: Shape) -> Facts {
-    let Setting { session, dtype, causal, repetitions } = setting;
+    let Setting { session, dtype, causal, backward, repetitions } = setting;
     let backend = session.backend();
     let mut facts = Facts::default();
     facts.add("backend", backend);
     facts.add("device", session.device_name());
     let (dtype, mask) = (dtype.name(), if *causal { ", causal" } else { "" });
+    facts.add("pass", if *backward { "backward" } else { "forward" });
     facts.add("inputs", format_args!("nheads {}, headdim {}, {dtype}{mask}", shape.nheads, shape.headdim));
     let of = if backend == Backend::Simulator { " of the simulation" } else { "" };
     let each = if *repetitions > 1 { format!("the median of {repetitions}") } else { "of one run".to_owned() };

@@ -53,6 +53,7 @@ pub fn json(setting: &Setting, rows: &[Row]) -> Value {
         "device": setting.session.device_name(),
         "dtype": setting.dtype.name(),
         "causal": setting.causal,
+        "pass": if setting.backward { "backward" } else { "forward" },
         "repetitions": setting.repetitions,
         "rows": rows.iter().map(row_json).collect::<Vec<_>>(),
     })

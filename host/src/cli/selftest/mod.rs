@@ -13,9 +13,9 @@ use std::time::Instant;
 
 /// Compute a grid of shapes, and compare each result with f64 arithmetic
 ///
-/// All kernels, dtypes and head dimensions that the backend has, forward and backward, causal and not, at lengths around the
-/// edges of tiles. On
-/// the simulator the grid is smaller, and the kernels are checked for races and other faults besides.
+/// All kernels, dtypes and head dimensions that the backend has, forward and backward, causal and not, at lengths around
+/// the edges of tiles. On the simulator the grid is smaller, and the kernels are checked for races and other faults
+/// besides.
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(flatten)]

@@ -31,7 +31,7 @@ impl Device {
     /// Those of [`attention_backward`](crate::attention_backward());
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); [`Error::Device`](crate::Error::Device) for a tensor of another
     /// device; [`Error::Driver`](crate::Error::Driver).
-    #[expect(clippy::too_many_arguments, reason = "those of FlashAttention, in its order")]
+    #[expect(clippy::too_many_arguments, reason = "the tensors of FlashAttention's backward pass")]
     pub fn attention_backward<T: Element>(
         &'static self,
         q: &DeviceTensor<T>,

@@ -111,7 +111,7 @@ impl Problem {
         [self.batch, self.seqlen_k, self.nheads_k, self.headdim]
     }
 
-    /// Whether a tensor has the dtype of the problem and this shape, which is that of `of`.
+    /// Checks that a tensor has the dtype of the problem and this shape, which is that of `of`.
     pub(crate) fn check_like(
         &self,
         argument: &'static str,

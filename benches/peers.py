@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Times ferroflash's FlashAttention-2 forward beside PyTorch's FlashAttention-2 and cuDNN, on one GPU, in one process.
+"""Times ferroflash's FlashAttention-2 beside PyTorch's FlashAttention-2 and cuDNN, on one GPU, in one process.
 
     cargo build --release
     python3 benches/peers.py
+    python3 benches/peers.py --backward
     python3 benches/peers.py --headdim 128 --seqlens 4096,16384 --json peers.json --svg peers.svg
 
 The kernels are those that the command `ferroflash` embeds: `ferroflash ptx` gives their PTX and how to launch them.
@@ -17,7 +18,8 @@ How it measures, and why:
   gets hot, so back to back, the order would decide.
 - All repetitions are queued behind a kernel that sleeps: the time to launch them stays out.
 - A time is the median over rounds of the median over repetitions, by CUDA's events.
-- FLOPs are those of the two products, 4 batch heads seqlen^2 headdim, half of it when causal.
+- FLOPs are those of the two products, 4 batch heads seqlen^2 headdim, half of it when causal; backward 2.5 times that,
+  also for who computes products twice.
 - The ceiling beside them is a matrix product of 8192 x 8192 x 8192 in the same dtype, before and after.
 """
 import argparse
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,20 +111,45 @@ class Driver:
         self.call("cuLaunchKernel", function, *grid, *block, shared_bytes, stream, pointers, None)
 
 
-class Flash2:
-    """One kernel of the family flash2: for one dtype and head dimension, causal or not."""
+class BackwardParameters(ctypes.Structure):
+    """`kernels::flash2_backward::Params`."""
 
-    def __init__(self, driver, command, dtype, headdim, causal):
-        wanted = {"family": "flash2", "dtype": dtype, "headdim": headdim, "causal": causal}
+    _fields_ = [
+        ("attention", Attention),
+        ("d_o", Tensor),
+        ("d_q", Tensor),
+        ("d_k", Tensor),
+        ("d_v", Tensor),
+        ("row_sums", ctypes.c_uint64),
+    ]
+
+
+class Kernel:
+    """One entry point: the one that ferroflash embeds with these properties, for parameters of this type."""
+
+    def __init__(self, driver, command, parameters, **wanted):
         kernels = answer(command, "ptx")["kernels"]
         found = [kernel for kernel in kernels if all(kernel.get(key) == value for key, value in wanted.items())]
         if not found:
             raise LookupError(f"{command} embeds no kernel with {wanted}")
         self.entry = answer(command, "ptx", found[0]["name"], "--arch", found[0]["arch"])
-        if f"_param_0[{ctypes.sizeof(Attention)}]" not in self.entry["ptx"]:
+        if f"_param_0[{ctypes.sizeof(parameters)}]" not in self.entry["ptx"]:
             raise LookupError(f"{self.entry['name']} takes other parameters than this script knows")
-        self.driver, self.causal = driver, causal
+        self.driver = driver
         self.function = driver.load(self.entry["ptx"], self.entry["name"], self.entry["shared_bytes"])
+
+    def launch(self, rows, block, heads, parameters):
+        """As many blocks as it takes for so many rows a head, `block` ("block_m" or "block_n") rows each."""
+        blocks = math.ceil(rows / self.entry[block]) * heads
+        self.driver.launch(self.function, blocks, self.entry["threads"], self.entry["shared_bytes"], parameters)
+
+
+class Flash2:
+    """The family flash2, for one dtype and head dimension, causal or not."""
+
+    def __init__(self, driver, command, dtype, headdim, causal):
+        wanted = {"family": "flash2", "dtype": dtype, "headdim": headdim, "causal": causal}
+        self.kernel, self.causal = Kernel(driver, command, Attention, **wanted), causal
 
     def __call__(self, q, k, v):
         """O, in fresh memory, as the peers return theirs."""
@@ -131,13 +159,46 @@ class Flash2:
         return o
 
     def launch(self, q, k, v, o, lse):
+        batch, seqlen_q, nheads, _ = q.shape
+        self.kernel.launch(seqlen_q, "block_m", nheads * batch, self.parameters(q, k, v, o, lse))
+
+    def parameters(self, q, k, v, o, lse):
         batch, seqlen_q, nheads, headdim = q.shape
         seqlen_k, nheads_k = k.shape[1:3]
         tensors = (Tensor.of(q), Tensor.of(k), Tensor.of(v), Tensor.of(o), lse.data_ptr())
         sizes = (batch, nheads, nheads_k, seqlen_q, seqlen_k, headdim)
-        parameters = Attention(*tensors, *sizes, 1 / math.sqrt(headdim), int(self.causal))
-        blocks = math.ceil(seqlen_q / self.entry["block_m"]) * nheads * batch
-        self.driver.launch(self.function, blocks, self.entry["threads"], self.entry["shared_bytes"], parameters)
+        return Attention(*tensors, *sizes, 1 / math.sqrt(headdim), int(self.causal))
+
+
+class Flash2Backward:
+    """The three kernels of its backward pass."""
+
+    def __init__(self, driver, command, dtype, headdim, causal):
+        self.forward = Flash2(driver, command, dtype, headdim, causal)
+        kernel = lambda **wanted: Kernel(driver, command, BackwardParameters, dtype=dtype, headdim=headdim, **wanted)
+        self.row_sums = kernel(family="flash2.row_sums")
+        self.keys_and_values = kernel(family="flash2.keys_and_values", causal=causal)
+        self.queries = kernel(family="flash2.queries", causal=causal)
+
+    def __call__(self, q, k, v, d_o):
+        """A call that computes and returns dQ, dK and dV, after the forward pass."""
+        o, (batch, seqlen_q, nheads, _), (seqlen_k, nheads_k) = torch.empty_like(q), q.shape, k.shape[1:3]
+        lse, sums = (torch.empty(batch, nheads, seqlen_q, device=q.device, dtype=torch.float32) for _ in range(2))
+        self.forward.launch(q, k, v, o, lse)
+        # An element that is not written stays NaN, which is not within any bound.
+        gradients = [torch.full_like(x, math.nan) for x in (q, k, v)]
+        tensors = (Tensor.of(x) for x in (d_o, *gradients))
+        parameters = BackwardParameters(self.forward.parameters(q, k, v, o, lse), *tensors, sums.data_ptr())
+        alive = (q, k, v, d_o, o, lse, sums)  # as long as the call
+
+        def call():
+            assert alive
+            self.row_sums.launch(seqlen_q * nheads * batch, "block_m", 1, parameters)
+            self.keys_and_values.launch(seqlen_k, "block_n", nheads_k * batch, parameters)
+            self.queries.launch(seqlen_q, "block_m", nheads * batch, parameters)
+            return gradients
+
+        return call
 
 
 def answer(command, *arguments):
@@ -156,6 +217,19 @@ def sdpa(backend, causal):
         with torch.no_grad(), sdpa_kernel(backend):
             o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
         return o.transpose(1, 2)
+
+    return attention
+
+
+def sdpa_backward(backend, causal):
+    """Its gradients: a call that computes them, after the forward pass."""
+
+    def attention(q, k, v, d_o):
+        leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(backend):
+            o = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+        d_o = d_o.transpose(1, 2)
+        return lambda: [x.transpose(1, 2) for x in torch.autograd.grad(o, leaves, d_o, retain_graph=True)]
 
     return attention
 
@@ -194,16 +268,38 @@ def check(attentions, dtype, headdim, causal):
     return good
 
 
-def runnable(attentions, q, k, v):
+def check_backward(attentions, dtype, headdim, causal):
+    """Says how far the gradients of each are from f64. Returns those that keep the rule."""
+    q, k, v, d_o = (torch.randn(2, 509, 4, headdim, device="cuda", dtype=dtype) for _ in range(4))
+
+    def gradients(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(plain(*leaves, causal)[0], leaves, d_o.to(dtype))
+
+    errors = lambda found: [(x - y).abs().max().item() for x, y in zip(found, exact)]
+    exact = gradients(torch.float64)
+    bounds = [2 * error + 1e-5 for error in errors(gradients(dtype))]
+    good = {}
+    for name, attention in runnable(attentions, q, k, v, d_o).items():
+        found = errors(attention(q, k, v, d_o)())
+        passed = all(error <= bound for error, bound in zip(found, bounds))
+        parts = [f"{x} {error:.1e} of {bound:.1e}" for x, error, bound in zip(("dQ", "dK", "dV"), found, bounds)]
+        say(f"  {name}: {', '.join(parts)}: {'ok' if passed else 'WRONG, not timed'}")
+        if passed:
+            good[name] = attention
+    return good
+
+
+def runnable(attentions, *inputs):
     """Those that can run these inputs."""
     able = {}
     for name, attention in attentions.items():
         try:
-            attention(q, k, v)
+            attention(*inputs)
             torch.cuda.synchronize()
             able[name] = attention
         except RuntimeError as reason:
-            say(f"  {name} cannot run {tuple(q.shape)}: {first_line(reason)}")
+            say(f"  {name} cannot run {tuple(inputs[0].shape)}: {first_line(reason)}")
     return able
 
 
@@ -245,14 +341,18 @@ def seconds(call, repetitions, rest):
 def measure(attentions, row, dtype, options):
     """Fills in the row."""
     shape = (row.batch, row.seqlen, row.heads, row.headdim)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-    attentions = runnable(attentions, q, k, v)
-    times = {name: [] for name in attentions}
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4 if options.backward else 3)]
+    attentions = runnable(attentions, *inputs)
+    if options.backward:
+        calls = {name: attention(*inputs) for name, attention in attentions.items()}
+    else:
+        calls = {name: partial(attention, *inputs) for name, attention in attentions.items()}
+    times = {name: [] for name in calls}
     for _ in range(options.rounds):
-        for name in random.sample(list(attentions), len(attentions)):
-            attention = attentions[name]
-            times[name].append(seconds(lambda: attention(q, k, v), options.repetitions, options.rest))
+        for name in random.sample(list(calls), len(calls)):
+            times[name].append(seconds(calls[name], options.repetitions, options.rest))
     flops = 4 * row.batch * row.heads * row.seqlen**2 * row.headdim / (2 if row.causal else 1)
+    flops *= 2.5 if options.backward else 1
     row.tflops = {name: flops / statistics.median(of_rounds) * 1e-12 for name, of_rounds in times.items()}
 
 
@@ -270,12 +370,15 @@ def measure_all(options):
     for headdim in options.headdim:
         for causal in options.causal:
             say(f"headdim {headdim}{', causal' if causal else ''}")
+            ours, peer, keeps_rule = Flash2, sdpa, check
+            if options.backward:
+                ours, peer, keeps_rule = Flash2Backward, sdpa_backward, check_backward
             attentions = {
-                OURS: Flash2(driver, options.ferroflash, options.dtype, headdim, causal),
-                FA2: sdpa(SDPBackend.FLASH_ATTENTION, causal),
-                CUDNN: sdpa(SDPBackend.CUDNN_ATTENTION, causal),
+                OURS: ours(driver, options.ferroflash, options.dtype, headdim, causal),
+                FA2: peer(SDPBackend.FLASH_ATTENTION, causal),
+                CUDNN: peer(SDPBackend.CUDNN_ATTENTION, causal),
             }
-            attentions = check(attentions, dtype, headdim, causal)
+            attentions = keeps_rule(attentions, dtype, headdim, causal)
             for seqlen in options.seqlens:
                 batch, heads = max(1, options.tokens // seqlen), max(1, options.hidden // headdim)
                 row = Row(headdim, causal, seqlen, batch, heads, {})
@@ -382,6 +485,7 @@ def arguments():
     add("--tokens", metavar="N", type=positive, default=16384, help="batch x seqlen [16384]")
     add("--hidden", metavar="N", type=positive, default=2048, help="heads x headdim [2048]")
     add("--causal", choices=masks, default="both", help="[both]")
+    add("--backward", action="store_true", help="time the gradients")
     add("--dtype", choices=DTYPES, default="bf16", help="[bf16]")
     add("--rounds", metavar="N", type=positive, default=3, help="[3]")
     add("--repetitions", metavar="N", type=positive, default=8, help="in each round [8]")
@@ -407,7 +511,8 @@ def main():
         sys.exit(f"error: {first_line(reason)}")
     device = torch.cuda.get_device_name()
     print(markdown(rows))
-    print(f"\nForward, {options.dtype}, TFLOP/s; {device}, PyTorch {torch.__version__}.")
+    direction = "Backward" if options.backward else "Forward"
+    print(f"\n{direction}, {options.dtype}, TFLOP/s; {device}, PyTorch {torch.__version__}.")
     print(f"Matrix product, 8192 x 8192 x 8192: {ceiling[0]:.0f} TFLOP/s before, {ceiling[1]:.0f} after.")
     if options.json:
         means = {peer: geometric_mean(rows, peer) for peer in (FA2, CUDNN)}
@@ -415,7 +520,7 @@ def main():
         results |= {"geometric_means": means, "rows": [asdict(row) for row in rows]}
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
     if options.svg:
-        draw(rows, f"Attention forward, {options.dtype}, {device}", options.svg)
+        draw(rows, f"Attention {direction.lower()}, {options.dtype}, {device}", options.svg)
     if any(OURS not in row.tflops for row in rows):
         sys.exit(f"error: {OURS} was not timed at every shape")
 

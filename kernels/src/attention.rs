@@ -35,6 +35,12 @@ impl<T: Element> Tensor<T> {
     pub fn head(&self, batch: u32, head: u32) -> Global<T> {
         self.data.offset((batch as u64 * self.batch_stride + head as u64 * self.head_stride) as usize)
     }
+
+    /// Row `first_row` of one head of one batch: where a block of rows begins.
+    #[inline(always)]
+    pub fn rows(&self, batch: u32, head: u32, first_row: u32) -> Global<T> {
+        self.head(batch, head).offset((first_row as u64 * self.row_stride) as usize)
+    }
 }
 
 impl<T> Tensor<T> {

@@ -16,7 +16,7 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement};
 use cuda_std::math::LOG2_E;
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{lane_id, sync_threads, warp_id};
+use cuda_std::thread::{WARP, lane_id, sync_threads, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
 use cuda_std::{SmemTile, TileStream, copy, kernel};
 
@@ -56,9 +56,9 @@ const fn config<
     }
 }
 
-/// A warp for each 16 M rows of the query block.
-const fn threads(block_m: usize, m: usize) -> u32 {
-    (block_m / (16 * m) * 32) as u32
+/// A warp for each 16 M rows of the block that a block of threads owns.
+pub(crate) const fn threads(block: usize, m: usize) -> u32 {
+    (block / (16 * m)) as u32 * WARP
 }
 
 /// O = softmax(softmax_scale · Q Kᵀ) V and its LSE, for `BLOCK_M` query rows of one head.
@@ -103,7 +103,7 @@ pub fn forward<
 
     let head_k = a.head_k(block.head);
     let rows = a.seqlen_q - block.first_row;
-    let q_rows = a.q.head(block.batch, block.head).offset((block.first_row as u64 * a.q.row_stride) as usize);
+    let q_rows = a.q.rows(block.batch, block.head, block.first_row);
     let (k_rows, v_rows) = (a.k.head(block.batch, head_k), a.v.head(block.batch, head_k));
     let threads = const { threads(BLOCK_M, M) };
     let mut queries = TileStream::new(threads, q_rows, a.q.row_stride, rows);
@@ -158,6 +158,6 @@ pub fn forward<
     sync_threads();
     o.store(q, own_row);
     sync_warp(ALL);
-    let o_rows = a.o.head(block.batch, block.head).offset((block.first_row as u64 * a.o.row_stride) as usize);
+    let o_rows = a.o.rows(block.batch, block.head, block.first_row);
     q.store_rows(own_row, 16 * M as u32, o_rows, a.o.row_stride, rows);
 }

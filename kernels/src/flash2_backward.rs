@@ -15,13 +15,14 @@
 //! no accumulator in HBM: the gradients are the same bits in every run and in every batch, and the extra memory is D.
 use crate::attention::{Attention, Tensor, Untyped, divisor};
 use crate::config::Config;
+use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, MatrixElement, RowVector};
 use cuda_std::math::{LOG2_E, ex2, fma};
 use cuda_std::shared::{Shared, dynamic_shared};
-use cuda_std::thread::{WARP, block_idx_x, sync_threads, thread_idx_x, warp_id};
+use cuda_std::thread::{block_idx_x, sync_threads, thread_idx_x, warp_id};
 use cuda_std::warp::{ALL, reduce, sync_warp};
 use cuda_std::{Element, Global, SmemTile, TileStream, copy, kernel};
 
@@ -44,11 +45,6 @@ pub struct Params {
     pub d_v: Tensor<Untyped>,
     /// D = rowsum(dO ∘ O): (batch, nheads, seqlen_q).
     pub row_sums: Global<f32>,
-}
-
-/// A warp for each 16 M rows of the block that a block of threads owns.
-const fn threads(block: usize, m: usize) -> u32 {
-    (block / (16 * m)) as u32 * WARP
 }
 
 /// What the configurations of the three kernels have in common. Tiles, threads and shared memory are each kernel's own.
@@ -207,8 +203,8 @@ pub fn keys_and_values<
     let load_step = |step: u32| {
         let (head, first_row) = place(step);
         let rows = a.seqlen_q - first_row;
-        let q_rows = a.q.head(batch, head).offset((first_row as u64 * a.q.row_stride) as usize);
-        let d_o_rows = d_o.head(batch, head).offset((first_row as u64 * d_o.row_stride) as usize);
+        let q_rows = a.q.rows(batch, head, first_row);
+        let d_o_rows = d_o.rows(batch, head, first_row);
         TileStream::new(threads, q_rows, a.q.row_stride, rows).copy_async(q.stage(step % STAGES));
         TileStream::new(threads, d_o_rows, d_o.row_stride, rows).copy_async(d_o_tile.stage(step % STAGES));
         copy::commit();
@@ -232,8 +228,8 @@ pub fn keys_and_values<
     };
 
     let rows = a.seqlen_k - first_key;
-    let k_rows = a.k.head(batch, head_k).offset((first_key as u64 * a.k.row_stride) as usize);
-    let v_rows = a.v.head(batch, head_k).offset((first_key as u64 * a.v.row_stride) as usize);
+    let k_rows = a.k.rows(batch, head_k, first_key);
+    let v_rows = a.v.rows(batch, head_k, first_key);
     TileStream::new(threads, k_rows, a.k.row_stride, rows).copy_async(k);
     TileStream::new(threads, v_rows, a.v.row_stride, rows).copy_async(v);
     copy::commit();
@@ -304,7 +300,7 @@ pub fn keys_and_values<
     let write = |sum: Accumulator<M, D_COLUMNS>, tile: SmemTile<T, BLOCK_N, HEADDIM>, gradient: Tensor<T>| {
         sum.store(tile, own_row);
         sync_warp(ALL);
-        let to = gradient.head(batch, head_k).offset((first_key as u64 * gradient.row_stride) as usize);
+        let to = gradient.rows(batch, head_k, first_key);
         tile.store_rows(own_row, 16 * M as u32, to, gradient.row_stride, rows);
     };
     write(d_k, k, p.d_k.cast());
@@ -386,9 +382,7 @@ pub fn queries<
 
     let head_k = a.head_k(block.head);
     let rows = a.seqlen_q - block.first_row;
-    let of_block = |tensor: &Tensor<T>| {
-        tensor.head(block.batch, block.head).offset((block.first_row as u64 * tensor.row_stride) as usize)
-    };
+    let of_block = |tensor: &Tensor<T>| tensor.rows(block.batch, block.head, block.first_row);
     let (k_rows, v_rows) = (a.k.head(block.batch, head_k), a.v.head(block.batch, head_k));
     let mut keys = TileStream::new(threads, k_rows, a.k.row_stride, a.seqlen_k);
     let mut values = TileStream::new(threads, v_rows, a.v.row_stride, a.seqlen_k);

@@ -88,8 +88,8 @@ pub fn scores<T: MatrixElement, const HEADDIM: usize>(p: Params) {
     let q = SmemTile::<T, BLOCK, HEADDIM>::at(dynamic_shared());
     let k = SmemTile::<T, BLOCK, HEADDIM>::at(q.end());
     let s_tile = SmemTile::<T, BLOCK, BLOCK>::at(k.end());
-    let q_rows = a.q.head(batch, head).offset((first_row as u64 * a.q.row_stride) as usize);
-    let k_rows = a.k.head(batch, a.head_k(head)).offset((first_key as u64 * a.k.row_stride) as usize);
+    let q_rows = a.q.rows(batch, head, first_row);
+    let k_rows = a.k.rows(batch, a.head_k(head), first_key);
     TileStream::new(THREADS, q_rows, a.q.row_stride, a.seqlen_q - first_row).copy_async(q);
     TileStream::new(THREADS, k_rows, a.k.row_stride, a.seqlen_k - first_key).copy_async(k);
     copy::commit();
@@ -188,6 +188,6 @@ pub fn output<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p:
 
     o.store(o_tile, own_row);
     sync_warp(ALL);
-    let o_rows = a.o.head(block.batch, block.head).offset((block.first_row as u64 * a.o.row_stride) as usize);
+    let o_rows = a.o.rows(block.batch, block.head, block.first_row);
     o_tile.store_rows(own_row, ROWS_A_WARP, o_rows, a.o.row_stride, rows);
 }

@@ -11,23 +11,30 @@ pub enum DType {
     F16,
     /// bfloat16: the upper half of a binary32.
     BF16,
+    /// Signed integers of 32 bits: where sequences begin.
+    I32,
+    /// Bytes: a boolean mask, in which 0 is false.
+    U8,
 }
 
 impl DType {
     /// The size of one element in bytes.
     pub const fn bytes(self) -> usize {
         match self {
-            DType::F32 => 4,
+            DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
+            DType::U8 => 1,
         }
     }
 
-    /// The name that kernel names and reports use: `f32`, `f16` or `bf16`.
+    /// The name that kernel names and reports use: `f32`, `f16`, `bf16`, `i32` or `u8`.
     pub const fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
             DType::F16 => "f16",
             DType::BF16 => "bf16",
+            DType::I32 => "i32",
+            DType::U8 => "u8",
         }
     }
 }
@@ -65,7 +72,7 @@ macro_rules! plain_scalar {
         }
     )*};
 }
-plain_scalar!(u16: u16, u32: u32, i32: u32, u64: u64, i64: u64);
+plain_scalar!(u8: u8, u16: u16, u32: u32, i32: u32, u64: u64, i64: u64);
 
 macro_rules! float_scalar {
     ($($t:ty: $bits:ty),*) => {$(

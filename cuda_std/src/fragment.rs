@@ -35,6 +35,12 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         8 * n as u32 + 2 * (thread::lane_id() % 4) + i as u32
     }
 
+    /// Element (row `half` of row block `m`, column `i` of column block `n`) of this lane.
+    #[inline(always)]
+    pub fn element_mut(&mut self, m: usize, n: usize, half: usize, i: usize) -> &mut f32 {
+        &mut self.0[m][n][2 * half + i]
+    }
+
     /// Folds this lane's elements of a row, in two chains, that their latencies overlap.
     #[inline(always)]
     pub fn fold_row(&self, m: usize, half: usize, combine: impl Fn(f32, f32) -> f32) -> f32 {

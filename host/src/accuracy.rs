@@ -105,8 +105,8 @@ fn compare_outputs(dtype: DType, out: &[f32], plain: &[f32], reference: &[f64]) 
 fn bound(dtype: DType, plain_error: f64, reference: &[f64]) -> f64 {
     let largest = reference.iter().filter(|x| x.is_finite()).fold(1.0, |largest: f64, x| largest.max(x.abs()));
     match dtype {
-        DType::F32 => FLOOR * largest,
         DType::F16 | DType::BF16 => 2.0 * plain_error + FLOOR,
+        _ => FLOOR * largest,
     }
 }
 

@@ -3,17 +3,26 @@ use cuda_std::DType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-/// A type that tensors have elements of: `f32`, `half::f16` or `half::bf16`.
-pub trait Element: cuda_std::Element + bytemuck::Pod + Default + std::fmt::Debug + PartialEq + Stored {
-    /// Widens `from` into the first elements of `to`. Exact.
+use crate::error::Error;
+
+/// A type that tensors have elements of: those of [`Element`], and `i32` and `u8` for tensors of indices and masks.
+pub trait Datum: bytemuck::Pod + Default + std::fmt::Debug + PartialEq + Send + Sync + Stored {
+    /// Widens `from` into the first elements of `to`. Exact, but for an `i32` beyond 2^24.
     #[doc(hidden)]
     fn widen(from: &[Self], to: &mut [f32]);
-    /// Rounds `from` to nearest even, into the first elements of `to`.
+    /// Rounds `from` to nearest, ties to even, into the first elements of `to`.
     #[doc(hidden)]
     fn narrow(from: &[f32], to: &mut [Self]);
 }
 
-impl Element for f32 {
+/// A type that attention is computed on: `f32`, `half::f16` or `half::bf16`.
+pub trait Element: cuda_std::Element + Datum {}
+
+impl Element for f32 {}
+impl Element for f16 {}
+impl Element for bf16 {}
+
+impl Datum for f32 {
     #[inline]
     fn widen(from: &[f32], to: &mut [f32]) {
         to[..from.len()].copy_from_slice(from);
@@ -24,7 +33,7 @@ impl Element for f32 {
     }
 }
 
-impl Element for f16 {
+impl Datum for f16 {
     #[inline]
     fn widen(from: &[f16], to: &mut [f32]) {
         from.convert_to_f32_slice(&mut to[..from.len()]);
@@ -35,7 +44,7 @@ impl Element for f16 {
     }
 }
 
-impl Element for bf16 {
+impl Datum for bf16 {
     #[inline]
     fn widen(from: &[bf16], to: &mut [f32]) {
         // A plain shift, which vectorises; `bf16::to_f32` quiets signalling NaNs on the way.
@@ -49,6 +58,22 @@ impl Element for bf16 {
     }
 }
 
+macro_rules! integer {
+    ($($t:ty),*) => {$(
+        impl Datum for $t {
+            #[inline]
+            fn widen(from: &[$t], to: &mut [f32]) {
+                to.iter_mut().zip(from).for_each(|(to, &from)| *to = from as f32);
+            }
+            #[inline]
+            fn narrow(from: &[f32], to: &mut [$t]) {
+                to.iter_mut().zip(from).for_each(|(to, &from)| *to = from.round_ties_even() as $t);
+            }
+        }
+    )*};
+}
+integer!(i32, u8);
+
 /// The data of a tensor, of any of the element types.
 #[derive(Clone, Copy, Debug)]
 pub enum Slice<'a> {
@@ -58,6 +83,10 @@ pub enum Slice<'a> {
     F16(&'a [f16]),
     /// bfloat16.
     BF16(&'a [bf16]),
+    /// Integers.
+    I32(&'a [i32]),
+    /// Bytes.
+    U8(&'a [u8]),
 }
 
 /// The same, to be written.
@@ -69,6 +98,10 @@ pub enum SliceMut<'a> {
     F16(&'a mut [f16]),
     /// bfloat16.
     BF16(&'a mut [bf16]),
+    /// Integers.
+    I32(&'a mut [i32]),
+    /// Bytes.
+    U8(&'a mut [u8]),
 }
 
 /// The same, owned.
@@ -80,6 +113,10 @@ pub enum Buffer {
     F16(Vec<f16>),
     /// bfloat16.
     BF16(Vec<bf16>),
+    /// Integers.
+    I32(Vec<i32>),
+    /// Bytes.
+    U8(Vec<u8>),
 }
 
 /// Evaluates `$body` with the slice of `$data`, one of the enums above, bound to `$slice`.
@@ -89,12 +126,14 @@ macro_rules! for_each_dtype {
             $crate::element::$kind::F32($slice) => $body,
             $crate::element::$kind::F16($slice) => $body,
             $crate::element::$kind::BF16($slice) => $body,
+            $crate::element::$kind::I32($slice) => $body,
+            $crate::element::$kind::U8($slice) => $body,
         }
     };
 }
 pub(crate) use for_each_dtype;
 
-/// Evaluates `$body` with the type `$T` that `$dtype` names.
+/// Evaluates `$body` with the type `$T` that `$dtype` names: a [`Datum`].
 macro_rules! with_dtype {
     ($dtype:expr, $T:ident => $body:expr) => {
         match $dtype {
@@ -110,10 +149,48 @@ macro_rules! with_dtype {
                 type $T = half::bf16;
                 $body
             }
+            cuda_std::DType::I32 => {
+                type $T = i32;
+                $body
+            }
+            cuda_std::DType::U8 => {
+                type $T = u8;
+                $body
+            }
         }
     };
 }
 pub(crate) use with_dtype;
+
+/// Evaluates `$body` with the type `$T` that the dtype of the tensor `$argument` names: an [`Element`]. Another dtype is an
+/// error, which the function returns.
+macro_rules! with_element {
+    ($argument:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            cuda_std::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            cuda_std::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            cuda_std::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            other @ (cuda_std::DType::I32 | cuda_std::DType::U8) => {
+                return Err($crate::element::no_element($argument, other));
+            }
+        }
+    };
+}
+pub(crate) use with_element;
+
+/// The error of a tensor that attention cannot be computed on.
+pub fn no_element(argument: &'static str, dtype: DType) -> Error {
+    Error::DType { argument, found: dtype.name(), allowed: "f32, f16, bf16".to_owned() }
+}
 
 impl Slice<'_> {
     /// The dtype of the elements.
@@ -122,12 +199,16 @@ impl Slice<'_> {
             Slice::F32(_) => DType::F32,
             Slice::F16(_) => DType::F16,
             Slice::BF16(_) => DType::BF16,
+            Slice::I32(_) => DType::I32,
+            Slice::U8(_) => DType::U8,
         }
     }
 }
 
-/// How a slice of the type goes into the enums, and out of them. Nameable only in this crate: it seals [`Element`].
+/// How a slice of the type goes into the enums, and out of them. Nameable only in this crate: it seals [`Datum`].
 pub trait Stored: Sized {
+    /// The dtype that stands for the type.
+    const STORED: DType;
     fn wrap(data: &[Self]) -> Slice<'_>;
     fn wrap_mut(data: &mut [Self]) -> SliceMut<'_>;
     fn store(data: Vec<Self>) -> Buffer;
@@ -138,6 +219,7 @@ pub trait Stored: Sized {
 macro_rules! stored {
     ($($t:ty: $variant:ident),*) => {$(
         impl Stored for $t {
+            const STORED: DType = DType::$variant;
             fn wrap(data: &[Self]) -> Slice<'_> {
                 Slice::$variant(data)
             }
@@ -156,4 +238,4 @@ macro_rules! stored {
         }
     )*};
 }
-stored!(f32: F32, f16: F16, bf16: BF16);
+stored!(f32: F32, f16: F16, bf16: BF16, i32: I32, u8: U8);

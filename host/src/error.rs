@@ -86,11 +86,15 @@ pub enum Error {
         /// Heads of K and V.
         nheads_k: usize,
     },
-    /// A scale with which softmax is not defined.
-    #[error("softmax_scale: {found}; allowed: positive and finite")]
-    SoftmaxScale {
-        /// The scale.
-        found: f32,
+    /// A value that an argument cannot have.
+    #[error("{argument}: {found}; allowed: {allowed}")]
+    Argument {
+        /// Which argument.
+        argument: &'static str,
+        /// Its value.
+        found: String,
+        /// What it may be.
+        allowed: String,
     },
     /// More than an index can count.
     #[error("{what}: {found}; allowed: at most {limit}")]

@@ -106,7 +106,7 @@ pub(crate) fn find<P>(
 ) -> Result<&'static Kernel<P, Config>, String> {
     let runs_dtype = |config: &Config| config.dtype == problem.dtype;
     let runs_headdim = |config: &Config| config.headdim == 0 || config.headdim as usize == problem.headdim;
-    let runs_mask = |config: &Config| config.causal.is_none_or(|causal| causal == problem.causal);
+    let runs_mask = |config: &Config| config.causal.is_none_or(|causal| causal == problem.is_causal());
     let configs = || table.iter().map(|kernel| kernel.config);
     let of_dtype = || configs().filter(runs_dtype);
     if of_dtype().next().is_none() {

@@ -1,7 +1,9 @@
-//! A (batch, seqlen, nheads, headdim) tensor in host memory, taken row by row.
+//! A (batch, seqlen, nheads, headdim) tensor in host memory, taken row by row. Without a batch dimension it is one batch.
 use std::marker::PhantomData;
 
+use crate::element::Datum;
 use crate::layout::Layout;
+use crate::tensor::TensorRef;
 
 /// Where the rows of the heads are, in elements from the first.
 #[derive(Clone, Copy, Debug)]
@@ -14,8 +16,11 @@ struct Strides {
 
 impl Strides {
     fn new(layout: &Layout) -> Self {
-        let (strides, shape) = (layout.strides(), layout.shape());
-        Strides { batch: strides[0], row: strides[1], head: strides[2], headdim: shape[3] }
+        match (layout.strides(), layout.shape()) {
+            (&[batch, row, head, _], &[.., headdim]) => Strides { batch, row, head, headdim },
+            (&[row, head, _], &[.., headdim]) => Strides { batch: 0, row, head, headdim },
+            _ => unreachable!("tensors of tokens have three or four dimensions"),
+        }
     }
 
     fn offset(&self, batch: usize, row: usize, head: usize) -> usize {
@@ -34,6 +39,27 @@ impl<'a, T> Heads<'a, T> {
     /// `layout` has four dimensions, of which the last is contiguous, and fits `data`.
     pub fn new(data: &'a [T], layout: &Layout) -> Self {
         Heads { data, strides: Strides::new(layout) }
+    }
+
+    /// A tensor of tokens, which has T as its elements.
+    pub fn of(tensor: &TensorRef<'a>) -> Self
+    where
+        T: Datum,
+    {
+        Heads::new(tensor.as_slice().unwrap_or_default(), tensor.layout())
+    }
+
+    /// A tensor of scores, (batch, nheads, seqlen_q, seqlen_k), as one with a row of keys for each batch, query and head;
+    /// extents of 1 stand for these.
+    pub fn broadcast(tensor: &TensorRef<'a>, [batch, nheads, seqlen_q]: [usize; 3]) -> Self
+    where
+        T: Datum,
+    {
+        let (shape, strides) = (tensor.layout().shape(), tensor.layout().strides());
+        let stride = |i: usize, extent: usize| if shape[i] == extent { strides[i] } else { 0 };
+        let strides =
+            Strides { batch: stride(0, batch), row: stride(2, seqlen_q), head: stride(1, nheads), headdim: shape[3] };
+        Heads { data: tensor.as_slice().unwrap_or_default(), strides }
     }
 
     /// The `headdim` elements of one token and head.

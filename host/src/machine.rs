@@ -1,6 +1,8 @@
 //! What runs kernels: a GPU, or a simulated one. Host tensors in, host tensors out, the same way on both.
 use cuda_std::{DType, Global};
 use kernels::attention::{Attention, Tensor, Untyped};
+use kernels::dropout::Dropout;
+use kernels::mask::UNBOUNDED;
 
 use crate::dispatch::{self, Plan};
 use crate::element::Element;
@@ -122,23 +124,46 @@ pub(crate) fn softmax<M: Machine, T: Element>(
     Ok(done)
 }
 
+/// A tensor that is not there.
+pub(crate) fn nowhere<T>() -> Tensor<T> {
+    Tensor { data: Global::NULL, batch_stride: 0, row_stride: 0, head_stride: 0 }
+}
+
 /// The arguments of a problem, but for its tensors.
 pub(crate) fn arguments(problem: &Problem, softmax_lse: Global<f32>) -> Attention {
-    let nowhere = Tensor { data: Global::NULL, batch_stride: 0, row_stride: 0, head_stride: 0 };
+    let side = |keys: Option<usize>| keys.map_or(UNBOUNDED, |keys| keys as u32);
+    let (lse_batch_stride, lse_head_stride) = match &problem.varlen {
+        None => ((problem.nheads * problem.seqlen_q) as u64, problem.seqlen_q as u64),
+        Some(varlen) => (0, varlen.total_q as u64),
+    };
     Attention {
-        q: nowhere,
-        k: nowhere,
-        v: nowhere,
-        o: nowhere,
+        q: nowhere(),
+        k: nowhere(),
+        v: nowhere(),
+        o: nowhere(),
+        bias: nowhere(),
+        mask: nowhere(),
+        alibi_slopes: Global::NULL,
+        alibi_batch_stride: 0,
+        sinks: Global::NULL,
         softmax_lse,
+        lse_batch_stride,
+        lse_head_stride,
+        cu_seqlens_q: Global::NULL,
+        cu_seqlens_k: Global::NULL,
+        dropout: problem.dropout.map_or(Dropout::NONE, |dropout| Dropout::new(dropout.p, dropout.seed, dropout.offset)),
         batch: problem.batch as u32,
         nheads: problem.nheads as u32,
         nheads_k: problem.nheads_k as u32,
         seqlen_q: problem.seqlen_q as u32,
         seqlen_k: problem.seqlen_k as u32,
         headdim: problem.headdim as u32,
+        headdim_v: problem.headdim_v as u32,
         softmax_scale: problem.softmax_scale,
-        causal: u32::from(problem.causal),
+        softcap: problem.softcap.unwrap_or(0.0),
+        window_left: side(problem.window.left),
+        window_right: side(problem.window.right),
+        aligned: 1,
     }
 }
 
@@ -162,6 +187,7 @@ impl<M: Machine> AnyBuffer<M> {
             DType::F32 => AnyBuffer::F32(machine.allocate(name, len)?),
             DType::F16 => AnyBuffer::F16(machine.allocate(name, len)?),
             DType::BF16 => AnyBuffer::BF16(machine.allocate(name, len)?),
+            DType::I32 | DType::U8 => unreachable!("a workspace holds numbers that attention is computed on"),
         })
     }
 

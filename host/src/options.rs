@@ -8,11 +8,50 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct AttentionOptions {
-    /// What Q Kᵀ is multiplied with before the softmax: positive and finite. `None`: 1/√headdim.
+    /// What Q Kᵀ is multiplied with before the softmax: finite. `None`: 1/√headdim.
     pub softmax_scale: Option<f32>,
     /// Whether query i sees only the keys j <= i + seqlen_k - seqlen_q: a causal mask, aligned to the bottom right corner
-    /// when the lengths differ. A row that sees no key has output 0 and LSE -inf.
+    /// when the lengths differ. A row that sees no key has output 0 and LSE -inf. The same as a window of 0 keys to the right.
     pub causal: bool,
+    /// How far from its own place, i + seqlen_k - seqlen_q, query i sees.
+    pub window_size: WindowSize,
+    /// The scores S become `softcap · tanh(S / softcap)`: positive and finite. `None`: they stay as they are.
+    pub softcap: Option<f32>,
+    /// Which part of P is dropped. `None`: nothing.
+    pub dropout: Option<Dropout>,
+    /// Whether gradients must be the same bits in every run and in every batch. Else a faster order of additions may be taken.
+    pub deterministic: bool,
+    /// Whether products of f32 tensors may be computed in tf32, with 10 bits of mantissa, on tensor cores. f16 and bf16 are
+    /// not affected.
+    pub allow_tf32: bool,
+    /// The longest sequence of queries, where `cu_seqlens_q` says where each begins. Needed where that is in device memory;
+    /// else found out.
+    pub max_seqlen_q: Option<usize>,
+    /// The longest sequence of keys, likewise.
+    pub max_seqlen_k: Option<usize>,
+}
+
+/// A sliding window: query i sees the keys from `i + seqlen_k - seqlen_q - left` to `i + seqlen_k - seqlen_q + right`, both
+/// included. `None`: as many as there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct WindowSize {
+    /// Keys to the left.
+    pub left: Option<usize>,
+    /// Keys to the right. At most 0 with a causal mask.
+    pub right: Option<usize>,
+}
+
+/// Dropout of P, with numbers that depend on nothing but these, the batch, the head, the query and the key: the same on
+/// every backend, forward and backward, and never stored. The generator is Philox4x32-10.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// The probability that an element of P becomes 0; at least 0, below 1, honoured to the next 1/65536. The others are
+    /// divided by 1 - p.
+    pub p: f32,
+    /// The key of the generator.
+    pub seed: u64,
+    /// Where in the generator's sequence to begin: another number for each layer and step.
+    pub offset: u64,
 }
 
 impl AttentionOptions {
@@ -30,6 +69,42 @@ impl AttentionOptions {
     /// Sets or clears the causal mask.
     pub fn causal(mut self, causal: bool) -> Self {
         self.causal = causal;
+        self
+    }
+
+    /// Sets the window: keys to the left and to the right, `None` for as many as there are.
+    pub fn window_size(mut self, left: impl Into<Option<usize>>, right: impl Into<Option<usize>>) -> Self {
+        self.window_size = WindowSize { left: left.into(), right: right.into() };
+        self
+    }
+
+    /// Sets the cap of the scores.
+    pub fn softcap(mut self, softcap: f32) -> Self {
+        self.softcap = Some(softcap);
+        self
+    }
+
+    /// Sets dropout.
+    pub fn dropout(mut self, p: f32, seed: u64, offset: u64) -> Self {
+        self.dropout = Some(Dropout { p, seed, offset });
+        self
+    }
+
+    /// Asks for gradients that are the same bits in every run, or does not.
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.deterministic = deterministic;
+        self
+    }
+
+    /// Allows tf32 products of f32 tensors, or does not.
+    pub fn allow_tf32(mut self, allow_tf32: bool) -> Self {
+        self.allow_tf32 = allow_tf32;
+        self
+    }
+
+    /// Says how long the longest sequences are, where `cu_seqlens_q` and `cu_seqlens_k` say where each begins.
+    pub fn max_seqlens(mut self, q: usize, k: usize) -> Self {
+        (self.max_seqlen_q, self.max_seqlen_k) = (Some(q), Some(k));
         self
     }
 }

@@ -4,59 +4,110 @@ use std::fmt;
 use cuda_std::DType;
 
 use crate::error::{Error, Result};
+use crate::inputs::{BackwardInputs, Inputs};
 use crate::layout::Layout;
-use crate::options::AttentionOptions;
+use crate::options::{AttentionOptions, Dropout, WindowSize};
+use crate::sequences::{Sequence, Sequences};
 
 /// The most tokens, heads or sequences there may be: kernels count them in 32 bits, with room to add two of them.
-const MOST: usize = i32::MAX as usize;
+pub(crate) const MOST: usize = i32::MAX as usize;
 
 /// The most elements that a tensor may have: as many as can be addressed in any dtype.
 const MOST_ELEMENTS: usize = isize::MAX as usize / size_of::<f64>();
 
-/// An attention problem whose arguments fit together: O = softmax(softmax_scale · Q Kᵀ + mask) V.
+/// An attention problem whose arguments fit together: O = softmax(softmax_scale · Q Kᵀ + bias + mask) V.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Problem {
-    /// The dtype of Q, K, V and O.
+    /// The dtype of Q, K, V, O and the bias.
     pub dtype: DType,
     /// Sequences.
     pub batch: usize,
-    /// Tokens of Q and O.
+    /// Tokens of Q and O: of the longest sequence, where their lengths differ.
     pub seqlen_q: usize,
-    /// Tokens of K and V.
+    /// Tokens of K and V, likewise.
     pub seqlen_k: usize,
     /// Heads of Q and O.
     pub nheads: usize,
     /// Heads of K and V: a divisor of `nheads`.
     pub nheads_k: usize,
-    /// Elements of one head's row.
+    /// Elements of one head's row of Q and K.
     pub headdim: usize,
-    /// What Q Kᵀ is multiplied with before the softmax. Positive and finite.
+    /// Elements of one head's row of V and O.
+    pub headdim_v: usize,
+    /// What Q Kᵀ is multiplied with before the softmax. Finite.
     pub softmax_scale: f32,
-    /// Whether query i sees only the keys j <= i + seqlen_k - seqlen_q.
-    pub causal: bool,
+    /// Which keys a query sees, the causal mask included. `None` on a side on which it hides nothing.
+    pub window: WindowSize,
+    /// The cap of the scores. Positive and finite.
+    pub softcap: Option<f32>,
+    /// Dropout of P, with a p above 0.
+    pub dropout: Option<Dropout>,
+    /// Whether gradients must be the same bits in every run.
+    pub deterministic: bool,
+    /// Whether products of f32 tensors may be computed in tf32.
+    pub allow_tf32: bool,
+    /// The shape of the bias, if there is one: (batch, nheads, seqlen_q, seqlen_k), of which the first three may be 1.
+    pub bias: Option<[usize; 4]>,
+    /// The shape of the boolean mask, if there is one, likewise.
+    pub mask: Option<[usize; 4]>,
+    /// Whether there are ALiBi slopes.
+    pub alibi: bool,
+    /// Whether there are attention sinks.
+    pub sinks: bool,
+    /// The sequences, where their lengths differ.
+    pub varlen: Option<Varlen>,
+}
+
+/// Sequences of different lengths, one after the other in one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Varlen {
+    /// Tokens of Q and O of all sequences.
+    pub total_q: usize,
+    /// Tokens of K and V of all sequences.
+    pub total_k: usize,
+    /// Where each begins, if that is in host memory.
+    pub sequences: Option<Sequences>,
 }
 
 impl Problem {
-    /// The problem that tensors of these layouts pose: Q (batch, seqlen_q, nheads, headdim), K and V (batch, seqlen_k,
-    /// nheads_k, headdim).
+    /// The problem that Q (batch, seqlen_q, nheads, headdim), K (batch, seqlen_k, nheads_k, headdim) and V (batch, seqlen_k,
+    /// nheads_k, headdim_v) of these layouts pose.
     ///
     /// # Errors
-    /// [`Error::Rank`], [`Error::DType`], [`Error::Shape`], [`Error::HeadGroups`], [`Error::Stride`],
-    /// [`Error::SoftmaxScale`] or [`Error::TooLarge`], with the argument that is at fault.
+    /// As [`Problem::of`].
     pub fn new(q: &Layout, k: &Layout, v: &Layout, options: &AttentionOptions) -> Result<Self> {
-        let [batch, seqlen_q, nheads, headdim] = dimensions("q", q)?;
-        let [_, seqlen_k, nheads_k, _] = dimensions("k", k)?;
-        dimensions("v", v)?;
-        for (argument, layout) in [("k", k), ("v", v)] {
-            same_dtype(argument, layout, q.dtype())?;
-            same(argument, layout, 0, "batch", batch, "q")?;
-            same(argument, layout, 3, "headdim", headdim, "q")?;
+        Self::of(&Inputs::new(q, k, v), None, options)
+    }
+
+    /// The problem that tensors of these layouts pose. `sequences` says where sequences of different lengths begin, if that
+    /// is known here.
+    ///
+    /// # Errors
+    /// [`Error::Rank`], [`Error::DType`], [`Error::Shape`], [`Error::HeadGroups`], [`Error::Stride`], [`Error::Argument`] or
+    /// [`Error::TooLarge`], with the argument that is at fault.
+    pub fn of(inputs: &Inputs<&Layout>, sequences: Option<Sequences>, options: &AttentionOptions) -> Result<Self> {
+        let (q, k, v) = (inputs.q, inputs.k, inputs.v);
+        let varlen = varlen(inputs, sequences)?;
+        let [batch, seqlen_q, nheads, headdim] = dimensions("q", q, varlen.is_some())?;
+        let [_, seqlen_k, nheads_k, _] = dimensions("k", k, varlen.is_some())?;
+        let [_, _, _, headdim_v] = dimensions("v", v, varlen.is_some())?;
+        if !matches!(q.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            return Err(crate::element::no_element("q", q.dtype()));
         }
-        same("v", v, 1, "seqlen", seqlen_k, "k")?;
-        same("v", v, 2, "nheads", nheads_k, "k")?;
+        for (argument, layout) in [("k", k), ("v", v)] {
+            same_dtype(argument, layout, q.dtype(), "q")?;
+            if varlen.is_none() {
+                same(argument, layout, 0, "batch", batch, "q")?;
+            }
+        }
+        let rank = q.shape().len();
+        same("k", k, rank - 1, "headdim", headdim, "q")?;
+        same("v", v, rank - 3, "seqlen", seqlen_k, "k")?;
+        same("v", v, rank - 2, "nheads", nheads_k, "k")?;
         for (argument, dimension, found) in
-            [("q", "nheads", nheads), ("k", "nheads", nheads_k), ("q", "headdim", headdim)]
+            [("q", "nheads", nheads), ("k", "nheads", nheads_k), ("q", "headdim", headdim), ("v", "headdim", headdim_v)]
         {
             if found == 0 {
                 return Err(Error::Shape { argument, dimension, found, allowed: "1 or more".to_owned() });
@@ -65,12 +116,21 @@ impl Problem {
         if !nheads.is_multiple_of(nheads_k) {
             return Err(Error::HeadGroups { nheads, nheads_k });
         }
+        let (batch, varlen) = match varlen {
+            None => (batch, None),
+            Some((batch, sequences)) => (batch, Some(Varlen { total_q: seqlen_q, total_k: seqlen_k, sequences })),
+        };
+        let (seqlen_q, seqlen_k) = match &varlen {
+            None => (seqlen_q, seqlen_k),
+            Some(varlen) => longest(varlen, options)?,
+        };
         let counts = [
             ("batch", batch),
             ("seqlen_q", seqlen_q),
             ("seqlen_k", seqlen_k),
             ("nheads", nheads),
             ("headdim", headdim),
+            ("headdim_v", headdim_v),
         ];
         for (what, found) in counts {
             if found > MOST {
@@ -78,37 +138,134 @@ impl Problem {
             }
         }
         // Views with strides of 0 may claim more elements than memory holds.
-        let elements =
-            [batch, seqlen_q.max(seqlen_k), nheads, headdim].into_iter().fold(1u128, |n, extent| n * extent as u128);
+        let extents = [batch, seqlen_q.max(seqlen_k), nheads, headdim.max(headdim_v)];
+        let elements = extents.into_iter().fold(1u128, |n, extent| n * extent as u128);
         if elements > MOST_ELEMENTS as u128 {
             return Err(Error::TooLarge { what: "elements", found: elements, limit: MOST_ELEMENTS as u128 });
         }
-        let softmax_scale = options.softmax_scale.unwrap_or_else(|| 1.0 / (headdim as f32).sqrt());
-        if !(softmax_scale > 0.0 && softmax_scale.is_finite()) {
-            return Err(Error::SoftmaxScale { found: softmax_scale });
+
+        let scores = [batch, nheads, seqlen_q, seqlen_k];
+        let bias = inputs.bias.map(|bias| broadcast("bias", bias, q.dtype(), "q", scores)).transpose()?;
+        let mask = inputs.mask.map(|mask| broadcast("mask", mask, DType::U8, "a mask", scores)).transpose()?;
+        if let Some(slopes) = inputs.alibi_slopes {
+            same_dtype("alibi_slopes", slopes, DType::F32, "slopes")?;
+            match slopes.shape().len() {
+                1 => same("alibi_slopes", slopes, 0, "nheads", nheads, "q")?,
+                2 => {
+                    same("alibi_slopes", slopes, 0, "batch", batch, "q")?;
+                    same("alibi_slopes", slopes, 1, "nheads", nheads, "q")?;
+                }
+                found => {
+                    let allowed = "1: (nheads), or 2: (batch, nheads)";
+                    return Err(Error::Rank { argument: "alibi_slopes", found, allowed });
+                }
+            }
         }
-        let causal = options.causal;
-        Ok(Problem { dtype: q.dtype(), batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, softmax_scale, causal })
+        if let Some(sinks) = inputs.sinks {
+            same_dtype("sinks", sinks, DType::F32, "sinks")?;
+            if sinks.shape().len() != 1 {
+                return Err(Error::Rank { argument: "sinks", found: sinks.shape().len(), allowed: "1: (nheads)" });
+            }
+            same("sinks", sinks, 0, "nheads", nheads, "q")?;
+        }
+
+        let softmax_scale = options.softmax_scale.unwrap_or_else(|| 1.0 / (headdim as f32).sqrt());
+        if !softmax_scale.is_finite() {
+            return Err(argument("softmax_scale", softmax_scale, "finite"));
+        }
+        if let Some(softcap) = options.softcap.filter(|softcap| !(*softcap > 0.0 && softcap.is_finite())) {
+            return Err(argument("softcap", softcap, "positive and finite"));
+        }
+        if let Some(Dropout { p, .. }) = options.dropout.filter(|dropout| !(0.0..1.0).contains(&dropout.p)) {
+            return Err(argument("dropout p", p, "at least 0, below 1"));
+        }
+        Ok(Problem {
+            dtype: q.dtype(),
+            batch,
+            seqlen_q,
+            seqlen_k,
+            nheads,
+            nheads_k,
+            headdim,
+            headdim_v,
+            softmax_scale,
+            window: window(options, seqlen_q, seqlen_k),
+            softcap: options.softcap,
+            dropout: options.dropout.filter(|dropout| dropout.p > 0.0),
+            deterministic: options.deterministic,
+            allow_tf32: options.allow_tf32,
+            bias,
+            mask,
+            alibi: inputs.alibi_slopes.is_some(),
+            sinks: inputs.sinks.is_some(),
+            varlen,
+        })
     }
 
-    /// The shape of O: (batch, seqlen_q, nheads, headdim).
-    pub fn out_shape(&self) -> [usize; 4] {
-        [self.batch, self.seqlen_q, self.nheads, self.headdim]
+    /// The shape of Q and dQ: (batch, seqlen_q, nheads, headdim), or (total_q, nheads, headdim).
+    pub fn q_shape(&self) -> Vec<usize> {
+        self.tokens_shape(self.varlen.as_ref().map(|varlen| varlen.total_q), self.seqlen_q, self.nheads, self.headdim)
     }
 
-    /// The shape of the LSE: (batch, nheads, seqlen_q).
-    pub fn lse_shape(&self) -> [usize; 3] {
-        [self.batch, self.nheads, self.seqlen_q]
+    /// The shape of K and dK: (batch, seqlen_k, nheads_k, headdim), or (total_k, nheads_k, headdim).
+    pub fn k_shape(&self) -> Vec<usize> {
+        self.tokens_shape(self.varlen.as_ref().map(|varlen| varlen.total_k), self.seqlen_k, self.nheads_k, self.headdim)
     }
 
-    /// The rows of S, of all heads: batch x nheads x seqlen_q.
+    /// The shape of V and dV: (batch, seqlen_k, nheads_k, headdim_v), or (total_k, nheads_k, headdim_v).
+    pub fn v_shape(&self) -> Vec<usize> {
+        let total_k = self.varlen.as_ref().map(|varlen| varlen.total_k);
+        self.tokens_shape(total_k, self.seqlen_k, self.nheads_k, self.headdim_v)
+    }
+
+    /// The shape of O and dO: (batch, seqlen_q, nheads, headdim_v), or (total_q, nheads, headdim_v).
+    pub fn out_shape(&self) -> Vec<usize> {
+        self.tokens_shape(self.varlen.as_ref().map(|varlen| varlen.total_q), self.seqlen_q, self.nheads, self.headdim_v)
+    }
+
+    fn tokens_shape(&self, total: Option<usize>, seqlen: usize, nheads: usize, headdim: usize) -> Vec<usize> {
+        match total {
+            None => vec![self.batch, seqlen, nheads, headdim],
+            Some(total) => vec![total, nheads, headdim],
+        }
+    }
+
+    /// The shape of the LSE: (batch, nheads, seqlen_q), or (nheads, total_q).
+    pub fn lse_shape(&self) -> Vec<usize> {
+        match &self.varlen {
+            None => vec![self.batch, self.nheads, self.seqlen_q],
+            Some(varlen) => vec![self.nheads, varlen.total_q],
+        }
+    }
+
+    /// The rows of S, of all heads: as many as the LSE has elements.
     pub fn rows(&self) -> usize {
         self.lse_shape().iter().product()
     }
 
-    /// The shape of dK and dV, which is that of K and V: (batch, seqlen_k, nheads_k, headdim).
-    pub(crate) fn keys_shape(&self) -> [usize; 4] {
-        [self.batch, self.seqlen_k, self.nheads_k, self.headdim]
+    /// Whether the mask is causal, and nothing else.
+    pub fn is_causal(&self) -> bool {
+        self.window == WindowSize { left: None, right: Some(0) }
+    }
+
+    /// The sequences; none, where only the device knows where they begin.
+    pub(crate) fn sequences(&self) -> Vec<Sequence> {
+        match &self.varlen {
+            None => {
+                let (seqlen_q, seqlen_k) = (self.seqlen_q, self.seqlen_k);
+                let of = |index| Sequence { index, batch: index, first_q: 0, seqlen_q, first_k: 0, seqlen_k };
+                (0..self.batch).map(of).collect()
+            }
+            Some(varlen) => varlen.sequences.iter().flat_map(Sequences::iter).collect(),
+        }
+    }
+
+    /// Where the LSE of one row of one head of a sequence is.
+    pub(crate) fn lse_index(&self, sequence: &Sequence, head: usize, row: usize) -> usize {
+        match &self.varlen {
+            None => (sequence.batch * self.nheads + head) * self.seqlen_q + row,
+            Some(varlen) => head * varlen.total_q + sequence.first_q + row,
+        }
     }
 
     /// Checks that a tensor has the dtype of the problem and this shape, which is that of `of`.
@@ -116,42 +273,46 @@ impl Problem {
         &self,
         argument: &'static str,
         layout: &Layout,
-        shape: [usize; 4],
+        shape: &[usize],
         of: &'static str,
     ) -> Result<()> {
-        dimensions(argument, layout)?;
-        same_dtype(argument, layout, self.dtype)?;
-        DIMENSIONS
-            .into_iter()
+        dimensions(argument, layout, self.varlen.is_some())?;
+        same_dtype(argument, layout, self.dtype, "q")?;
+        let dimensions = &DIMENSIONS[4 - shape.len()..];
+        dimensions
+            .iter()
             .zip(shape)
             .enumerate()
-            .try_for_each(|(i, (dimension, extent))| same(argument, layout, i, dimension, extent, of))
+            .try_for_each(|(i, (dimension, &extent))| same(argument, layout, i, dimension, extent, of))
     }
 
-    /// Checks that a backward pass may begin with these: O, its gradient, and the LSE.
-    pub(crate) fn check_backward(&self, out: &Layout, softmax_lse: &Layout, dout: &Layout) -> Result<()> {
-        self.check_like("out", out, self.out_shape(), "q")?;
-        self.check_like("dout", dout, self.out_shape(), "q")?;
-        let argument = "softmax_lse";
-        if softmax_lse.dtype() != DType::F32 {
-            let allowed = "f32".to_owned();
-            return Err(Error::DType { argument, found: softmax_lse.dtype().name(), allowed });
+    /// Checks that a backward pass may begin with these: O, its gradient, the LSE, and the gradient of that.
+    pub(crate) fn check_backward(&self, inputs: &BackwardInputs<&Layout>) -> Result<()> {
+        self.check_like("out", inputs.out, &self.out_shape(), "q")?;
+        self.check_like("dout", inputs.dout, &self.out_shape(), "q")?;
+        self.check_rows("softmax_lse", inputs.softmax_lse)?;
+        inputs.dlse.map_or(Ok(()), |dlse| self.check_rows("dlse", dlse))
+    }
+
+    /// Checks that a tensor has the shape of the LSE.
+    fn check_rows(&self, argument: &'static str, layout: &Layout) -> Result<()> {
+        same_dtype(argument, layout, DType::F32, "an LSE")?;
+        let shape = self.lse_shape();
+        if layout.shape().len() != shape.len() {
+            let allowed = if self.varlen.is_none() { "3: (batch, nheads, seqlen_q)" } else { "2: (nheads, total_q)" };
+            return Err(Error::Rank { argument, found: layout.shape().len(), allowed });
         }
-        if softmax_lse.shape().len() != 3 {
-            let allowed = "3: (batch, nheads, seqlen_q)";
-            return Err(Error::Rank { argument, found: softmax_lse.shape().len(), allowed });
-        }
-        let dimensions = ["batch", "nheads", "seqlen"];
+        let dimensions = if self.varlen.is_none() { &["batch", "nheads", "seqlen"][..] } else { &["nheads", "seqlen"] };
         dimensions
-            .into_iter()
-            .zip(self.lse_shape())
+            .iter()
+            .zip(shape)
             .enumerate()
-            .try_for_each(|(i, (dimension, extent))| same(argument, softmax_lse, i, dimension, extent, "q"))
+            .try_for_each(|(i, (dimension, extent))| same(argument, layout, i, dimension, extent, "q"))
     }
 
     /// Checks that outputs of these sizes take the result.
     pub(crate) fn check_outputs(&self, out: &Layout, softmax_lse: Option<usize>) -> Result<()> {
-        self.check_like("out", out, self.out_shape(), "q")?;
+        self.check_like("out", out, &self.out_shape(), "q")?;
         if let Some(found) = softmax_lse.filter(|&found| found != self.rows()) {
             let layout = Layout::contiguous(DType::F32, &self.lse_shape())?;
             let (shape, strides) = (layout.shape().to_vec(), layout.strides().to_vec());
@@ -166,54 +327,180 @@ impl Problem {
         Ok(())
     }
 
-    /// How many keys query `row` sees: the first so many.
-    pub(crate) fn visible(&self, row: usize) -> usize {
-        if self.causal {
-            (row + 1 + self.seqlen_k).saturating_sub(self.seqlen_q).min(self.seqlen_k)
-        } else {
-            self.seqlen_k
+    /// Pairs of a query and a key that it sees, of one head each, by the window alone. As the field counts, half of all
+    /// pairs when causal; where only the device knows the sequences, as if all keys were as many as those of the longest.
+    fn pairs(&self) -> u64 {
+        let all = |sequence: &Sequence| (sequence.seqlen_q as u64).saturating_mul(sequence.seqlen_k as u64);
+        let of = |sequence: &Sequence| match self.window {
+            WindowSize { left: None, right: None } => all(sequence),
+            _ if self.is_causal() => all(sequence) / 2,
+            window => (0..sequence.seqlen_q).map(|row| sequence.visible(window, row).len() as u64).sum(),
+        };
+        match &self.varlen {
+            Some(Varlen { sequences: None, total_q, .. }) => (*total_q as u64).saturating_mul(self.seqlen_k as u64),
+            _ => self.sequences().iter().map(of).fold(0, u64::saturating_add),
         }
     }
 
-    /// Floating-point operations of the two products: 4 b h sq sk d, half of it when causal, as the field counts.
+    /// Floating-point operations of the two products: 2 b h sq sk (d + d_v), half of it when causal, as the field counts.
     pub fn flops(&self) -> u64 {
-        let products = ((self.rows() * self.headdim) as u64).saturating_mul(4 * self.seqlen_k as u64);
-        if self.causal { products / 2 } else { products }
+        let products = 2 * (self.headdim + self.headdim_v) as u64;
+        self.pairs().saturating_mul(self.nheads as u64).saturating_mul(products)
     }
 
-    /// Floating-point operations of the backward pass: its five products are 2.5 times the two of the forward pass.
+    /// Floating-point operations of the backward pass: its five products, three of d columns and two of d_v, are 2.5 times
+    /// the two of the forward pass.
     pub fn backward_flops(&self) -> u64 {
-        self.flops().saturating_mul(5) / 2
+        let products = 2 * (3 * self.headdim + 2 * self.headdim_v) as u64;
+        self.pairs().saturating_mul(self.nheads as u64).saturating_mul(products)
     }
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Problem { batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, .. } = self;
+        let Problem { batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v, .. } = self;
         write!(f, "batch {batch}, seqlen_q {seqlen_q}, seqlen_k {seqlen_k}, ")?;
         write!(f, "nheads {nheads}, nheads_k {nheads_k}, headdim {headdim}")?;
-        if self.causal { write!(f, ", causal") } else { Ok(()) }
+        if headdim_v != headdim {
+            write!(f, ", headdim_v {headdim_v}")?;
+        }
+        if let Some(Varlen { total_q, total_k, .. }) = &self.varlen {
+            write!(f, ", total_q {total_q}, total_k {total_k}")?;
+        }
+        match self.window {
+            WindowSize { left: None, right: None } => (),
+            _ if self.is_causal() => write!(f, ", causal")?,
+            WindowSize { left, right } => {
+                let side = |keys: Option<usize>| keys.map_or_else(|| "all".to_owned(), |keys| keys.to_string());
+                write!(f, ", window {} left {} right", side(left), side(right))?;
+            }
+        }
+        if let Some(softcap) = self.softcap {
+            write!(f, ", softcap {softcap}")?;
+        }
+        if let Some(Dropout { p, .. }) = self.dropout {
+            write!(f, ", dropout {p}")?;
+        }
+        let tensors = [(self.bias.is_some(), "bias"), (self.mask.is_some(), "mask")];
+        let tensors = tensors.into_iter().chain([(self.alibi, "ALiBi"), (self.sinks, "sinks")]);
+        tensors.filter(|(there, _)| *there).try_for_each(|(_, name)| write!(f, ", {name}"))
     }
 }
 
 const DIMENSIONS: [&str; 4] = ["batch", "seqlen", "nheads", "headdim"];
 
-fn dimensions(argument: &'static str, layout: &Layout) -> Result<[usize; 4]> {
-    let allowed = "4: (batch, seqlen, nheads, headdim)";
-    let shape = layout.shape();
-    let shape = shape.try_into().map_err(|_| Error::Rank { argument, found: shape.len(), allowed })?;
-    if !layout.has_contiguous_rows() {
-        let allowed = "a last stride of 1: headdim is contiguous";
-        return Err(Error::Stride { argument, found: layout.strides().to_vec(), allowed });
+/// The four extents of a tensor of tokens; of three, where sequences follow each other, the first is then 1.
+fn dimensions(argument: &'static str, layout: &Layout, varlen: bool) -> Result<[usize; 4]> {
+    let shape = match (layout.shape(), varlen) {
+        (&[batch, seqlen, nheads, headdim], false) => [batch, seqlen, nheads, headdim],
+        (&[total, nheads, headdim], true) => [1, total, nheads, headdim],
+        (shape, _) => {
+            let allowed = match varlen {
+                false => "4: (batch, seqlen, nheads, headdim)",
+                true => "3, with cu_seqlens: (total, nheads, headdim)",
+            };
+            return Err(Error::Rank { argument, found: shape.len(), allowed });
+        }
+    };
+    contiguous_rows(argument, layout, "a last stride of 1: headdim is contiguous")?;
+    Ok(shape)
+}
+
+fn contiguous_rows(argument: &'static str, layout: &Layout, allowed: &'static str) -> Result<()> {
+    if layout.has_contiguous_rows() {
+        return Ok(());
+    }
+    Err(Error::Stride { argument, found: layout.strides().to_vec(), allowed })
+}
+
+/// How many sequences of different lengths there are, and where they begin, if that is known here; `None` if all are alike.
+fn varlen(inputs: &Inputs<&Layout>, sequences: Option<Sequences>) -> Result<Option<(usize, Option<Sequences>)>> {
+    let (q, k) = match (inputs.cu_seqlens_q, inputs.cu_seqlens_k) {
+        (None, None) => return Ok(None),
+        (Some(q), Some(k)) => (q, k),
+        (None, Some(_)) => return Err(argument("cu_seqlens_q", "none", "one, as there is cu_seqlens_k")),
+        (Some(_), None) => return Err(argument("cu_seqlens_k", "none", "one, as there is cu_seqlens_q")),
+    };
+    for (name, layout) in [("cu_seqlens_q", q), ("cu_seqlens_k", k)] {
+        same_dtype(name, layout, DType::I32, "indices")?;
+        if layout.shape().len() != 1 {
+            return Err(Error::Rank { argument: name, found: layout.shape().len(), allowed: "1: (batch + 1)" });
+        }
+        if layout.shape()[0] == 0 {
+            let allowed = "batch + 1, so 1 or more".to_owned();
+            return Err(Error::Shape { argument: name, dimension: "batch", found: 0, allowed });
+        }
+        contiguous_rows(name, layout, "1: contiguous")?;
+    }
+    same("cu_seqlens_k", k, 0, "batch", q.shape()[0], "cu_seqlens_q")?;
+    Ok(Some((q.shape()[0] - 1, sequences)))
+}
+
+/// The longest sequences of Q and of K.
+fn longest(varlen: &Varlen, options: &AttentionOptions) -> Result<(usize, usize)> {
+    let known = varlen.sequences.as_ref().map(Sequences::longest);
+    let of = |name, said: Option<usize>, known: Option<usize>, total| {
+        let found = match (said, known) {
+            (Some(said), Some(known)) if said < known => {
+                return Err(argument(name, said, format!("{known} or more: the longest sequence")));
+            }
+            (said, known) => known.or(said),
+        };
+        match found {
+            None => Err(argument(name, "none", "a number: cu_seqlens is in device memory")),
+            Some(longest) => Ok(longest.min(total)),
+        }
+    };
+    Ok((
+        of("max_seqlen_q", options.max_seqlen_q, known.map(|(q, _)| q), varlen.total_q)?,
+        of("max_seqlen_k", options.max_seqlen_k, known.map(|(_, k)| k), varlen.total_k)?,
+    ))
+}
+
+/// The window and the causal mask as one, without sides that hide nothing.
+fn window(options: &AttentionOptions, seqlen_q: usize, seqlen_k: usize) -> WindowSize {
+    let WindowSize { left, right } = options.window_size;
+    let right = if options.causal { Some(0) } else { right };
+    // A causal mask is one whatever the lengths.
+    let right = right.filter(|&right| options.causal || right + 1 < seqlen_q);
+    WindowSize { left: left.filter(|left| left + 1 < seqlen_k), right }
+}
+
+/// Checks a tensor of scores: (batch, nheads, seqlen_q, seqlen_k), of which the first three may be 1.
+fn broadcast(
+    argument: &'static str,
+    layout: &Layout,
+    dtype: DType,
+    of: &str,
+    scores: [usize; 4],
+) -> Result<[usize; 4]> {
+    const DIMENSIONS: [&str; 4] = ["batch", "nheads", "seqlen_q", "seqlen_k"];
+    same_dtype(argument, layout, dtype, of)?;
+    let shape: [usize; 4] = layout.shape().try_into().map_err(|_| Error::Rank {
+        argument,
+        found: layout.shape().len(),
+        allowed: "4: (batch, nheads, seqlen_q, seqlen_k), of which the first three may be 1",
+    })?;
+    contiguous_rows(argument, layout, "a last stride of 1: keys are contiguous")?;
+    for (i, (dimension, extent)) in DIMENSIONS.into_iter().zip(scores).enumerate() {
+        let found = shape[i];
+        if found != extent && (found != 1 || i == 3) {
+            let allowed = if i == 3 { format!("{extent}") } else { format!("{extent} or 1") };
+            return Err(Error::Shape { argument, dimension, found, allowed });
+        }
     }
     Ok(shape)
 }
 
-fn same_dtype(argument: &'static str, layout: &Layout, q: DType) -> Result<()> {
-    if layout.dtype() == q {
+fn argument(argument: &'static str, found: impl fmt::Display, allowed: impl Into<String>) -> Error {
+    Error::Argument { argument, found: found.to_string(), allowed: allowed.into() }
+}
+
+fn same_dtype(argument: &'static str, layout: &Layout, dtype: DType, of: &str) -> Result<()> {
+    if layout.dtype() == dtype {
         return Ok(());
     }
-    Err(Error::DType { argument, found: layout.dtype().name(), allowed: format!("{}, as of q", q.name()) })
+    Err(Error::DType { argument, found: layout.dtype().name(), allowed: format!("{}, as of {of}", dtype.name()) })
 }
 
 fn same(
@@ -244,12 +531,14 @@ mod tests {
     }
 
     #[test]
-    fn the_causal_mask_is_aligned_to_the_bottom_right_corner() {
-        let causal = AttentionOptions::new().causal(true);
-        let long_q = problem(&[1, 5, 1, 8], &[1, 2, 1, 8], &causal).expect("valid");
-        assert_eq!([0, 1, 2, 3, 4].map(|row| long_q.visible(row)), [0, 0, 0, 1, 2]);
-        let long_k = problem(&[1, 2, 1, 8], &[1, 5, 1, 8], &causal).expect("valid");
-        assert_eq!([0, 1].map(|row| long_k.visible(row)), [4, 5]);
+    fn a_window_that_hides_nothing_is_none() {
+        let window = |left: Option<usize>, right: Option<usize>, causal| {
+            let options = AttentionOptions::new().window_size(left, right).causal(causal);
+            problem(&[1, 5, 1, 8], &[1, 7, 1, 8], &options).expect("valid").window
+        };
+        assert_eq!(window(Some(6), Some(4), false), WindowSize { left: None, right: None });
+        assert_eq!(window(Some(5), Some(3), false), WindowSize { left: Some(5), right: Some(3) });
+        assert_eq!(window(Some(5), Some(3), true), WindowSize { left: Some(5), right: Some(0) });
     }
 
     #[test]
@@ -261,10 +550,41 @@ mod tests {
         assert_eq!(refused(&[1, 2, 1, 8], &[1, 2, 1, 16]), "k: headdim is 16; allowed: 8, as of q");
         assert_eq!(refused(&[1, 2, 1, 0], &[1, 2, 1, 0]), "q: headdim is 0; allowed: 1 or more");
         assert!(refused(&[1, 2, 3, 8], &[1, 2, 2, 8]).starts_with("nheads is 3, which is no multiple of nheads_k = 2"));
-        for scale in [f32::NAN, f32::INFINITY, 0.0, -1.0] {
+        let refused =
+            |options: AttentionOptions| problem(&[1, 2, 1, 8], &[1, 2, 1, 8], &options).expect_err("bad").to_string();
+        for scale in [f32::NAN, f32::INFINITY] {
             let options = AttentionOptions::new().softmax_scale(scale);
-            let refused = problem(&[1, 2, 1, 8], &[1, 2, 1, 8], &options).expect_err("bad").to_string();
-            assert_eq!(refused, format!("softmax_scale: {scale}; allowed: positive and finite"));
+            assert_eq!(refused(options), format!("softmax_scale: {scale}; allowed: finite"));
         }
+        let softcap = refused(AttentionOptions::new().softcap(0.0));
+        assert_eq!(softcap, "softcap: 0; allowed: positive and finite");
+        let dropout = refused(AttentionOptions::new().dropout(1.0, 0, 0));
+        assert_eq!(dropout, "dropout p: 1; allowed: at least 0, below 1");
+    }
+
+    #[test]
+    fn tensors_of_scores_broadcast() {
+        let (q, options) = (layout(&[2, 3, 4, 8]), AttentionOptions::new());
+        let with = |shape: &[usize]| {
+            let bias = layout(shape);
+            Problem::of(&Inputs::new(&q, &q, &q).bias(&bias), None, &options).map(|problem| problem.bias)
+        };
+        assert_eq!(with(&[1, 4, 1, 3]), Ok(Some([1, 4, 1, 3])));
+        assert_eq!(with(&[2, 2, 3, 3]).expect_err("bad").to_string(), "bias: nheads is 2; allowed: 4 or 1");
+        assert_eq!(with(&[2, 4, 3, 1]).expect_err("bad").to_string(), "bias: seqlen_k is 1; allowed: 3");
+    }
+
+    #[test]
+    fn sequences_of_different_lengths() {
+        let (q, starts, options) = (layout(&[7, 4, 8]), [0, 3, 7], AttentionOptions::new());
+        let cu_seqlens = Layout::contiguous(DType::I32, &[3]).expect("small");
+        let inputs = Inputs::new(&q, &q, &q).cu_seqlens(&cu_seqlens, &cu_seqlens);
+        let sequences = Sequences::new(&starts, 7, &starts, 7).expect("valid");
+        let problem = Problem::of(&inputs, Some(sequences), &options).expect("valid");
+        assert_eq!((problem.batch, problem.seqlen_q, problem.out_shape()), (2, 4, vec![7, 4, 8]));
+        assert_eq!(problem.lse_index(&problem.sequences()[1], 2, 1), 2 * 7 + 3 + 1);
+        let unknown = Problem::of(&inputs, None, &options).expect_err("no lengths").to_string();
+        assert_eq!(unknown, "max_seqlen_q: none; allowed: a number: cu_seqlens is in device memory");
+        assert!(Problem::of(&inputs, None, &options.max_seqlens(4, 4)).is_ok());
     }
 }

@@ -1,10 +1,9 @@
 //! What results are compared with: attention and softmax in f64, and a plain implementation in the dtype of the inputs.
 //!
 //! Both follow the definition, a row of S at a time: no tiles, no online softmax.
-use cuda_std::Element as _;
 use rayon::prelude::*;
 
-use crate::element::{Element, with_dtype};
+use crate::element::{Datum, Element, with_dtype, with_element};
 use crate::error::Result;
 use crate::heads::Heads;
 use crate::options::AttentionOptions;
@@ -40,7 +39,7 @@ pub fn attention<'a>(
     let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
     let mut out = vec![0.0; problem.rows() * problem.headdim];
     let mut softmax_lse = vec![f64::NEG_INFINITY; problem.rows()];
-    with_dtype!(problem.dtype, T => {
+    with_element!("q", problem.dtype, T => {
         let (q, k, v) = (heads::<T>(&q), heads::<T>(&k), heads::<T>(&v));
         let lse = each_row(&problem, &mut out, |index, out| row_in_f64(&problem, &q, &k, &v, index, out));
         for (index, lse) in lse {
@@ -75,7 +74,7 @@ pub fn plain<'a>(
     let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
     let mut out = vec![0.0; problem.rows() * problem.headdim];
     let mut softmax_lse = vec![f32::NEG_INFINITY; problem.rows()];
-    with_dtype!(problem.dtype, T => {
+    with_element!("q", problem.dtype, T => {
         let (q, k, v) = (heads::<T>(&q), heads::<T>(&k), heads::<T>(&v));
         let lse = each_row(&problem, &mut out, |index, out| plain_row(&problem, &q, &k, &v, index, out));
         for (index, lse) in lse {
@@ -91,7 +90,7 @@ pub fn softmax<'a>(x: impl Into<TensorRef<'a>>) -> Vec<f64> {
     let columns = x.shape().last().copied().unwrap_or(1).max(1);
     with_dtype!(x.dtype(), T => {
         let x = x.packed::<T>().unwrap_or_default();
-        let mut y: Vec<f64> = x.iter().map(|&x| f64::from(x.to_f32())).collect();
+        let mut y: Vec<f64> = widened(&x).into_iter().map(f64::from).collect();
         y.par_chunks_mut(columns).for_each(|row| {
             normalise(row);
         });
@@ -105,10 +104,10 @@ pub fn plain_softmax<'a>(x: impl Into<TensorRef<'a>>) -> Vec<f32> {
     let columns = x.shape().last().copied().unwrap_or(1).max(1);
     with_dtype!(x.dtype(), T => {
         let x = x.packed::<T>().unwrap_or_default();
-        let mut y: Vec<f32> = x.iter().map(|&x| x.to_f32()).collect();
+        let mut y: Vec<f32> = widened(&x);
         y.par_chunks_mut(columns).for_each(|row| {
             normalise_in_f32(row);
-            row.iter_mut().for_each(|y| *y = round::<T>(*y));
+            round_all::<T>(row);
         });
         y
     })
@@ -162,7 +161,7 @@ fn row_in_f64<T: Element>(
     out: &mut [f64],
 ) -> f64 {
     let RowIndex { batch, row, head } = index;
-    let (head_k, visible) = (index.head_k(problem), problem.visible(row));
+    let (head_k, visible) = (index.head_k(problem), problem.sequences()[batch].visible(problem.window, row).end);
     let wide = |x: &T| f64::from(x.to_f32());
     let q: Vec<f64> = q.row(batch, row, head).iter().map(wide).collect();
     let score = |key: usize| f64::from(problem.softmax_scale) * dot(&q, k.row(batch, key, head_k));
@@ -188,7 +187,7 @@ fn plain_row<T: Element>(
     out: &mut [f32],
 ) -> f32 {
     let RowIndex { batch, row, head } = index;
-    let (head_k, visible) = (index.head_k(problem), problem.visible(row));
+    let (head_k, visible) = (index.head_k(problem), problem.sequences()[batch].visible(problem.window, row).end);
     let q: Vec<f32> = q.row(batch, row, head).iter().map(|&q| q.to_f32()).collect();
     let score = |key| round::<T>(problem.softmax_scale * dot_in_f32(&q, k.row(batch, key, head_k)));
     let mut p: Vec<f32> = (0..visible).map(score).collect();
@@ -201,6 +200,18 @@ fn plain_row<T: Element>(
     }
     out.iter_mut().for_each(|out| *out = round::<T>(*out));
     lse
+}
+
+fn widened<T: Datum>(x: &[T]) -> Vec<f32> {
+    let mut wide = vec![0.0; x.len()];
+    T::widen(x, &mut wide);
+    wide
+}
+
+fn round_all<T: Datum>(row: &mut [f32]) {
+    let mut rounded = vec![T::default(); row.len()];
+    T::narrow(row, &mut rounded);
+    T::widen(&rounded, row);
 }
 
 fn round<T: Element>(x: f32) -> f32 {

@@ -6,7 +6,7 @@ use crate::backend::{Backend, BackendChoice};
 use crate::cpu;
 use crate::cuda::{Device, Gpu};
 use crate::dispatch::Plan;
-use crate::element::{Element, with_dtype};
+use crate::element::{Element, with_element};
 use crate::error::{Error, Result};
 use crate::heads::{Heads, HeadsMut};
 use crate::layout::Layout;
@@ -212,7 +212,7 @@ impl Session {
         let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
         let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
         problem.check_outputs(out.layout(), Some(softmax_lse.len()))?;
-        with_dtype!(problem.dtype, T => self.attention_of::<T>(&problem, [&q, &k, &v], out, softmax_lse))
+        with_element!("q", problem.dtype, T => self.attention_of::<T>(&problem, [&q, &k, &v], out, softmax_lse))
     }
 
     fn attention_of<T: Element>(
@@ -293,7 +293,7 @@ impl Session {
     /// and those of the backend.
     pub fn softmax<'a>(&self, x: impl Into<TensorRef<'a>>, method: SoftmaxMethod) -> Result<Softmax> {
         let x = x.into();
-        with_dtype!(x.dtype(), T => self.softmax_of::<T>(&x, method))
+        with_element!("x", x.dtype(), T => self.softmax_of::<T>(&x, method))
     }
 
     fn softmax_of<T: Element>(&self, x: &TensorRef, method: SoftmaxMethod) -> Result<Softmax> {

@@ -3,7 +3,7 @@ use std::borrow::Cow;
 
 use cuda_std::DType;
 
-use crate::element::{Buffer, Element, Slice, SliceMut, Stored, for_each_dtype, with_dtype};
+use crate::element::{Buffer, Datum, Slice, SliceMut, Stored, for_each_dtype, with_dtype};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
@@ -19,7 +19,7 @@ impl<'a> TensorRef<'a> {
     ///
     /// # Errors
     /// [`Error::Length`] if `data` has not as many elements as `shape` says.
-    pub fn new<T: Element>(data: &'a [T], shape: &[usize]) -> Result<Self> {
+    pub fn new<T: Datum>(data: &'a [T], shape: &[usize]) -> Result<Self> {
         Self::exact(T::wrap(data), data.len(), shape)
     }
 
@@ -28,8 +28,8 @@ impl<'a> TensorRef<'a> {
     /// # Errors
     /// [`Error::Rank`] if there are not as many strides as dimensions, [`Error::Length`] if `data` ends before the last
     /// element.
-    pub fn with_strides<T: Element>(data: &'a [T], shape: &[usize], strides: &[usize]) -> Result<Self> {
-        let layout = Layout::strided(T::DTYPE, shape, strides)?;
+    pub fn with_strides<T: Datum>(data: &'a [T], shape: &[usize], strides: &[usize]) -> Result<Self> {
+        let layout = Layout::strided(T::STORED, shape, strides)?;
         layout.check_length("tensor", data.len())?;
         Ok(TensorRef { data: T::wrap(data), layout })
     }
@@ -77,12 +77,12 @@ impl<'a> TensorRef<'a> {
     }
 
     /// The elements as they lie in memory, gaps included; `None` if `T` is not the dtype.
-    pub fn as_slice<T: Element>(&self) -> Option<&'a [T]> {
+    pub fn as_slice<T: Datum>(&self) -> Option<&'a [T]> {
         T::unwrap(self.data)
     }
 
     /// The elements in row-major order without gaps: borrowed where they lie so. `None` if `T` is not the dtype.
-    pub(crate) fn packed<T: Element>(&self) -> Option<Cow<'a, [T]>> {
+    pub(crate) fn packed<T: Datum>(&self) -> Option<Cow<'a, [T]>> {
         let data = self.as_slice::<T>()?;
         if self.layout.is_contiguous() {
             return Some(Cow::Borrowed(&data[..self.layout.len()]));
@@ -138,8 +138,8 @@ impl<'a> TensorMut<'a> {
     ///
     /// # Errors
     /// [`Error::Length`] if `data` has fewer elements than `shape` says.
-    pub fn new<T: Element>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
-        let layout = Layout::contiguous(T::DTYPE, shape)?;
+    pub fn new<T: Datum>(data: &'a mut [T], shape: &[usize]) -> Result<Self> {
+        let layout = Layout::contiguous(T::STORED, shape)?;
         Self::checked(data, layout)
     }
 
@@ -148,8 +148,8 @@ impl<'a> TensorMut<'a> {
     /// # Errors
     /// [`Error::Rank`] if there are not as many strides as dimensions, [`Error::Length`] if `data` ends before the last
     /// element, [`Error::Stride`] if elements overlap.
-    pub fn with_strides<T: Element>(data: &'a mut [T], shape: &[usize], strides: &[usize]) -> Result<Self> {
-        let layout = Layout::strided(T::DTYPE, shape, strides)?;
+    pub fn with_strides<T: Datum>(data: &'a mut [T], shape: &[usize], strides: &[usize]) -> Result<Self> {
+        let layout = Layout::strided(T::STORED, shape, strides)?;
         if !layout.is_distinct() {
             let allowed = "those with which no two elements share memory";
             return Err(Error::Stride { argument: "output", found: strides.to_vec(), allowed });
@@ -157,7 +157,7 @@ impl<'a> TensorMut<'a> {
         Self::checked(data, layout)
     }
 
-    fn checked<T: Element>(data: &'a mut [T], layout: Layout) -> Result<Self> {
+    fn checked<T: Datum>(data: &'a mut [T], layout: Layout) -> Result<Self> {
         layout.check_length("output", data.len())?;
         Ok(TensorMut { data: T::wrap_mut(data), layout })
     }
@@ -168,12 +168,12 @@ impl<'a> TensorMut<'a> {
     }
 
     /// The elements as they lie in memory, gaps included; `None` if `T` is not the dtype.
-    pub fn into_slice<T: Element>(self) -> Option<&'a mut [T]> {
+    pub fn into_slice<T: Datum>(self) -> Option<&'a mut [T]> {
         T::unwrap_mut(self.data)
     }
 
     /// Copies elements, given in row-major order, to their places.
-    pub(crate) fn fill<T: Element>(self, packed: &[T]) {
+    pub(crate) fn fill<T: Datum>(self, packed: &[T]) {
         let TensorMut { data, layout } = self;
         if let Some(data) = T::unwrap_mut(data) {
             scatter(packed, layout.shape(), layout.strides(), data);
@@ -217,7 +217,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Length`] if they are not as many as `shape` says.
-    pub fn from_vec<T: Element>(data: Vec<T>, shape: &[usize]) -> Result<Self> {
+    pub fn from_vec<T: Datum>(data: Vec<T>, shape: &[usize]) -> Result<Self> {
         TensorRef::new(&data, shape)?;
         Ok(Tensor { data: T::store(data), shape: shape.to_vec() })
     }
@@ -266,12 +266,12 @@ impl Tensor {
     }
 
     /// The elements in row-major order; `None` if `T` is not the dtype.
-    pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
+    pub fn as_slice<T: Datum>(&self) -> Option<&[T]> {
         T::unwrap(self.slice())
     }
 
     /// The elements in row-major order, to be written; `None` if `T` is not the dtype.
-    pub fn as_mut_slice<T: Element>(&mut self) -> Option<&mut [T]> {
+    pub fn as_mut_slice<T: Datum>(&mut self) -> Option<&mut [T]> {
         T::unwrap_mut(self.slice_mut())
     }
 
@@ -280,10 +280,10 @@ impl Tensor {
         for_each_dtype!(Slice, self.slice(), data => bytemuck::cast_slice(data))
     }
 
-    /// The elements, widened to f32: exact.
+    /// The elements, widened to f32: exact, but for integers beyond 2^24.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut wide = vec![0.0; self.len()];
-        for_each_dtype!(Slice, self.slice(), data => Element::widen(data, &mut wide));
+        for_each_dtype!(Slice, self.slice(), data => Datum::widen(data, &mut wide));
         wide
     }
 

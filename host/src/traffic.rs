@@ -8,7 +8,7 @@
 //! In the derivations below: N_q and N_k are the lengths of Q and of K and V, d is the head dimension, e the bytes of an
 //! element of Q, T_r and T_c the numbers of blocks that N_q and N_k fall into. All is for one head of one sequence; there are
 //! `batch * nheads` of them. Grouped heads save memory, not traffic: each head of Q loads its K and V.
-use kernels::mask::Mask;
+use kernels::mask::{Mask, UNBOUNDED};
 
 use crate::options::Kernel;
 use crate::problem::Problem;
@@ -96,7 +96,7 @@ pub fn standard(problem: &Problem) -> Vec<Step> {
     let Head { q, k, rows, keys, element, mask } = Head::of(problem);
     let (query_blocks, key_blocks) = (rows.div_ceil(BLOCK), keys.div_ceil(BLOCK));
     let matrix = element * rows * kernels::standard::columns(mask.seqlen_k) as u64;
-    let visible: u64 = (0..mask.seqlen_q).map(|row| mask.visible(row) as u64).sum();
+    let visible: u64 = (0..mask.seqlen_q).map(|row| mask.end(row) as u64).sum();
     for_all_heads(
         problem,
         [
@@ -144,7 +144,7 @@ pub fn flash1(problem: &Problem) -> Vec<Step> {
 /// fewer under a causal mask. `None` where FlashAttention-2 has no kernel for the head dimension and dtype.
 pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
     let config = kernels::flash2::FORWARD.iter().map(|kernel| kernel.config).find(|config| {
-        let wanted = (problem.dtype, problem.headdim as u32, Some(problem.causal));
+        let wanted = (problem.dtype, problem.headdim as u32, Some(problem.is_causal()));
         (config.dtype, config.headdim, config.causal) == wanted
     })?;
     let Head { q, rows, element, mask, .. } = Head::of(problem);
@@ -179,11 +179,13 @@ struct Head {
 
 impl Head {
     fn of(problem: &Problem) -> Head {
-        let &Problem { seqlen_q, seqlen_k, headdim, causal, .. } = problem;
+        let &Problem { seqlen_q, seqlen_k, headdim, window, .. } = problem;
         let element = problem.dtype.bytes() as u64;
         let row = element * headdim as u64;
         let (rows, keys) = (seqlen_q as u64, seqlen_k as u64);
-        let mask = Mask { seqlen_q: seqlen_q as u32, seqlen_k: seqlen_k as u32, causal };
+        let side = |keys: Option<usize>| keys.map_or(UNBOUNDED, |keys| keys as u32);
+        let (left, right) = (side(window.left), side(window.right));
+        let mask = Mask { seqlen_q: seqlen_q as u32, seqlen_k: seqlen_k as u32, left, right };
         Head { q: rows * row, k: keys * row, rows, keys, element, mask }
     }
 }

@@ -1,4 +1,5 @@
-//! The problem that every attention kernel solves: O = softmax(softmax_scale · Q Kᵀ + mask) V, a batch and a head at a time.
+//! The problem that every attention kernel solves: O = softmax(softmax_scale · Q Kᵀ + bias + mask) V, a batch and a head at a time.
+use crate::dropout::Dropout;
 use cuda_std::{Element, Global};
 
 /// A tensor of shape (batch, seqlen, nheads, headdim), the last dimension contiguous. Strides count elements.
@@ -29,17 +30,12 @@ impl<T> Copy for Tensor<T> {}
 #[derive(Debug)]
 pub enum Untyped {}
 
-impl<T: Element> Tensor<T> {
-    /// The first row of one head of one batch: a matrix (seqlen, headdim) whose rows are `row_stride` apart.
+impl<T> Tensor<T> {
+    /// Row `row` of one head of one batch.
     #[inline(always)]
-    pub fn head(&self, batch: u32, head: u32) -> Global<T> {
-        self.data.offset((batch as u64 * self.batch_stride + head as u64 * self.head_stride) as usize)
-    }
-
-    /// Row `first_row` of one head of one batch: where a block of rows begins.
-    #[inline(always)]
-    pub fn rows(&self, batch: u32, head: u32, first_row: u32) -> Global<T> {
-        self.head(batch, head).offset((first_row as u64 * self.row_stride) as usize)
+    pub fn row(&self, batch: u32, head: u32, row: u64) -> Global<T> {
+        let head = batch as u64 * self.batch_stride + head as u64 * self.head_stride;
+        self.data.offset((head + row * self.row_stride) as usize)
     }
 }
 
@@ -57,6 +53,9 @@ impl<T> Tensor<T> {
 }
 
 /// Arguments common to all attention kernels.
+///
+/// Sequences of different lengths follow each other in tensors without a batch dimension (a stride of 0), and `cu_seqlens_q`
+/// and `cu_seqlens_k` say where each begins; `seqlen_q` and `seqlen_k` are then those of the longest.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Attention<T = Untyped> {
@@ -64,12 +63,32 @@ pub struct Attention<T = Untyped> {
     pub q: Tensor<T>,
     /// Keys: (batch, seqlen_k, nheads_k, headdim).
     pub k: Tensor<T>,
-    /// Values: (batch, seqlen_k, nheads_k, headdim).
+    /// Values: (batch, seqlen_k, nheads_k, headdim_v).
     pub v: Tensor<T>,
-    /// Output: (batch, seqlen_q, nheads, headdim). A row that sees no key becomes 0.
+    /// Output: (batch, seqlen_q, nheads, headdim_v). A row that sees no key becomes 0.
     pub o: Tensor<T>,
-    /// The softmax normalisation: (batch, nheads, seqlen_q), contiguous, natural logarithm; -inf for a row that sees no key.
+    /// What is added to the scores: a row of seqlen_k for each batch, query and head; strides of 0 broadcast. Null: nothing.
+    pub bias: Tensor<T>,
+    /// Which keys a query sees, 0 for those that it does not: a row of seqlen_k for each batch, query and head. Null: all.
+    pub mask: Tensor<u8>,
+    /// ALiBi's slopes: (batch, nheads). Null: none.
+    pub alibi_slopes: Global<f32>,
+    /// From the slopes of one batch to the next.
+    pub alibi_batch_stride: u64,
+    /// A logit a head that takes part in the softmax of its rows: (nheads). Null: none.
+    pub sinks: Global<f32>,
+    /// The softmax normalisation: (batch, nheads, seqlen_q), natural logarithm; -inf for a row that sees no key.
     pub softmax_lse: Global<f32>,
+    /// From the LSE of one batch to the next.
+    pub lse_batch_stride: u64,
+    /// From the LSE of one head to the next.
+    pub lse_head_stride: u64,
+    /// Where each sequence of Q begins: (batch + 1). Null: all are `seqlen_q` long.
+    pub cu_seqlens_q: Global<i32>,
+    /// Where each sequence of K begins: (batch + 1). Null: all are `seqlen_k` long.
+    pub cu_seqlens_k: Global<i32>,
+    /// Which elements of P are dropped.
+    pub dropout: Dropout,
     /// How many sequences.
     pub batch: u32,
     /// Heads of Q and O.
@@ -80,13 +99,21 @@ pub struct Attention<T = Untyped> {
     pub seqlen_q: u32,
     /// Tokens of K and V.
     pub seqlen_k: u32,
-    /// Elements of one head's row.
+    /// Elements of one head's row of Q and K.
     pub headdim: u32,
-    /// What Q Kᵀ is multiplied with before the softmax. Positive and finite.
+    /// Elements of one head's row of V and O.
+    pub headdim_v: u32,
+    /// What Q Kᵀ is multiplied with before the softmax. Finite; positive, but for kernels that are `general`.
     pub softmax_scale: f32,
-    /// 1 for a causal mask, aligned to the bottom right corner: query i sees keys j <= i + seqlen_k - seqlen_q. Else 0.
-    /// Kernels that are built for one of the two ignore it.
-    pub causal: u32,
+    /// The scores S become softcap · tanh(S / softcap); 0: they stay.
+    pub softcap: f32,
+    /// Keys that a query sees to the left of its own place; [`UNBOUNDED`](crate::mask::UNBOUNDED): all.
+    pub window_left: u32,
+    /// Keys that a query sees to the right of its own place; 0: a causal mask. Kernels that are built for a causal mask, or
+    /// for none, ignore the window.
+    pub window_right: u32,
+    /// 1 if all tensors of T begin at multiples of 16 bytes, and so do their rows; else 0, which only `general` kernels take.
+    pub aligned: u32,
 }
 
 impl<T> Clone for Attention<T> {
@@ -107,15 +134,29 @@ impl Attention {
             k: self.k.cast(),
             v: self.v.cast(),
             o: self.o.cast(),
+            bias: self.bias.cast(),
+            mask: self.mask,
+            alibi_slopes: self.alibi_slopes,
+            alibi_batch_stride: self.alibi_batch_stride,
+            sinks: self.sinks,
             softmax_lse: self.softmax_lse,
+            lse_batch_stride: self.lse_batch_stride,
+            lse_head_stride: self.lse_head_stride,
+            cu_seqlens_q: self.cu_seqlens_q,
+            cu_seqlens_k: self.cu_seqlens_k,
+            dropout: self.dropout,
             batch: self.batch,
             nheads: self.nheads,
             nheads_k: self.nheads_k,
             seqlen_q: self.seqlen_q,
             seqlen_k: self.seqlen_k,
             headdim: self.headdim,
+            headdim_v: self.headdim_v,
             softmax_scale: self.softmax_scale,
-            causal: self.causal,
+            softcap: self.softcap,
+            window_left: self.window_left,
+            window_right: self.window_right,
+            aligned: self.aligned,
         }
     }
 }
@@ -127,10 +168,56 @@ impl<T> Attention<T> {
         head / divisor(self.nheads / divisor(self.nheads_k))
     }
 
-    /// Where the LSE of one head of one batch begins, and the rows of S, P, m and l of the kernels that keep these.
+    /// Sequence `batch`: where it is, and how long.
     #[inline(always)]
-    pub fn first_row(&self, batch: u32, head: u32) -> usize {
-        (batch as usize * self.nheads as usize + head as usize) * self.seqlen_q as usize
+    #[track_caller]
+    pub fn sequence(&self, batch: u32) -> Sequence {
+        let span = |cu_seqlens: Global<i32>, seqlen: u32| {
+            if cu_seqlens.is_null() {
+                return (0, seqlen);
+            }
+            let (begin, end) = (cu_seqlens.load(batch as usize), cu_seqlens.load(batch as usize + 1));
+            (begin as u32, (end - begin) as u32)
+        };
+        let (first_q, seqlen_q) = span(self.cu_seqlens_q, self.seqlen_q);
+        let (first_k, seqlen_k) = span(self.cu_seqlens_k, self.seqlen_k);
+        Sequence { batch, first_q, seqlen_q, first_k, seqlen_k }
+    }
+
+    /// Where the LSE of one head of a sequence begins, and whatever else is kept for each row of S in the same order.
+    #[inline(always)]
+    pub fn first_row(&self, sequence: &Sequence, head: u32) -> usize {
+        let head = sequence.batch as u64 * self.lse_batch_stride + head as u64 * self.lse_head_stride;
+        (head + sequence.first_q as u64) as usize
+    }
+}
+
+/// One sequence of a batch: where it is in the tensors, and how long.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence {
+    /// Its number.
+    pub batch: u32,
+    /// Its first token in Q and O.
+    pub first_q: u32,
+    /// Tokens of Q.
+    pub seqlen_q: u32,
+    /// Its first token in K and V.
+    pub first_k: u32,
+    /// Tokens of K and V.
+    pub seqlen_k: u32,
+}
+
+impl Sequence {
+    /// Row `row` of one head of a tensor that is shaped like Q.
+    #[inline(always)]
+    pub fn queries<T>(&self, tensor: &Tensor<T>, head: u32, row: u32) -> Global<T> {
+        tensor.row(self.batch, head, self.first_q as u64 + row as u64)
+    }
+
+    /// Row `row` of one head of a tensor that is shaped like K.
+    #[inline(always)]
+    pub fn keys<T>(&self, tensor: &Tensor<T>, head: u32, row: u32) -> Global<T> {
+        tensor.row(self.batch, head, self.first_k as u64 + row as u64)
     }
 }
 

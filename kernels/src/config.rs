@@ -8,10 +8,16 @@ pub struct Config {
     pub family: &'static str,
     /// The dtype of its tensors.
     pub dtype: DType,
-    /// The head dimension that it is built for; 0 for any.
+    /// Whether it multiplies f32 in tf32.
+    pub tf32: bool,
+    /// The head dimension of Q and K that it is built for; 0 for any.
     pub headdim: u32,
+    /// The head dimension of V that it is built for; 0 for any.
+    pub headdim_v: u32,
     /// Whether it masks causally; `None` when its argument says.
     pub causal: Option<bool>,
+    /// Whether it asks its arguments for windows, masks, caps, biases, dropout and alignment. Others know only their own mask.
+    pub general: bool,
     /// Rows of Q (or of a softmax) that a block takes at a time.
     pub block_m: u32,
     /// Rows of K and V that a block takes at a time.

@@ -47,8 +47,11 @@ const fn config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(
     Config {
         family: "flash1",
         dtype: T::DTYPE,
+        tf32: false,
         headdim: HEADDIM as u32,
+        headdim_v: HEADDIM as u32,
         causal: None,
+        general: false,
         block_m: BLOCK as u32,
         block_n: BLOCK as u32,
         threads: THREADS,
@@ -67,12 +70,12 @@ const fn config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(
 )]
 pub fn forward<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p: Params) {
     let a = p.attention.of::<T>();
-    let (head, batch) = head_of(&a, block_idx_x());
-    let head_k = a.head_k(head);
-    let mask = Mask { seqlen_q: a.seqlen_q, seqlen_k: a.seqlen_k, causal: a.causal != 0 };
-    let (q_rows, o_rows) = (a.q.head(batch, head), a.o.head(batch, head));
-    let (k_rows, v_rows) = (a.k.head(batch, head_k), a.v.head(batch, head_k));
-    let first = a.first_row(batch, head);
+    let (head, batch) = head_of(block_idx_x(), a.nheads);
+    let (head_k, sequence) = (a.head_k(head), a.sequence(batch));
+    let mask = Mask::of::<T, false, true>(&a, &sequence);
+    let (q_rows, o_rows) = (sequence.queries(&a.q, head, 0), sequence.queries(&a.o, head, 0));
+    let (k_rows, v_rows) = (sequence.keys(&a.k, head_k, 0), sequence.keys(&a.v, head_k, 0));
+    let first = a.first_row(&sequence, head);
 
     let q = SmemTile::<T, BLOCK, HEADDIM>::at(dynamic_shared());
     let k = SmemTile::<T, BLOCK, HEADDIM>::at(q.end());

@@ -11,7 +11,7 @@ use crate::attention::Attention;
 use crate::config::Config;
 use crate::mask::Mask;
 use crate::row_softmax::RowSoftmax;
-use crate::schedule;
+use crate::schedule::{self, QueryBlock};
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement};
 use cuda_std::math::LOG2_E;
@@ -46,7 +46,10 @@ const fn config<
         family: "flash2",
         dtype: T::DTYPE,
         headdim: HEADDIM as u32,
+        tf32: false,
+        headdim_v: HEADDIM as u32,
         causal: Some(CAUSAL),
+        general: false,
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: threads(BLOCK_M, M),
@@ -94,21 +97,24 @@ pub fn forward<
 ) {
     let a = p.attention.of::<T>();
     let block = schedule::query_block(&a, BLOCK_M as u32);
-    let mask = Mask { seqlen_q: a.seqlen_q, seqlen_k: a.seqlen_k, causal: CAUSAL };
-    let key_blocks = mask.key_blocks(block.first_row, BLOCK_M as u32, BLOCK_N as u32);
+    let QueryBlock { sequence, head, first_row } = block;
+    if block.rows() == 0 {
+        return;
+    }
+    let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
+    let key_blocks = mask.key_blocks(first_row, BLOCK_M as u32, BLOCK_N as u32);
 
     let q = SmemTile::<T, BLOCK_M, HEADDIM>::at(dynamic_shared());
     let k = SmemTile::<T, BLOCK_N, HEADDIM>::at(q.end());
     let v = SmemTile::<T, BLOCK_N, HEADDIM>::at(k.stage(STAGES - 1).end());
 
-    let head_k = a.head_k(block.head);
-    let rows = a.seqlen_q - block.first_row;
-    let q_rows = a.q.rows(block.batch, block.head, block.first_row);
-    let (k_rows, v_rows) = (a.k.head(block.batch, head_k), a.v.head(block.batch, head_k));
+    let (head_k, rows) = (a.head_k(head), block.rows());
+    let q_rows = sequence.queries(&a.q, head, first_row);
+    let (k_rows, v_rows) = (sequence.keys(&a.k, head_k, 0), sequence.keys(&a.v, head_k, 0));
     let threads = const { threads(BLOCK_M, M) };
     let mut queries = TileStream::new(threads, q_rows, a.q.row_stride, rows);
-    let mut keys = TileStream::new(threads, k_rows, a.k.row_stride, a.seqlen_k);
-    let mut values = TileStream::new(threads, v_rows, a.v.row_stride, a.seqlen_k);
+    let mut keys = TileStream::new(threads, k_rows, a.k.row_stride, sequence.seqlen_k);
+    let mut values = TileStream::new(threads, v_rows, a.v.row_stride, sequence.seqlen_k);
 
     queries.copy_async(q);
     if key_blocks.end > 0 {
@@ -136,8 +142,8 @@ pub fn forward<
         for step in 0..HEADDIM / T::DEPTH {
             s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
         }
-        if j >= key_blocks.full {
-            mask.apply(&mut s, block.first_row + own_row, j * BLOCK_N as u32);
+        if key_blocks.is_partial(j) {
+            mask.apply(&mut s, first_row + own_row, j * BLOCK_N as u32);
         }
         softmax.take(&mut s, scale).apply(&mut o);
         let p = s;
@@ -146,7 +152,7 @@ pub fn forward<
         }
     }
 
-    let lse = a.softmax_lse.offset(a.first_row(block.batch, block.head) + block.first_row as usize);
+    let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
     softmax.finish(&mut o, |row, state| {
         let row = own_row + row;
         if lane_id().is_multiple_of(4) && row < rows {
@@ -158,6 +164,6 @@ pub fn forward<
     sync_threads();
     o.store(q, own_row);
     sync_warp(ALL);
-    let o_rows = a.o.rows(block.batch, block.head, block.first_row);
+    let o_rows = sequence.queries(&a.o, head, first_row);
     q.store_rows(own_row, 16 * M as u32, o_rows, a.o.row_stride, rows);
 }

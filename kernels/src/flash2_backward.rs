@@ -17,7 +17,7 @@ use crate::attention::{Attention, Tensor, Untyped, divisor};
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
-use crate::schedule;
+use crate::schedule::{self, KeyBlock, QueryBlock};
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, MatrixElement, RowVector};
 use cuda_std::math::{LOG2_E, ex2, fma};
@@ -43,8 +43,20 @@ pub struct Params {
     pub d_k: Tensor<Untyped>,
     /// The gradient of V.
     pub d_v: Tensor<Untyped>,
-    /// D = rowsum(dO ∘ O): (batch, nheads, seqlen_q).
+    /// The gradient of the LSE, contiguous and in its order. Null: 0.
+    pub d_lse: Global<f32>,
+    /// D = rowsum(dO ∘ O) - dLSE, in the order of the LSE.
     pub row_sums: Global<f32>,
+    /// The gradient of the bias. Null: not wanted. What the bias is broadcast over has a stride of 0 and an extent of 1.
+    pub d_bias: Tensor<Untyped>,
+    /// Batches of the bias: all, or 1.
+    pub bias_batch: u32,
+    /// Heads of the bias: all, or 1.
+    pub bias_heads: u32,
+    /// Rows of the bias: `seqlen_q`, or 1.
+    pub bias_rows: u32,
+    /// The gradient of the sinks: (nheads). Null: not wanted.
+    pub d_sinks: Global<f32>,
 }
 
 /// What the configurations of the three kernels have in common. Tiles, threads and shared memory are each kernel's own.
@@ -52,8 +64,11 @@ const fn config<T: Element, const HEADDIM: usize>() -> Config {
     Config {
         family: "flash2",
         dtype: T::DTYPE,
+        tf32: false,
         headdim: HEADDIM as u32,
+        headdim_v: HEADDIM as u32,
         causal: None,
+        general: false,
         block_m: 0,
         block_n: 0,
         threads: 0,
@@ -95,11 +110,10 @@ pub fn row_sums<T: Element, const HEADDIM: usize>(p: Params) {
     let mut sum = 0.0;
     if index < rows {
         let seqlen_q = divisor(a.seqlen_q) as u64;
-        let (row, (head, batch)) = (index % seqlen_q, schedule::head_of(&a, (index / seqlen_q) as u32));
+        let (row, (head, batch)) = (index % seqlen_q, schedule::head_of((index / seqlen_q) as u32, a.nheads));
         let column = (thread_idx_x() % lanes * 8) as usize;
-        let o = a.o.head(batch, head).offset((row * a.o.row_stride) as usize).load_vector::<8>(column);
-        let d_o = p.d_o.cast::<T>();
-        let d_o = d_o.head(batch, head).offset((row * d_o.row_stride) as usize).load_vector::<8>(column);
+        let o = a.o.row(batch, head, row).load_vector::<8>(column);
+        let d_o = p.d_o.cast::<T>().row(batch, head, row).load_vector::<8>(column);
         for i in 0..8 {
             sum = fma(o[i].to_f32(), d_o[i].to_f32(), sum);
         }
@@ -173,19 +187,16 @@ pub fn keys_and_values<
     let a = p.attention.of::<T>();
     let d_o = p.d_o.cast::<T>();
     let threads = const { threads(BLOCK_N, M) };
-    let mask = Mask { seqlen_q: a.seqlen_q, seqlen_k: a.seqlen_k, causal: CAUSAL };
-
-    // Under a causal mask the first keys are seen by the most queries: they come first.
-    let key_blocks = divisor(a.seqlen_k.div_ceil(BLOCK_N as u32));
-    let (first_key, sequence) = (block_idx_x() % key_blocks * BLOCK_N as u32, block_idx_x() / key_blocks);
-    let nheads_k = divisor(a.nheads_k);
-    let (head_k, batch) = (sequence % nheads_k, sequence / nheads_k);
-    let group = a.nheads / nheads_k;
+    let block = schedule::key_block(&a, BLOCK_N as u32);
+    let KeyBlock { first_key, head_k, sequence } = block;
+    if block.rows() == 0 {
+        return;
+    }
+    let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
-    let query_blocks = a.seqlen_q.div_ceil(BLOCK_M as u32);
+    let group = a.nheads / divisor(a.nheads_k);
     // The blocks of all heads of the group, one after the other.
-    let blocks_a_head = query_blocks.saturating_sub(blocks.begin);
-    let steps = blocks_a_head * group;
+    let steps = blocks.count() * group;
 
     let k = SmemTile::<T, BLOCK_N, HEADDIM>::at(dynamic_shared());
     let v = SmemTile::<T, BLOCK_N, HEADDIM>::at(k.end());
@@ -196,15 +207,15 @@ pub fn keys_and_values<
 
     // The head of Q and the first row of step `step`.
     let place = |step: u32| {
-        let blocks_a_head = divisor(blocks_a_head);
-        let (head, block) = (head_k * group + step / blocks_a_head, blocks.begin + step % blocks_a_head);
+        let count = divisor(blocks.count());
+        let (head, block) = (head_k * group + step / count, blocks.begin + step % count);
         (head, block * BLOCK_M as u32)
     };
     let load_step = |step: u32| {
         let (head, first_row) = place(step);
-        let rows = a.seqlen_q - first_row;
-        let q_rows = a.q.rows(batch, head, first_row);
-        let d_o_rows = d_o.rows(batch, head, first_row);
+        let rows = sequence.seqlen_q - first_row;
+        let q_rows = sequence.queries(&a.q, head, first_row);
+        let d_o_rows = sequence.queries(&d_o, head, first_row);
         TileStream::new(threads, q_rows, a.q.row_stride, rows).copy_async(q.stage(step % STAGES));
         TileStream::new(threads, d_o_rows, d_o.row_stride, rows).copy_async(d_o_tile.stage(step % STAGES));
         copy::commit();
@@ -213,10 +224,10 @@ pub fn keys_and_values<
     let load_statistics = |step: u32| {
         let (head, first_row) = place(step);
         let row = first_row + thread_idx_x();
-        if thread_idx_x() >= BLOCK_M as u32 || row >= a.seqlen_q {
+        if thread_idx_x() >= BLOCK_M as u32 || row >= sequence.seqlen_q {
             return (f32::INFINITY, 0.0);
         }
-        let at = a.first_row(batch, head) + row as usize;
+        let at = a.first_row(&sequence, head) + row as usize;
         (exponent_base(a.softmax_lse.load(at)), p.row_sums.load(at))
     };
     let store_statistics = |step: u32, (base, sum): (f32, f32)| {
@@ -227,9 +238,9 @@ pub fn keys_and_values<
         }
     };
 
-    let rows = a.seqlen_k - first_key;
-    let k_rows = a.k.rows(batch, head_k, first_key);
-    let v_rows = a.v.rows(batch, head_k, first_key);
+    let rows = block.rows();
+    let k_rows = sequence.keys(&a.k, head_k, first_key);
+    let v_rows = sequence.keys(&a.v, head_k, first_key);
     TileStream::new(threads, k_rows, a.k.row_stride, rows).copy_async(k);
     TileStream::new(threads, v_rows, a.v.row_stride, rows).copy_async(v);
     copy::commit();
@@ -266,7 +277,7 @@ pub fn keys_and_values<
         for depth in 0..HEADDIM / T::DEPTH {
             s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), q, 0, depth);
         }
-        if CAUSAL && first_row < blocks.full * BLOCK_M as u32 {
+        if CAUSAL && blocks.is_partial(first_row / BLOCK_M as u32) {
             mask.apply_transposed(&mut s, first_key + own_row, first_row);
         }
         s.zip_columns(&ColumnVector::load(lse.offset(at)), |s, lse| ex2(fma(s, scale, -lse)));
@@ -300,7 +311,7 @@ pub fn keys_and_values<
     let write = |sum: Accumulator<M, D_COLUMNS>, tile: SmemTile<T, BLOCK_N, HEADDIM>, gradient: Tensor<T>| {
         sum.store(tile, own_row);
         sync_warp(ALL);
-        let to = gradient.rows(batch, head_k, first_key);
+        let to = sequence.keys(&gradient, head_k, first_key);
         tile.store_rows(own_row, 16 * M as u32, to, gradient.row_stride, rows);
     };
     write(d_k, k, p.d_k.cast());
@@ -372,20 +383,23 @@ pub fn queries<
     let (d_o, d_q) = (p.d_o.cast::<T>(), p.d_q.cast::<T>());
     let threads = const { threads(BLOCK_M, M) };
     let block = schedule::query_block(&a, BLOCK_M as u32);
-    let mask = Mask { seqlen_q: a.seqlen_q, seqlen_k: a.seqlen_k, causal: CAUSAL };
-    let key_blocks = mask.key_blocks(block.first_row, BLOCK_M as u32, BLOCK_N as u32);
+    let QueryBlock { sequence, head, first_row } = block;
+    if block.rows() == 0 {
+        return;
+    }
+    let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
+    let key_blocks = mask.key_blocks(first_row, BLOCK_M as u32, BLOCK_N as u32);
 
     let q = SmemTile::<T, BLOCK_M, HEADDIM>::at(dynamic_shared());
     let d_o_tile = SmemTile::<T, BLOCK_M, HEADDIM>::at(q.end());
     let k = SmemTile::<T, BLOCK_N, HEADDIM>::at(d_o_tile.end());
     let v = SmemTile::<T, BLOCK_N, HEADDIM>::at(k.stage(STAGES - 1).end());
 
-    let head_k = a.head_k(block.head);
-    let rows = a.seqlen_q - block.first_row;
-    let of_block = |tensor: &Tensor<T>| tensor.rows(block.batch, block.head, block.first_row);
-    let (k_rows, v_rows) = (a.k.head(block.batch, head_k), a.v.head(block.batch, head_k));
-    let mut keys = TileStream::new(threads, k_rows, a.k.row_stride, a.seqlen_k);
-    let mut values = TileStream::new(threads, v_rows, a.v.row_stride, a.seqlen_k);
+    let (head_k, rows) = (a.head_k(head), block.rows());
+    let of_block = |tensor: &Tensor<T>| sequence.queries(tensor, head, first_row);
+    let (k_rows, v_rows) = (sequence.keys(&a.k, head_k, 0), sequence.keys(&a.v, head_k, 0));
+    let mut keys = TileStream::new(threads, k_rows, a.k.row_stride, sequence.seqlen_k);
+    let mut values = TileStream::new(threads, v_rows, a.v.row_stride, sequence.seqlen_k);
     TileStream::new(threads, of_block(&a.q), a.q.row_stride, rows).copy_async(q);
     TileStream::new(threads, of_block(&d_o), d_o.row_stride, rows).copy_async(d_o_tile);
     if key_blocks.end > 0 {
@@ -395,7 +409,7 @@ pub fn queries<
     copy::commit();
 
     let own_row = warp_id() * 16 * M as u32;
-    let first = a.first_row(block.batch, block.head) + block.first_row as usize;
+    let first = a.first_row(&sequence, head) + first_row as usize;
     let statistic = |of: Global<f32>, absent: f32| {
         RowVector::<M>::new(|row| if own_row + row < rows { of.load(first + (own_row + row) as usize) } else { absent })
     };
@@ -420,8 +434,8 @@ pub fn queries<
         for depth in 0..HEADDIM / T::DEPTH {
             s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, depth), k, 0, depth);
         }
-        if j >= key_blocks.full {
-            mask.apply(&mut s, block.first_row + own_row, j * BLOCK_N as u32);
+        if key_blocks.is_partial(j) {
+            mask.apply(&mut s, first_row + own_row, j * BLOCK_N as u32);
         }
         s.zip_rows(&lse, |s, lse| ex2(fma(s, scale, -lse)));
         let p = s;

@@ -8,6 +8,7 @@
 
 pub mod attention;
 mod config;
+pub mod dropout;
 mod entries;
 pub mod flash1;
 pub mod flash2;
@@ -16,6 +17,7 @@ pub mod mask;
 mod online_softmax;
 mod row_softmax;
 pub mod schedule;
+pub mod scores;
 pub mod softmax;
 pub mod standard;
 

@@ -1,76 +1,133 @@
-//! Which keys a query sees. Every mask here is a prefix: query i sees the keys 0 to `visible(i)`.
-
+//! Which keys a query sees. Every mask here is an interval: query i sees the keys `begin(i)` to `end(i)`, and neither falls as
+//! i grows. Masks of another shape are a tensor ([`Scores`](crate::scores::Scores)).
+use crate::attention::{Attention, Sequence};
 use cuda_std::fragment::Accumulator;
 
-/// The causal mask, aligned to the bottom right corner, or none; and the end of the sequences, which masks too.
+/// A side of the window on which a query sees all keys.
+pub const UNBOUNDED: u32 = u32::MAX;
+
+/// A window around each query's own place, which is aligned to the bottom right corner: `left` keys before and `right` keys
+/// after key i + seqlen_k - seqlen_q; and the ends of the sequences, which mask too.
 #[derive(Clone, Copy, Debug)]
 pub struct Mask {
     /// Tokens of Q.
     pub seqlen_q: u32,
     /// Tokens of K and V.
     pub seqlen_k: u32,
-    /// Whether query i sees only the keys j <= i + seqlen_k - seqlen_q.
-    pub causal: bool,
+    /// Keys to the left, or [`UNBOUNDED`].
+    pub left: u32,
+    /// Keys to the right, or [`UNBOUNDED`]; 0: a causal mask.
+    pub right: u32,
 }
 
-/// The blocks of keys that a block of queries needs.
+/// The blocks that a walk over keys or queries meets. Those outside `begin..end` are seen by nobody; those in
+/// `full_begin..full_end` whole by everybody: no element needs a mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KeyBlocks {
-    /// Blocks 0 to `full` are seen whole by every row: no element needs a mask.
-    pub full: u32,
-    /// Blocks `full` to `end` are seen in part. Those from `end` on are seen by no row.
+pub struct Blocks {
+    /// The first block of which a part is seen.
+    pub begin: u32,
+    /// The first block that is seen whole.
+    pub full_begin: u32,
+    /// One past the last block that is seen whole.
+    pub full_end: u32,
+    /// One past the last block of which a part is seen; `begin` or more.
     pub end: u32,
 }
 
-/// The blocks of queries that a block of keys needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueryBlocks {
-    /// Blocks before `begin` see none of the keys.
-    pub begin: u32,
-    /// Blocks `begin` to `full` see them in part. From `full` on every row sees them all.
-    pub full: u32,
+impl Blocks {
+    /// Whether a block is seen in part.
+    #[inline(always)]
+    pub fn is_partial(&self, block: u32) -> bool {
+        block < self.full_begin || block >= self.full_end
+    }
+
+    /// How many there are.
+    #[inline(always)]
+    pub fn count(&self) -> u32 {
+        self.end - self.begin
+    }
 }
 
 impl Mask {
-    /// How many keys query `row` sees: the first ones.
+    /// The mask of a kernel that is built for a causal mask, or for none, or that is `GENERAL` and asks its arguments.
     #[inline(always)]
-    pub fn visible(self, row: u32) -> u32 {
-        if !self.causal {
-            return self.seqlen_k;
-        }
-        // row + 1 + seqlen_k - seqlen_q, between 0 and seqlen_k.
-        let beyond = self.seqlen_q.saturating_sub(row + 1);
+    pub fn of<T, const CAUSAL: bool, const GENERAL: bool>(a: &Attention<T>, sequence: &Sequence) -> Self {
+        let (left, right) = match (GENERAL, CAUSAL) {
+            (true, _) => (a.window_left, a.window_right),
+            (false, true) => (UNBOUNDED, 0),
+            (false, false) => (UNBOUNDED, UNBOUNDED),
+        };
+        Mask { seqlen_q: sequence.seqlen_q, seqlen_k: sequence.seqlen_k, left, right }
+    }
+
+    /// The first key that query `row` sees, if it sees any.
+    #[inline(always)]
+    pub fn begin(self, row: u32) -> u32 {
+        // row + seqlen_k - seqlen_q - left
+        (row + self.seqlen_k).saturating_sub(self.left.saturating_add(self.seqlen_q))
+    }
+
+    /// One past the last key that query `row` sees.
+    #[inline(always)]
+    pub fn end(self, row: u32) -> u32 {
+        // row + seqlen_k - seqlen_q + right + 1, between 0 and seqlen_k.
+        let beyond = self.seqlen_q.saturating_sub(self.right.saturating_add(row + 1));
         self.seqlen_k.saturating_sub(beyond)
+    }
+
+    /// Whether query `row` sees key `key`.
+    #[inline(always)]
+    pub fn sees(self, row: u32, key: u32) -> bool {
+        self.begin(row) <= key && key < self.end(row)
     }
 
     /// The blocks of `block_n` keys that the queries `first_row` to `first_row + block_m` need.
     #[inline(always)]
-    pub fn key_blocks(self, first_row: u32, block_m: u32, block_n: u32) -> KeyBlocks {
+    pub fn key_blocks(self, first_row: u32, block_m: u32, block_n: u32) -> Blocks {
         let last_row = first_row + block_m - 1;
-        KeyBlocks { full: self.visible(first_row) / block_n, end: self.visible(last_row).div_ceil(block_n) }
+        let (begin, end) = (self.begin(first_row) / block_n, self.end(last_row).div_ceil(block_n));
+        Blocks {
+            begin: if begin < end { begin } else { end },
+            full_begin: self.begin(last_row).div_ceil(block_n),
+            full_end: self.end(first_row) / block_n,
+            end,
+        }
     }
 
     /// The first query that sees key `key`, of those that there may be.
     #[inline(always)]
     fn first_query(self, key: u32) -> u32 {
-        if !self.causal {
-            return 0;
-        }
-        // row + seqlen_k - seqlen_q >= key
-        (key + self.seqlen_q).saturating_sub(self.seqlen_k)
+        // row + seqlen_k - seqlen_q + right >= key
+        (key + self.seqlen_q).saturating_sub(self.right.saturating_add(self.seqlen_k))
     }
 
-    /// The blocks of `block_m` queries that the keys `first_key` to `first_key + block_n` need.
+    /// One past the last query that sees key `key`.
     #[inline(always)]
-    pub fn query_blocks(self, first_key: u32, block_n: u32, block_m: u32) -> QueryBlocks {
+    fn end_query(self, key: u32) -> u32 {
+        // row + seqlen_k - seqlen_q - left <= key
+        let end = self.left.saturating_add(key + self.seqlen_q + 1).saturating_sub(self.seqlen_k);
+        if end < self.seqlen_q { end } else { self.seqlen_q }
+    }
+
+    /// The blocks of `block_m` queries that the keys `first_key` to `first_key + block_n` need. Rows beyond the last query
+    /// count as seen whole: their P is 0 by their LSE.
+    #[inline(always)]
+    pub fn query_blocks(self, first_key: u32, block_n: u32, block_m: u32) -> Blocks {
         let last_key = first_key + block_n - 1;
-        QueryBlocks { begin: self.first_query(first_key) / block_m, full: self.first_query(last_key).div_ceil(block_m) }
+        let (begin, end) = (self.first_query(first_key) / block_m, self.end_query(last_key).div_ceil(block_m));
+        let full_end = self.end_query(first_key);
+        Blocks {
+            begin: if begin < end { begin } else { end },
+            full_begin: self.first_query(last_key).div_ceil(block_m),
+            full_end: if full_end == self.seqlen_q { full_end.div_ceil(block_m) } else { full_end / block_m },
+            end,
+        }
     }
 
     /// Sets the scores of keys that a row does not see to -inf. The matrix begins at row `first_row` and key `first_key`.
     #[inline(always)]
     pub fn apply<const M: usize, const N: usize>(self, s: &mut Accumulator<M, N>, first_row: u32, first_key: u32) {
-        s.map(|row, column, s| if first_key + column < self.visible(first_row + row) { s } else { f32::NEG_INFINITY });
+        s.map(|row, column, s| if self.sees(first_row + row, first_key + column) { s } else { f32::NEG_INFINITY });
     }
 
     /// As [`apply`](Self::apply) for a transposed matrix, whose rows are keys and whose columns are queries.
@@ -81,6 +138,6 @@ impl Mask {
         first_key: u32,
         first_row: u32,
     ) {
-        s.map(|row, column, s| if first_key + row < self.visible(first_row + column) { s } else { f32::NEG_INFINITY });
+        s.map(|row, column, s| if self.sees(first_row + column, first_key + row) { s } else { f32::NEG_INFINITY });
     }
 }

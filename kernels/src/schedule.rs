@@ -1,32 +1,71 @@
 //! Which part of the problem a block of threads takes.
-use crate::attention::{Attention, divisor};
+use crate::attention::{Attention, Sequence, divisor};
 use cuda_std::thread::block_idx_x;
 
 /// A block of query rows of one head of one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct QueryBlock {
-    /// Its first row.
+    /// Its first row. In a sequence that is shorter than others it may lie beyond the last.
     pub first_row: u32,
     /// The head of Q and O.
     pub head: u32,
     /// The sequence.
-    pub batch: u32,
+    pub sequence: Sequence,
+}
+
+impl QueryBlock {
+    /// Rows from the first on, of which the block takes as many as it has; 0 if there is nothing to do.
+    #[inline(always)]
+    pub fn rows(&self) -> u32 {
+        self.sequence.seqlen_q.saturating_sub(self.first_row)
+    }
 }
 
 /// The query block of this block of threads, in a grid of one dimension with `ceil(seqlen_q / block_m) * nheads * batch`
 /// blocks. The blocks of one head follow each other, so that its K and V stay in the L2 cache; the last rows, which see
 /// the most keys under a causal mask, come first, so that the longest blocks of a head do not run last.
 #[inline(always)]
+#[track_caller]
 pub fn query_block<T>(a: &Attention<T>, block_m: u32) -> QueryBlock {
     let blocks = divisor(a.seqlen_q.div_ceil(block_m));
-    let (index, sequence) = (block_idx_x() % blocks, block_idx_x() / blocks);
-    let (head, batch) = head_of(a, sequence);
-    QueryBlock { first_row: (blocks - 1 - index) * block_m, head, batch }
+    let (index, pair) = (block_idx_x() % blocks, block_idx_x() / blocks);
+    let (head, batch) = head_of(pair, a.nheads);
+    QueryBlock { first_row: (blocks - 1 - index) * block_m, head, sequence: a.sequence(batch) }
+}
+
+/// A block of keys of one head of K and V of one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct KeyBlock {
+    /// Its first key. In a sequence that is shorter than others it may lie beyond the last.
+    pub first_key: u32,
+    /// The head of K and V.
+    pub head_k: u32,
+    /// The sequence.
+    pub sequence: Sequence,
+}
+
+impl KeyBlock {
+    /// Keys from the first on, of which the block takes as many as it has; 0 if there is nothing to do.
+    #[inline(always)]
+    pub fn rows(&self) -> u32 {
+        self.sequence.seqlen_k.saturating_sub(self.first_key)
+    }
+}
+
+/// The key block of this block of threads, in a grid of one dimension with `ceil(seqlen_k / block_n) * nheads_k * batch`
+/// blocks. Under a causal mask the first keys are seen by the most queries: they come first.
+#[inline(always)]
+#[track_caller]
+pub fn key_block<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
+    let blocks = divisor(a.seqlen_k.div_ceil(block_n));
+    let (index, pair) = (block_idx_x() % blocks, block_idx_x() / blocks);
+    let (head_k, batch) = head_of(pair, a.nheads_k);
+    KeyBlock { first_key: index * block_n, head_k, sequence: a.sequence(batch) }
 }
 
 /// The head and the batch of pair `index`, heads running fastest.
 #[inline(always)]
-pub fn head_of<T>(a: &Attention<T>, index: u32) -> (u32, u32) {
-    let nheads = divisor(a.nheads);
+pub fn head_of(index: u32, nheads: u32) -> (u32, u32) {
+    let nheads = divisor(nheads);
     (index % nheads, index / nheads)
 }

@@ -44,8 +44,11 @@ const fn config<T: Element, const ONLINE: bool>(family: &'static str, block_m: u
     Config {
         family,
         dtype: T::DTYPE,
+        tf32: false,
         headdim: 0,
+        headdim_v: 0,
         causal: None,
+        general: false,
         block_m,
         block_n: 0,
         threads: THREADS,

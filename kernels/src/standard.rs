@@ -4,7 +4,7 @@
 //!
 //! HBM traffic a head: Θ(N d + N²): S is written once and read twice, P written once and read once. Memory: two N x N
 //! matrices, in the dtype of the inputs, which is where standard attention in 16 bits loses accuracy.
-use crate::attention::{Attention, Untyped, divisor};
+use crate::attention::{Attention, Sequence, Untyped, divisor};
 use crate::config::Config;
 use crate::mask::Mask;
 use crate::schedule::{self, head_of};
@@ -45,8 +45,8 @@ pub const fn columns(seqlen_k: u32) -> u32 {
 impl Params {
     /// S and P of one head, as matrices (seqlen_q, columns).
     #[inline(always)]
-    fn head<T: Element>(&self, a: &Attention<T>, batch: u32, head: u32) -> (Global<T>, Global<T>) {
-        let first = a.first_row(batch, head) * columns(a.seqlen_k) as usize;
+    fn head<T: Element>(&self, a: &Attention<T>, sequence: &Sequence, head: u32) -> (Global<T>, Global<T>) {
+        let first = a.first_row(sequence, head) * columns(a.seqlen_k) as usize;
         (self.s.cast::<T>().offset(first), self.p.cast::<T>().offset(first))
     }
 }
@@ -55,8 +55,11 @@ const fn config<T: MatrixElement>(family: &'static str, headdim: usize, tiles: u
     Config {
         family,
         dtype: T::DTYPE,
+        tf32: false,
         headdim: headdim as u32,
+        headdim_v: headdim as u32,
         causal: None,
+        general: false,
         block_m: BLOCK as u32,
         block_n: BLOCK as u32,
         threads: THREADS,
@@ -83,13 +86,14 @@ pub fn scores<T: MatrixElement, const HEADDIM: usize>(p: Params) {
     let query_blocks = divisor(a.seqlen_q.div_ceil(BLOCK as u32));
     let (first_key, index) = (block_idx_x() % key_blocks * BLOCK as u32, block_idx_x() / key_blocks);
     let (first_row, sequence) = (index % query_blocks * BLOCK as u32, index / query_blocks);
-    let (head, batch) = head_of(&a, sequence);
+    let (head, batch) = head_of(sequence, a.nheads);
+    let sequence = a.sequence(batch);
 
     let q = SmemTile::<T, BLOCK, HEADDIM>::at(dynamic_shared());
     let k = SmemTile::<T, BLOCK, HEADDIM>::at(q.end());
     let s_tile = SmemTile::<T, BLOCK, BLOCK>::at(k.end());
-    let q_rows = a.q.rows(batch, head, first_row);
-    let k_rows = a.k.rows(batch, a.head_k(head), first_key);
+    let q_rows = sequence.queries(&a.q, head, first_row);
+    let k_rows = sequence.keys(&a.k, a.head_k(head), first_key);
     TileStream::new(THREADS, q_rows, a.q.row_stride, a.seqlen_q - first_row).copy_async(q);
     TileStream::new(THREADS, k_rows, a.k.row_stride, a.seqlen_k - first_key).copy_async(k);
     copy::commit();
@@ -107,7 +111,7 @@ pub fn scores<T: MatrixElement, const HEADDIM: usize>(p: Params) {
     s.store(s_tile, own_row);
     sync_warp(ALL);
     let stride = columns(a.seqlen_k) as u64;
-    let s_rows = p.head(&a, batch, head).0.offset((first_row as u64 * stride) as usize + first_key as usize);
+    let s_rows = p.head(&a, &sequence, head).0.offset((first_row as u64 * stride) as usize + first_key as usize);
     s_tile.store_rows(own_row, ROWS_A_WARP, s_rows, stride, a.seqlen_q - first_row);
 }
 
@@ -132,8 +136,8 @@ pub fn probabilities<T: MatrixElement>(p: Params) {
     let columns = columns(a.seqlen_k);
     let first = (row * columns as u64) as usize;
     let (s, p) = (p.s.cast::<T>().offset(first), p.p.cast::<T>().offset(first));
-    let mask = Mask { seqlen_q: a.seqlen_q, seqlen_k: a.seqlen_k, causal: a.causal != 0 };
-    let visible = mask.visible((row % divisor(a.seqlen_q) as u64) as u32);
+    let mask = Mask::of::<T, false, true>(&a, &a.sequence(0));
+    let visible = mask.end((row % divisor(a.seqlen_q) as u64) as u32);
 
     let state = online_state(s, visible);
     write_row(s, p, visible, state, lane_id(), WARP);
@@ -162,10 +166,10 @@ const fn output_config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: 
 pub fn output<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p: Params) {
     let a = p.attention.of::<T>();
     let block = schedule::query_block(&a, BLOCK as u32);
-    let rows = a.seqlen_q - block.first_row;
+    let (sequence, rows) = (block.sequence, block.rows());
     let stride = columns(a.seqlen_k) as u64;
-    let p_rows = p.head(&a, block.batch, block.head).1.offset((block.first_row as u64 * stride) as usize);
-    let v_rows = a.v.head(block.batch, a.head_k(block.head));
+    let p_rows = p.head(&a, &sequence, block.head).1.offset((block.first_row as u64 * stride) as usize);
+    let v_rows = sequence.keys(&a.v, a.head_k(block.head), 0);
 
     let p = SmemTile::<T, BLOCK, BLOCK>::at(dynamic_shared());
     let v = SmemTile::<T, BLOCK, HEADDIM>::at(p.end());
@@ -188,6 +192,6 @@ pub fn output<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p:
 
     o.store(o_tile, own_row);
     sync_warp(ALL);
-    let o_rows = a.o.rows(block.batch, block.head, block.first_row);
+    let o_rows = sequence.queries(&a.o, block.head, block.first_row);
     o_tile.store_rows(own_row, ROWS_A_WARP, o_rows, a.o.row_stride, rows);
 }

@@ -75,6 +75,33 @@ macro_rules! access_one {
         }
     };
 }
+/// Registers have 16 bits at least.
+impl Access for u8 {
+    #[inline(always)]
+    fn load_shared(address: u32) -> Self {
+        let x: u16;
+        // SAFETY: the launch promised the memory (crate documentation).
+        unsafe { asm!("ld.shared.u8 {0}, [{1}];", out(reg16) x, in(reg32) address, options(pure, readonly, nostack)) };
+        x as u8
+    }
+    #[inline(always)]
+    fn store_shared(self, address: u32) {
+        // SAFETY: as above.
+        unsafe { asm!("st.shared.u8 [{0}], {1};", in(reg32) address, in(reg16) self as u16, options(nostack)) }
+    }
+    #[inline(always)]
+    fn load_global(address: u64) -> Self {
+        let x: u16;
+        // SAFETY: as above.
+        unsafe { asm!("ld.global.u8 {0}, [{1}];", out(reg16) x, in(reg64) address, options(pure, readonly, nostack)) };
+        x as u8
+    }
+    #[inline(always)]
+    fn store_global(self, address: u64) {
+        // SAFETY: as above.
+        unsafe { asm!("st.global.u8 [{0}], {1};", in(reg64) address, in(reg16) self as u16, options(nostack)) }
+    }
+}
 access_one!(u16, reg16, "b16");
 access_one!(u32, reg32, "b32");
 access_one!(u64, reg64, "b64");

@@ -219,7 +219,7 @@ macro_rules! bits {
         }
     )*};
 }
-bits!(u16: AtomicU16, u32: AtomicU32, u64: AtomicU64);
+bits!(u8: AtomicU8, u16: AtomicU16, u32: AtomicU32, u64: AtomicU64);
 
 macro_rules! vector_bits {
     ($($n:literal),*) => {$(

@@ -33,10 +33,10 @@ pub(super) struct Span {
 impl Span {
     const WHOLE: Span = Span { offset: 0, bytes: GRANULE as u32 };
 
-    /// A bit a pair of bytes.
+    /// A bit a pair of bytes. One byte counts as its pair.
     #[inline(always)]
     pub fn mask(self) -> u8 {
-        (((1u32 << (self.bytes / 2)) - 1) << (self.offset / 2)) as u8
+        (((1u32 << self.bytes.div_ceil(2)) - 1) << (self.offset / 2)) as u8
     }
 }
 

@@ -27,7 +27,9 @@ fn read_tensor(path: &Path, file: &SafeTensors<'_>, name: &'static str) -> Resul
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
         Dtype::BF16 => DType::BF16,
-        other => bail!("{}: tensor {name} is {other:?}; allowed: F32, F16, BF16", path.display()),
+        Dtype::I32 => DType::I32,
+        Dtype::U8 | Dtype::BOOL => DType::U8,
+        other => bail!("{}: tensor {name} is {other:?}; allowed: F32, F16, BF16, I32, U8, BOOL", path.display()),
     };
     Tensor::from_bytes(dtype, tensor.data(), tensor.shape()).with_context(|| path.display().to_string())
 }
@@ -64,6 +66,8 @@ impl NewFile {
                 DType::F32 => Dtype::F32,
                 DType::F16 => Dtype::F16,
                 DType::BF16 => Dtype::BF16,
+                DType::I32 => Dtype::I32,
+                DType::U8 => Dtype::U8,
             };
             Ok((*name, TensorView::new(dtype, tensor.shape().to_vec(), tensor.bytes())?))
         });

@@ -134,7 +134,8 @@ unsafe fn query_block_with<T: Element, V: Vector, const ROWS: usize>(
     workspace.o.fill([0.0; BLOCK_M]);
     let mut state = [OnlineSoftmax::EMPTY; BLOCK_M];
     // Lanes beyond the last row repeat it; nobody reads them.
-    let visible: [usize; BLOCK_M] = std::array::from_fn(|lane| problem.visible(first + lane.min(rows - 1)));
+    let visible: [usize; BLOCK_M] =
+        std::array::from_fn(|lane| problem.sequences()[batch].visible(problem.window, first + lane.min(rows - 1)).end);
 
     for first_key in (0..visible[BLOCK_M - 1]).step_by(BLOCK_N) {
         let keys = BLOCK_N.min(visible[BLOCK_M - 1] - first_key);

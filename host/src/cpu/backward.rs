@@ -98,7 +98,8 @@ fn row_statistics<T: Element>(problem: &Problem, inputs: &BackwardInputs<T>) -> 
         T::widen(inputs.out.row(batch, row, head), o);
         T::widen(inputs.dout.row(batch, row, head), d_o);
         let sum = o.iter().zip(d_o).map(|(o, d_o)| *o * *d_o).sum();
-        let visible = if lse == f32::NEG_INFINITY { 0 } else { problem.visible(row) as u32 };
+        let visible =
+            if lse == f32::NEG_INFINITY { 0 } else { problem.sequences()[0].visible(problem.window, row).end as u32 };
         Row { base: lse * LOG2_E, sum, visible }
     })
     .collect()
@@ -194,7 +195,7 @@ unsafe fn query_block_with<T: Element, V: Vector, const ROWS: usize>(
     let mut rows = [Row::ABSENT; BLOCK];
     rows[..own.len].copy_from_slice(&task.rows_of(own.batch, own.head)[own.first..own.first + own.len]);
 
-    let end = problem.visible(own.first + own.len - 1);
+    let end = problem.sequences()[0].visible(problem.window, own.first + own.len - 1).end;
     for first in (0..end).step_by(BLOCK) {
         let step = Block { batch: own.batch, head: head_k, first, len: BLOCK.min(end - first) };
         workspace.load_step(&inputs.k, &inputs.v, step);
@@ -225,11 +226,11 @@ unsafe fn key_block_with<T: Element, V: Vector, const ROWS: usize>(
     workspace: &mut Workspace,
 ) {
     let Task { problem, inputs, gradients, .. } = task;
-    let Problem { headdim, softmax_scale, seqlen_q, seqlen_k, causal, .. } = **problem;
+    let Problem { headdim, softmax_scale, seqlen_q, seqlen_k, .. } = **problem;
     let group = problem.nheads / problem.nheads_k;
     workspace.begin(&inputs.k, &inputs.v, own, softmax_scale);
     // The first query that sees the first key.
-    let begin = if causal { (own.first + seqlen_q).saturating_sub(seqlen_k) } else { 0 };
+    let begin = if problem.is_causal() { (own.first + seqlen_q).saturating_sub(seqlen_k) } else { 0 };
     for head in own.head * group..(own.head + 1) * group {
         let rows = task.rows_of(own.batch, head);
         for first in (begin..seqlen_q).step_by(BLOCK) {

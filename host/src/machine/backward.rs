@@ -3,7 +3,7 @@ use cuda_std::Global;
 use kernels::attention::Attention;
 use kernels::flash2_backward::Params;
 
-use super::{Machine, Repetitions, arguments, contiguous};
+use super::{Machine, Repetitions, arguments, contiguous, nowhere};
 use crate::dispatch::BackwardPlan;
 use crate::element::Element;
 use crate::error::Result;
@@ -62,7 +62,13 @@ pub(crate) fn attention_backward<M: Machine, T: Element>(
         d_q: of_queries(machine.global(&d_q)),
         d_k: of_keys(machine.global(&d_k)),
         d_v: of_keys(machine.global(&d_v)),
+        d_lse: Global::NULL,
         row_sums: machine.global(&row_sums),
+        d_bias: nowhere(),
+        bias_batch: 1,
+        bias_heads: 1,
+        bias_rows: 1,
+        d_sinks: Global::NULL,
     };
     let launches = plan.launches(problem, parameters)?;
     let done = repetitions.run(|| machine.run(&launches))?;

@@ -9,7 +9,7 @@ use crate::cuda::Device;
 use crate::dispatch::BackwardPlan;
 use crate::error::Result;
 use crate::launch::Launch;
-use crate::machine::arguments as machine_arguments;
+use crate::machine::{arguments as machine_arguments, nowhere};
 use crate::options::{AttentionOptions, Kernel};
 use crate::problem::Problem;
 use crate::report::LaunchReport;
@@ -59,13 +59,13 @@ impl BackwardCall {
     pub fn new(arguments: &BackwardArguments) -> Result<Self> {
         let BackwardArguments { q, k, v, out, softmax_lse, dout, dq, dk, dv, options, kernel } = arguments;
         let problem = Problem::new(&q.layout, &k.layout, &v.layout, options)?;
-        let (of_queries, of_keys) = (problem.out_shape(), problem.keys_shape());
+        let (of_queries, of_keys) = (problem.out_shape(), problem.k_shape());
         for (argument, tensor, shape, of) in [
-            ("out", out, of_queries, "q"),
-            ("dout", dout, of_queries, "q"),
-            ("dq", dq, of_queries, "q"),
-            ("dk", dk, of_keys, "k"),
-            ("dv", dv, of_keys, "v"),
+            ("out", out, &of_queries, "q"),
+            ("dout", dout, &of_queries, "q"),
+            ("dq", dq, &problem.q_shape(), "q"),
+            ("dk", dk, &of_keys, "k"),
+            ("dv", dv, &problem.v_shape(), "v"),
         ] {
             problem.check_like(argument, &tensor.layout, shape, of)?;
             tensor.check_alignment(argument)?;
@@ -93,7 +93,13 @@ impl BackwardCall {
             d_q: dq.tensor(),
             d_k: dk.tensor(),
             d_v: dv.tensor(),
+            d_lse: Global::NULL,
             row_sums: Global::NULL,
+            d_bias: nowhere(),
+            bias_batch: 1,
+            bias_heads: 1,
+            bias_rows: 1,
+            d_sinks: Global::NULL,
         };
         Ok(BackwardCall { problem, plan, parameters, gradients: [dq, dk, dv].map(Clone::clone) })
     }

@@ -14,7 +14,7 @@ use std::ops::{Add, AddAssign, Div, Mul, Sub};
 use rayon::prelude::*;
 
 use super::{LANES, RowIndex, each_row, round};
-use crate::element::{Element, with_dtype};
+use crate::element::{Element, with_element};
 use crate::error::Result;
 use crate::heads::Heads;
 use crate::layout::Layout;
@@ -48,7 +48,7 @@ pub fn attention_backward<'a>(
 ) -> Result<Gradients<f64>> {
     let tensors = [q.into(), k.into(), v.into(), dout.into()];
     let problem = check(&tensors, options)?;
-    with_dtype!(problem.dtype, T => {
+    with_element!("q", problem.dtype, T => {
         let inputs = tensors.map(widened::<T, f64>);
         Ok(Definition::new(&problem, &inputs, |x| x).gradients())
     })
@@ -68,7 +68,7 @@ pub fn plain_backward<'a>(
 ) -> Result<Gradients<f32>> {
     let tensors = [q.into(), k.into(), v.into(), dout.into()];
     let problem = check(&tensors, options)?;
-    with_dtype!(problem.dtype, T => {
+    with_element!("q", problem.dtype, T => {
         let inputs = tensors.map(widened::<T, f32>);
         Ok(Definition::new(&problem, &inputs, round::<T>).gradients())
     })
@@ -76,7 +76,7 @@ pub fn plain_backward<'a>(
 
 fn check([q, k, v, dout]: &[TensorRef; 4], options: &AttentionOptions) -> Result<Problem> {
     let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
-    problem.check_like("dout", dout.layout(), problem.out_shape(), "q")?;
+    problem.check_like("dout", dout.layout(), &problem.out_shape(), "q")?;
     Ok(problem)
 }
 
@@ -150,8 +150,8 @@ impl<X: Number> Row<X> {
 impl<'a, X: Number, Store: Fn(X) -> X + Sync> Definition<'a, X, Store> {
     fn new(problem: &'a Problem, [q, k, v, dout]: &'a [Vec<X>; 4], store: Store) -> Self {
         let layout =
-            |shape: [usize; 4]| Layout::contiguous(problem.dtype, &shape).expect("no more than the tensor has");
-        let (of_queries, of_keys) = (layout(problem.out_shape()), layout(problem.keys_shape()));
+            |shape: Vec<usize>| Layout::contiguous(problem.dtype, &shape).expect("no more than the tensor has");
+        let (of_queries, of_keys) = (layout(problem.out_shape()), layout(problem.k_shape()));
         Definition {
             problem,
             q: Heads::new(q, &of_queries),
@@ -170,7 +170,7 @@ impl<'a, X: Number, Store: Fn(X) -> X + Sync> Definition<'a, X, Store> {
             rows[index.lse(problem)] = row;
         }
         let Problem { seqlen_k, nheads_k, headdim, .. } = *problem;
-        let mut dk = vec![X::default(); problem.keys_shape().iter().product()];
+        let mut dk = vec![X::default(); problem.k_shape().iter().product()];
         let mut dv = dk.clone();
         let keys = dk.par_chunks_mut(headdim).zip(dv.par_chunks_mut(headdim)).enumerate();
         keys.for_each(|(i, (dk, dv))| {
@@ -183,7 +183,8 @@ impl<'a, X: Number, Store: Fn(X) -> X + Sync> Definition<'a, X, Store> {
     /// A row of dQ.
     fn of_query(&self, index: RowIndex, dq: &mut [X]) -> Row<X> {
         let RowIndex { batch, row, .. } = index;
-        let (head_k, visible) = (index.head_k(self.problem), self.problem.visible(row));
+        let (head_k, visible) =
+            (index.head_k(self.problem), self.problem.sequences()[0].visible(self.problem.window, row).end);
         let scores: Vec<X> = (0..visible).map(|key| self.score(index, key)).collect();
         let mut all = Row::of(&scores);
         if all.sum == X::default() {
@@ -204,7 +205,9 @@ impl<'a, X: Number, Store: Fn(X) -> X + Sync> Definition<'a, X, Store> {
     fn of_key(&self, batch: usize, key: usize, head_k: usize, rows: &[Row<X>], dk: &mut [X], dv: &mut [X]) {
         let group = self.problem.nheads / self.problem.nheads_k;
         for head in head_k * group..(head_k + 1) * group {
-            for row in (0..self.problem.seqlen_q).filter(|&row| key < self.problem.visible(row)) {
+            for row in (0..self.problem.seqlen_q)
+                .filter(|&row| key < self.problem.sequences()[0].visible(self.problem.window, row).end)
+            {
                 let index = RowIndex { batch, row, head };
                 let all = &rows[index.lse(self.problem)];
                 if all.sum == X::default() {

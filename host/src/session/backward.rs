@@ -5,11 +5,12 @@ use super::{Executor, Session};
 use crate::cpu;
 use crate::cuda::Gpu;
 use crate::dispatch::BackwardPlan;
-use crate::element::{Element, with_dtype};
+use crate::element::{Element, with_element};
 use crate::error::Result;
 use crate::heads::{Heads, HeadsMut};
+use crate::inputs::{BackwardInputs, Inputs};
 use crate::layout::Layout;
-use crate::machine::{self, BackwardInputs, GradientsMut, Machine};
+use crate::machine::{self, GradientsMut, Machine};
 use crate::options::AttentionOptions;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
@@ -67,7 +68,7 @@ pub fn attention_backward<'a>(
 }
 
 /// The tensors that gradients are computed from.
-struct Inputs<'a> {
+struct Tensors<'a> {
     q: TensorRef<'a>,
     k: TensorRef<'a>,
     v: TensorRef<'a>,
@@ -95,14 +96,20 @@ impl Session {
         let (q, k, v) = (q.into(), k.into(), v.into());
         let (out, softmax_lse, dout) = (out.into(), softmax_lse.into(), dout.into());
         let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
-        problem.check_backward(out.layout(), softmax_lse.layout(), dout.layout())?;
-        let inputs = Inputs { q, k, v, out, softmax_lse, dout };
-        with_dtype!(problem.dtype, T => self.gradients_of::<T>(&problem, &inputs))
+        let layouts = BackwardInputs::new(
+            Inputs::new(q.layout(), k.layout(), v.layout()),
+            out.layout(),
+            softmax_lse.layout(),
+            dout.layout(),
+        );
+        problem.check_backward(&layouts)?;
+        let inputs = Tensors { q, k, v, out, softmax_lse, dout };
+        with_element!("q", problem.dtype, T => self.gradients_of::<T>(&problem, &inputs))
     }
 
-    fn gradients_of<T: Element>(&self, problem: &Problem, inputs: &Inputs) -> Result<Gradients> {
+    fn gradients_of<T: Element>(&self, problem: &Problem, inputs: &Tensors) -> Result<Gradients> {
         let queries = problem.rows() * problem.headdim;
-        let keys: usize = problem.keys_shape().iter().product();
+        let keys: usize = problem.k_shape().iter().product();
         let (mut dq, mut dk, mut dv) =
             (vec![T::default(); queries], vec![T::default(); keys], vec![T::default(); keys]);
         let gradients = GradientsMut { dq: &mut dq, dk: &mut dk, dv: &mut dv };
@@ -142,7 +149,7 @@ impl Session {
             extra_bytes,
             launches,
         };
-        let of_keys = |gradient| Tensor::from_vec(gradient, &problem.keys_shape());
+        let of_keys = |gradient| Tensor::from_vec(gradient, &problem.k_shape());
         Ok(Gradients { dq: Tensor::from_vec(dq, &problem.out_shape())?, dk: of_keys(dk)?, dv: of_keys(dv)?, report })
     }
 
@@ -151,24 +158,24 @@ impl Session {
         machine: &M,
         problem: &Problem,
         plan: &BackwardPlan,
-        inputs: &Inputs,
+        inputs: &Tensors,
         gradients: GradientsMut<T>,
     ) -> Result<(Vec<LaunchReport>, f64)> {
         if problem.rows() == 0 || problem.seqlen_k == 0 {
             // Nothing to launch: no row sees a key, and the gradients are the zeros that they were made with.
             return Ok((Vec::new(), 0.0));
         }
-        let Inputs { q, k, v, out, softmax_lse, dout } = inputs;
+        let Tensors { q, k, v, out, softmax_lse, dout } = inputs;
         let [q, k, v, out, dout] = [q, k, v, out, dout].map(|tensor| tensor.packed::<T>().unwrap_or_default());
         let softmax_lse = softmax_lse.packed().unwrap_or_default();
-        let inputs = BackwardInputs { q: &q, k: &k, v: &v, out: &out, softmax_lse: &softmax_lse, dout: &dout };
+        let inputs = machine::BackwardInputs { q: &q, k: &k, v: &v, out: &out, softmax_lse: &softmax_lse, dout: &dout };
         machine::attention_backward(machine, problem, plan, self.repetitions, inputs, gradients)
     }
 
     fn gradients_on_cpu<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Inputs,
+        inputs: &Tensors,
         gradients: GradientsMut<T>,
     ) -> Result<(Vec<LaunchReport>, f64)> {
         let heads = |tensor| Heads::new(TensorRef::as_slice(tensor).unwrap_or_default(), TensorRef::layout(tensor));
@@ -181,7 +188,7 @@ impl Session {
             softmax_lse: &inputs.softmax_lse.packed().unwrap_or_default(),
         };
         let of_queries = Layout::contiguous(problem.dtype, &problem.out_shape())?;
-        let of_keys = Layout::contiguous(problem.dtype, &problem.keys_shape())?;
+        let of_keys = Layout::contiguous(problem.dtype, &problem.k_shape())?;
         let gradients = cpu::GradientHeads {
             dq: HeadsMut::new(gradients.dq, &of_queries),
             dk: HeadsMut::new(gradients.dk, &of_keys),

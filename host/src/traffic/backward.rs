@@ -78,6 +78,6 @@ pub fn backward(problem: &Problem) -> Option<Vec<Step>> {
 }
 
 fn config<P>(table: &[Kernel<P, Config>], problem: &Problem) -> Option<Config> {
-    let wanted = (problem.dtype, problem.headdim as u32, Some(problem.causal));
+    let wanted = (problem.dtype, problem.headdim as u32, Some(problem.is_causal()));
     table.iter().map(|kernel| kernel.config).find(|config| (config.dtype, config.headdim, config.causal) == wanted)
 }

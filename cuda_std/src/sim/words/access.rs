@@ -4,7 +4,7 @@ use super::super::memory::Bits;
 use super::super::report::FindingKind;
 use super::super::scheduler::count_access;
 
-/// What one access moves: 2, 4, 8 or 16 bytes.
+/// What one access moves: 1, 2, 4, 8 or 16 bytes.
 pub trait Access: Bits {
     /// Loads from shared memory.
     #[inline(always)]

@@ -4,6 +4,7 @@ use super::super::memory::DeviceMemory;
 use super::{Device, DeviceTensor, Stream, StreamFlags};
 use crate::element::Element;
 use crate::error::Result;
+use crate::inputs::{BackwardInputs, Inputs};
 use crate::options::{AttentionOptions, Kernel};
 use crate::problem::Problem;
 use crate::raw;
@@ -48,10 +49,16 @@ impl Device {
         }
         self.check_owns("softmax_lse", softmax_lse)?;
         let problem = Problem::new(&q.layout, &k.layout, &v.layout, options)?;
-        problem.check_backward(&out.layout, &softmax_lse.layout, &dout.layout)?;
+        let layouts = BackwardInputs::new(
+            Inputs::new(&q.layout, &k.layout, &v.layout),
+            &out.layout,
+            &softmax_lse.layout,
+            &dout.layout,
+        );
+        problem.check_backward(&layouts)?;
         let dq = DeviceTensor::uninitialised(self, &problem.out_shape())?;
-        let dk = DeviceTensor::uninitialised(self, &problem.keys_shape())?;
-        let dv = DeviceTensor::uninitialised(self, &problem.keys_shape())?;
+        let dk = DeviceTensor::uninitialised(self, &problem.k_shape())?;
+        let dv = DeviceTensor::uninitialised(self, &problem.k_shape())?;
         let arguments = raw::BackwardArguments {
             q: q.raw(),
             k: k.raw(),

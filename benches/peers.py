@@ -68,15 +68,32 @@ class Attention(ctypes.Structure):
         ("k", Tensor),
         ("v", Tensor),
         ("o", Tensor),
+        ("bias", Tensor),
+        ("mask", Tensor),
+        ("alibi_slopes", ctypes.c_uint64),
+        ("alibi_batch_stride", ctypes.c_uint64),
+        ("sinks", ctypes.c_uint64),
         ("softmax_lse", ctypes.c_uint64),
+        ("lse_batch_stride", ctypes.c_uint64),
+        ("lse_head_stride", ctypes.c_uint64),
+        ("cu_seqlens_q", ctypes.c_uint64),
+        ("cu_seqlens_k", ctypes.c_uint64),
+        ("dropout_seed", ctypes.c_uint64),
+        ("dropout_offset", ctypes.c_uint64),
+        ("dropout_keep_below", ctypes.c_uint32),
+        ("dropout_scale", ctypes.c_float),
         ("batch", ctypes.c_uint32),
         ("nheads", ctypes.c_uint32),
         ("nheads_k", ctypes.c_uint32),
         ("seqlen_q", ctypes.c_uint32),
         ("seqlen_k", ctypes.c_uint32),
         ("headdim", ctypes.c_uint32),
+        ("headdim_v", ctypes.c_uint32),
         ("softmax_scale", ctypes.c_float),
-        ("causal", ctypes.c_uint32),
+        ("softcap", ctypes.c_float),
+        ("window_left", ctypes.c_uint32),
+        ("window_right", ctypes.c_uint32),
+        ("aligned", ctypes.c_uint32),
     ]
 
 
@@ -165,9 +182,29 @@ class Flash2:
     def parameters(self, q, k, v, o, lse):
         batch, seqlen_q, nheads, headdim = q.shape
         seqlen_k, nheads_k = k.shape[1:3]
-        tensors = (Tensor.of(q), Tensor.of(k), Tensor.of(v), Tensor.of(o), lse.data_ptr())
-        sizes = (batch, nheads, nheads_k, seqlen_q, seqlen_k, headdim)
-        return Attention(*tensors, *sizes, 1 / math.sqrt(headdim), int(self.causal))
+        unbounded, keep_all = 2**32 - 1, 2**16
+        return Attention(
+            q=Tensor.of(q),
+            k=Tensor.of(k),
+            v=Tensor.of(v),
+            o=Tensor.of(o),
+            softmax_lse=lse.data_ptr(),
+            lse_batch_stride=nheads * seqlen_q,
+            lse_head_stride=seqlen_q,
+            dropout_keep_below=keep_all,
+            dropout_scale=1.0,
+            batch=batch,
+            nheads=nheads,
+            nheads_k=nheads_k,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            headdim=headdim,
+            headdim_v=headdim,
+            softmax_scale=1 / math.sqrt(headdim),
+            window_left=unbounded,
+            window_right=0 if self.causal else unbounded,
+            aligned=1,
+        )
 
 
 class Flash2Backward:

@@ -1,0 +1,48 @@
+//! Random combinations of all options, forward and backward, against f64: on the CPU, on the simulated GPU, and on a real one,
+//! where the test else says `skipped:`.
+use ferroflash::{Backend, DType, Session};
+use ferroflash_tests::combination::{Combination, Limits, combinations};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+const DTYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
+
+/// Draws `cases` combinations, the same ones in every run, and shrinks the first that fails.
+fn check(session: &Session, cases: u32, limits: Limits) {
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
+    let result = runner.run(&combinations(limits), |combination: Combination| {
+        combination.check(session).map_err(TestCaseError::fail)
+    });
+    result.unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+#[test]
+fn on_the_cpu() {
+    let session = Session::new(Backend::Cpu).expect("runs everywhere");
+    let headdims = &[8, 32, 40, 59, 64, 96, 128, 192, 256];
+    check(&session, 400, Limits { dtypes: DTYPES, seqlen: 0..=150, batch: 1..=3, headdims });
+}
+
+#[test]
+fn on_the_simulator() {
+    let session = Session::new(Backend::Simulator).expect("runs everywhere");
+    check(&session, 60, Limits { dtypes: DTYPES, seqlen: 0..=100, batch: 1..=2, headdims: &[8, 32, 40, 59, 64, 80] });
+}
+
+/// Head dimensions whose tiles are large: few cases, and short.
+#[test]
+fn wide_heads_on_the_simulator() {
+    let session = Session::new(Backend::Simulator).expect("runs everywhere");
+    check(&session, 16, Limits { dtypes: DTYPES, seqlen: 1..=50, batch: 1..=1, headdims: &[96, 128, 192, 256] });
+}
+
+#[test]
+fn on_the_gpu() {
+    let session = match Session::new(Backend::Cuda) {
+        Ok(session) => session,
+        Err(reason) => return println!("skipped: on_the_gpu: {reason}"),
+    };
+    let headdims = &[8, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 256];
+    check(&session, 2500, Limits { dtypes: DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
+}

@@ -19,6 +19,12 @@ fn backends() -> Vec<Session> {
     sessions
 }
 
+/// Those that hide what is masked, whatever it holds.
+fn backends_of_flash2() -> impl Iterator<Item = Session> {
+    let all = [(Backend::Cpu, Kernel::Auto), (Backend::Simulator, Kernel::Flash2), (Backend::Cuda, Kernel::Flash2)];
+    all.into_iter().filter_map(|(backend, kernel)| Some(Session::new(backend).ok()?.kernel(kernel)))
+}
+
 /// `like` with element `column` of row `row` replaced.
 fn with(like: &Tensor, row: usize, column: usize, value: f32) -> Tensor {
     let mut data = like.to_f32();
@@ -53,6 +59,47 @@ fn nan_in_a_query_spoils_its_row_alone() {
 fn nan_in_a_key_spoils_the_rows_that_see_it() {
     let [q, k, v] = inputs();
     check(&q, &with(&k, 40, 0, f32::NAN), &v, true, |row| row >= 40);
+}
+
+/// 0 · NaN is NaN: a weight of 0 does not hide a value. Standard attention has P whole, zeros and all, and FlashAttention's first
+/// version walks as it does: they are as the definition in matrices says.
+#[test]
+fn what_a_row_does_not_see_does_not_reach_it() {
+    let [q, k, v] = inputs();
+    let options = AttentionOptions::new().causal(true);
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        // Key 40 is in one block with keys that earlier rows see.
+        let v = with(&v, 40, 5, value);
+        for session in backends_of_flash2() {
+            let result = session.attention(&q, &k, &v, &options).expect("valid");
+            let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+            assert!(accuracy.passed(), "{}, {value}: {accuracy}", session.backend());
+            let rows = result.out.to_f32();
+            assert!(rows[..40 * HEADDIM].iter().all(|o| o.is_finite()), "{}, {value}", session.backend());
+            assert!(rows[40 * HEADDIM..].chunks(HEADDIM).all(|o| !o[5].is_finite()), "{}, {value}", session.backend());
+        }
+    }
+}
+
+#[test]
+fn what_a_row_does_not_see_does_not_reach_its_gradients() {
+    let [q, k, v] = inputs();
+    let dout = normal(DType::F16, &[1, SEQLEN, 1, HEADDIM], 1.0, 4);
+    let options = AttentionOptions::new().causal(true);
+    for value in [f32::NAN, f32::INFINITY] {
+        for spoiled in 0..4 {
+            let mut tensors = [&q, &k, &v, &dout].map(Clone::clone);
+            tensors[spoiled] = with(&tensors[spoiled], 40, 5, value);
+            let [q, k, v, dout] = &tensors;
+            for session in backends_of_flash2() {
+                let forward = session.attention(q, k, v, &options).expect("valid");
+                let gradients =
+                    session.attention_backward(q, k, v, &forward.out, &forward.softmax_lse, dout, &options).expect("valid");
+                let accuracy = accuracy::check_backward(q, k, v, dout, &options, &gradients).expect("valid");
+                assert!(accuracy.passed(), "{}, {value} in tensor {spoiled}: {accuracy}", session.backend());
+            }
+        }
+    }
 }
 
 #[test]

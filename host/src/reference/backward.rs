@@ -262,7 +262,8 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
                 let p = self.definition.p(&row.softmax, sink);
                 sum += store(p * (row.dlse - row.d));
                 terms.sum += (p * (row.dlse.abs() + row.d.abs())).into();
-                terms.squares += p.into().powi(2) * row.squares;
+                // D takes the roundings of P, and those of O.
+                terms.squares += (2.0 * p.into()).powi(2) * row.squares;
             }
             (sum, terms)
         };

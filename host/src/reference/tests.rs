@@ -1,4 +1,6 @@
 //! Attention by hand, and equalities of what says the same in two ways.
+use cuda_std::DType;
+
 use super::*;
 use crate::tensor::Tensor;
 
@@ -8,8 +10,8 @@ pub fn wave(shape: &[usize], step: f32) -> Tensor {
     Tensor::from_vec::<f32>(data, shape).expect("as many")
 }
 
-/// A tensor of integers.
-pub fn integers<T: Datum>(data: impl IntoIterator<Item = T>, shape: &[usize]) -> Tensor {
+/// A tensor of these elements.
+pub fn tensor_of<T: Datum>(data: impl IntoIterator<Item = T>, shape: &[usize]) -> Tensor {
     Tensor::from_vec(data.into_iter().collect(), shape).expect("as many")
 }
 
@@ -60,7 +62,7 @@ const VALUES: [[f64; 2]; 3] = [[1.0, -1.0], [2.0, 0.5], [-3.0, 4.0]];
 
 /// Two queries, 1 and 2, and three keys.
 fn small() -> Inputs<Tensor> {
-    let tensor = |data: Vec<f64>, shape: &[usize]| integers(data.into_iter().map(|x| x as f32), shape);
+    let tensor = |data: Vec<f64>, shape: &[usize]| tensor_of(data.into_iter().map(|x| x as f32), shape);
     Inputs::new(
         tensor(vec![1.0, 2.0], &[1, 2, 1, 1]),
         tensor(KEYS.to_vec(), &[1, 3, 1, 1]),
@@ -106,22 +108,22 @@ fn a_cap_by_hand() {
 fn alibi_by_hand() {
     // Query 0 is at the place of key 1, query 1 at that of key 2.
     let distances = [[1.0, 0.0, 1.0], [2.0, 1.0, 0.0]];
-    let inputs = small().alibi_slopes(integers([0.5f32], &[1]));
+    let inputs = small().alibi_slopes(tensor_of([0.5f32], &[1]));
     check(&inputs, AttentionOptions::new(), exps(|row, key, s| s - 0.5 * distances[row][key]), 0.0, all);
 }
 
 #[test]
 fn alibi_is_not_capped_and_nor_is_a_bias() {
-    let inputs = small().alibi_slopes(integers([0.5f32], &[1, 1])).bias(integers([8.0f32, 0.0, -8.0], &[1, 1, 1, 3]));
+    let inputs = small().alibi_slopes(tensor_of([0.5f32], &[1, 1])).bias(tensor_of([8.0f32, 0.0, -8.0], &[1, 1, 1, 3]));
     let distances = [[1.0, 0.0, 1.0], [2.0, 1.0, 0.0]];
     let capped = |s: f64| 0.75 * (s / 0.75).tanh();
-    let score = |row: usize, key: usize, s| capped(s) - 0.5 * f64::from(distances[row][key]) + [8.0, 0.0, -8.0][key];
+    let score = |row: usize, key: usize, s| capped(s) - 0.5 * distances[row][key] + [8.0, 0.0, -8.0][key];
     check(&inputs, AttentionOptions::new().softcap(0.75), exps(score), 0.0, all);
 }
 
 #[test]
 fn masks_and_windows_by_hand() {
-    let mask = small().mask(integers([1u8, 0, 1, 0, 255, 0], &[1, 1, 2, 3]));
+    let mask = small().mask(tensor_of([1u8, 0, 1, 0, 255, 0], &[1, 1, 2, 3]));
     let sees = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]];
     let hidden = |sees: [[f64; 3]; 2]| {
         let exps = exps(|_, _, s| s);
@@ -136,20 +138,20 @@ fn masks_and_windows_by_hand() {
 
 #[test]
 fn a_sink_by_hand() {
-    let inputs = small().sinks(integers([0.5f32], &[1]));
+    let inputs = small().sinks(tensor_of([0.5f32], &[1]));
     check(&inputs, AttentionOptions::new(), exps(|_, _, s| s), 0.5f64.exp(), all);
     // The first query sees no key.
-    let inputs = inputs.mask(integers([0u8, 0, 0, 1, 1, 1], &[1, 1, 2, 3]));
+    let inputs = inputs.mask(tensor_of([0u8, 0, 0, 1, 1, 1], &[1, 1, 2, 3]));
     let exps = exps(|row, _, s| if row == 0 { f64::NEG_INFINITY } else { s });
     check(&inputs, AttentionOptions::new(), exps, 0.5f64.exp(), all);
 }
 
 #[test]
 fn a_sink_of_nothing_is_none() {
-    let with = small().sinks(integers([f32::NEG_INFINITY], &[1]));
+    let with = small().sinks(tensor_of([f32::NEG_INFINITY], &[1]));
     let causal = AttentionOptions::new().window_size(None, Some(0));
     assert_eq!(run(&with, &causal), run(&small(), &causal));
-    let hidden = with.mask(integers([0u8; 3], &[1, 1, 1, 3]));
+    let hidden = with.mask(tensor_of([0u8; 3], &[1, 1, 1, 3]));
     let nothing = Reference { out: vec![0.0; 4], softmax_lse: vec![f64::NEG_INFINITY; 2] };
     assert_eq!(run(&hidden, &causal), nothing);
 }
@@ -164,7 +166,7 @@ fn dropout_by_hand() {
 #[test]
 fn heads_of_all_sequences_are_dropped_differently() {
     // With a single key P is 1, and O is V times the factor.
-    let ones = |seqlen| integers(vec![1.0f32; 2 * seqlen * 3], &[2, seqlen, 3, 1]);
+    let ones = |seqlen| tensor_of(vec![1.0f32; 2 * seqlen * 3], &[2, seqlen, 3, 1]);
     let inputs = Inputs::new(ones(40), ones(1), ones(1));
     let found = run(&inputs, &AttentionOptions::new().dropout(0.5, 1, 2));
     let dropout = kernels::dropout::Dropout::new(0.5, 1, 2);
@@ -176,7 +178,7 @@ fn heads_of_all_sequences_are_dropped_differently() {
 
 #[test]
 fn hidden_keys_may_hold_anything() {
-    let mut inputs = small().mask(integers([1u8, 0, 1], &[1, 1, 1, 3])).bias(wave(&[1, 1, 2, 3], 0.9));
+    let mut inputs = small().mask(tensor_of([1u8, 0, 1], &[1, 1, 1, 3])).bias(wave(&[1, 1, 2, 3], 0.9));
     let before = run(&inputs, &AttentionOptions::new());
     inputs.k.as_mut_slice::<f32>().expect("f32")[1] = f32::INFINITY;
     inputs.v.as_mut_slice::<f32>().expect("f32")[2..4].fill(f32::NAN);
@@ -194,7 +196,7 @@ fn scales_of_zero_and_below_are_scales() {
 
 #[test]
 fn a_plain_implementation_rounds_to_the_dtype() {
-    let inputs = small().bias(wave(&[1, 1, 2, 3], 0.9)).sinks(integers([0.5f32], &[1]));
+    let inputs = small().bias(wave(&[1, 1, 2, 3], 0.9)).sinks(tensor_of([0.5f32], &[1]));
     let options = AttentionOptions::new().softcap(0.75).dropout(0.25, 1, 0);
     let reference = run(&inputs, &options);
     let apart = |plain: &Plain| {
@@ -203,10 +205,10 @@ fn a_plain_implementation_rounds_to_the_dtype() {
     };
     assert!(apart(&plain_with(&views(&inputs), &options).expect("valid")) < 1e-6);
     let inputs = Inputs {
-        q: inputs.q.convert(cuda_std::DType::BF16),
-        k: inputs.k.convert(cuda_std::DType::BF16),
-        v: inputs.v.convert(cuda_std::DType::BF16),
-        bias: inputs.bias.map(|bias| bias.convert(cuda_std::DType::BF16)),
+        q: inputs.q.convert(DType::BF16),
+        k: inputs.k.convert(DType::BF16),
+        v: inputs.v.convert(DType::BF16),
+        bias: inputs.bias.map(|bias| bias.convert(DType::BF16)),
         ..inputs
     };
     let plain = plain_with(&views(&inputs), &options).expect("valid");

@@ -1,5 +1,5 @@
 //! Gradients by finite differences, and equalities of what says the same in two ways, forward and backward.
-use super::super::tests::{integers, views, wave};
+use super::super::tests::{tensor_of, views, wave};
 use super::super::{Plain, Reference, attention_with, plain_with};
 use super::*;
 use crate::tensor::Tensor;
@@ -12,7 +12,7 @@ fn batched() -> Inputs<Tensor> {
 /// Four sequences of 2, 0, 3 and 1 queries and 3, 2, 2 and 0 keys, in heads as [`batched`].
 fn varlen() -> Inputs<Tensor> {
     Inputs::new(wave(&[6, 4, 3], 0.37), wave(&[7, 2, 3], 0.71), wave(&[7, 2, 2], 1.3))
-        .cu_seqlens(integers([0, 2, 2, 5, 6], &[5]), integers([0, 3, 5, 7, 7], &[5]))
+        .cu_seqlens(tensor_of([0, 2, 2, 5, 6], &[5]), tensor_of([0, 3, 5, 7, 7], &[5]))
 }
 
 /// Everything at once, of scores of this shape.
@@ -20,8 +20,8 @@ fn all_of(inputs: Inputs<Tensor>, [batch, nheads, seqlen_q, seqlen_k]: [usize; 4
     let hides = |i| u8::from(i % 5 != 1);
     inputs
         .bias(wave(&[1, nheads, seqlen_q, seqlen_k], 2.3))
-        .mask(integers((0..batch * seqlen_q * seqlen_k).map(hides), &[batch, 1, seqlen_q, seqlen_k]))
-        .alibi_slopes(integers((0..batch * nheads).map(|i| 0.1 * i as f32), &[batch, nheads]))
+        .mask(tensor_of((0..batch * seqlen_q * seqlen_k).map(hides), &[batch, 1, seqlen_q, seqlen_k]))
+        .alibi_slopes(tensor_of((0..batch * nheads).map(|i| 0.1 * i as f32), &[batch, nheads]))
         .sinks(wave(&[nheads], 1.9))
 }
 
@@ -54,7 +54,7 @@ fn gradients(inputs: &Inputs<Tensor>, options: &AttentionOptions) -> Gradients<f
     attention_backward_with(&views(inputs), &dout.view(), Some(&dlse.view()), options).expect("valid")
 }
 
-fn tensor<'t>(inputs: &'t mut Inputs<Tensor>, name: &str) -> &'t mut Tensor {
+fn named<'t>(inputs: &'t mut Inputs<Tensor>, name: &str) -> &'t mut Tensor {
     match name {
         "q" => &mut inputs.q,
         "k" => &mut inputs.k,
@@ -77,7 +77,7 @@ fn check(what: &str, inputs: Inputs<Tensor>, options: &AttentionOptions) {
         for (i, found) in gradient.into_iter().enumerate() {
             let at = |step: f32| {
                 let mut moved = inputs.clone();
-                let x = &mut tensor(&mut moved, name).as_mut_slice::<f32>().expect("f32")[i];
+                let x = &mut named(&mut moved, name).as_mut_slice::<f32>().expect("f32")[i];
                 let before = *x;
                 *x += step;
                 let step = f64::from(*x) - f64::from(before);
@@ -118,7 +118,7 @@ fn gradients_with_tensors_of_scores() {
     check("ALiBi", batched().alibi_slopes(wave(&[4], 1.1)), &options());
     check("ALiBi", batched().alibi_slopes(wave(&[2, 4], 1.1)), &options());
     // The first query sees no key.
-    let mask = integers([0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0], &[1, 1, 3, 5]);
+    let mask = tensor_of([0u8, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0], &[1, 1, 3, 5]);
     check("mask", batched().mask(mask.clone()), &options());
     check("sinks", batched().sinks(wave(&[4], 1.9)), &options());
     check("mask and sinks", batched().mask(mask).sinks(wave(&[4], 1.9)), &options());
@@ -160,7 +160,7 @@ fn a_row_without_keys_has_no_part() {
 
 #[test]
 fn the_sink_that_is_all_of_a_row_has_the_gradient_of_its_lse() {
-    let mask = integers([0u8; 5], &[1, 1, 1, 5]);
+    let mask = tensor_of([0u8; 5], &[1, 1, 1, 5]);
     let inputs = batched().mask(mask).sinks(wave(&[4], 1.9));
     let (_, dlse) = of_loss(&inputs, &options());
     let Gradients { dq, dk, dv, dsinks, .. } = gradients(&inputs, &options());
@@ -174,20 +174,16 @@ fn the_sink_that_is_all_of_a_row_has_the_gradient_of_its_lse() {
 
 #[test]
 fn hidden_keys_may_hold_anything() {
-    let mask = integers([1, 0, 1, 1, 0u8], &[1, 1, 1, 5]);
+    let mask = tensor_of([1u8, 0, 1, 1, 0], &[1, 1, 1, 5]);
     let mut inputs = batched().mask(mask).bias(wave(&[1, 1, 1, 5], 2.3));
     let before = gradients(&inputs, &options());
-    for (name, width) in [("k", 3), ("v", 2), ("bias", 0)] {
-        let data = tensor(&mut inputs, name).as_mut_slice::<f32>().expect("f32");
-        // Keys 1 of both batches, in both heads.
-        match width {
-            0 => data[1] = f32::NAN,
-            _ => [1, 6]
-                .map(|token| data[token * 2 * width..(token + 1) * 2 * width].fill(f32::NAN))
-                .into_iter()
-                .collect(),
+    for (name, width) in [("k", 3), ("v", 2)] {
+        // Key 1 of both sequences, in both heads.
+        for row in [1, 6].map(|token| token * 2 * width..(token + 1) * 2 * width) {
+            named(&mut inputs, name).as_mut_slice::<f32>().expect("f32")[row].fill(f32::NAN);
         }
     }
+    named(&mut inputs, "bias").as_mut_slice::<f32>().expect("f32")[1] = f32::NAN;
     assert_eq!(gradients(&inputs, &options()), before);
 }
 
@@ -208,7 +204,7 @@ fn a_window_is_a_mask() {
             let (left, right) = (left.unwrap_or(9), right.unwrap_or(9));
             u8::from(place <= key + left && key <= place + right)
         };
-        let mask = integers((0..15).map(sees), &[1, 1, 3, 5]);
+        let mask = tensor_of((0..15).map(sees), &[1, 1, 3, 5]);
         let windowed = options().window_size(left, right);
         same("window", [(&inputs, &windowed), (&inputs.clone().mask(mask), &options())]);
     }
@@ -218,18 +214,18 @@ fn a_window_is_a_mask() {
 #[test]
 fn alibi_is_a_bias() {
     let slope = |head: usize| 0.25 * (head + 1) as f32;
-    let alibi = batched().alibi_slopes(integers((0..4).map(slope), &[4]));
+    let alibi = batched().alibi_slopes(tensor_of((0..4).map(slope), &[4]));
     let bias = |i: usize| -slope(i / 15) * (i / 5 % 3 + 2).abs_diff(i % 5) as f32;
-    let bias = batched().bias(integers((0..60).map(bias), &[1, 4, 3, 5]));
+    let bias = batched().bias(tensor_of((0..60).map(bias), &[1, 4, 3, 5]));
     same("ALiBi", [(&alibi, &options().softcap(0.8)), (&bias, &options().softcap(0.8))]);
 }
 
 #[test]
 fn a_mask_is_a_bias_of_minus_infinity() {
     // The second query sees no key.
-    let hides = |i: usize| i / 5 == 1 || i % 3 == 0;
-    let mask = integers((0..15).map(|i| u8::from(!hides(i))), &[1, 1, 3, 5]);
-    let bias = integers((0..15).map(|i| if hides(i) { f32::NEG_INFINITY } else { 0.0 }), &[1, 1, 3, 5]);
+    let hides = |i: usize| i / 5 == 1 || i.is_multiple_of(3);
+    let mask = tensor_of((0..15).map(|i| u8::from(!hides(i))), &[1, 1, 3, 5]);
+    let bias = tensor_of((0..15).map(|i| if hides(i) { f32::NEG_INFINITY } else { 0.0 }), &[1, 1, 3, 5]);
     for inputs in [batched(), batched().sinks(wave(&[4], 1.9))] {
         let (mask, bias) = (inputs.clone().mask(mask.clone()), inputs.bias(bias.clone()));
         same("mask", [(&mask, &options().dropout(0.2, 3, 4)), (&bias, &options().dropout(0.2, 3, 4))]);
@@ -239,14 +235,14 @@ fn a_mask_is_a_bias_of_minus_infinity() {
 #[test]
 fn sequences_of_one_length_are_a_batch() {
     let batch = all_of(batched(), [2, 4, 3, 5]);
-    let reshaped = |tensor: &Tensor, shape: &[usize]| integers(tensor.to_f32(), shape);
+    let reshaped = |tensor: &Tensor, shape: &[usize]| tensor_of(tensor.to_f32(), shape);
     let varlen = Inputs {
         q: reshaped(&batch.q, &[6, 4, 3]),
         k: reshaped(&batch.k, &[10, 2, 3]),
         v: reshaped(&batch.v, &[10, 2, 2]),
         ..batch.clone()
     }
-    .cu_seqlens(integers([0, 3, 6], &[3]), integers([0, 5, 10], &[3]));
+    .cu_seqlens(tensor_of([0, 3, 6], &[3]), tensor_of([0, 5, 10], &[3]));
     let options = all_options();
     let of_batch = attention_with(&views(&batch), &options).expect("valid");
     let of_varlen = attention_with(&views(&varlen), &options).expect("valid");
@@ -257,7 +253,7 @@ fn sequences_of_one_length_are_a_batch() {
 
     let (dout, dlse) = of_loss(&batch, &options);
     let wide: Vec<f64> = dlse.to_f32().into_iter().map(f64::from).collect();
-    let dlse_varlen = integers(transposed(&wide).into_iter().map(|x| x as f32), &[4, 6]);
+    let dlse_varlen = tensor_of(transposed(&wide).into_iter().map(|x| x as f32), &[4, 6]);
     let dout_varlen = reshaped(&dout, &[6, 4, 2]);
     let of_batch = attention_backward_with(&views(&batch), &dout.view(), Some(&dlse.view()), &options);
     let of_varlen = attention_backward_with(&views(&varlen), &dout_varlen.view(), Some(&dlse_varlen.view()), &options);

@@ -1,21 +1,21 @@
 //! The rule by which results are right.
 //!
-//! FlashAttention's own: `max |out - ref|` is at most twice that of a plain implementation in the same dtype, plus 1e-5,
-//! where the reference is f64. In f32, where there is no rounding to hide behind, it is at most 1e-5 of the largest output.
-//! dQ, dK and dV each keep the same rule; in 16 bits with a cap of the scores, through whose derivative errors of S pass too,
-//! thrice in place of twice.
+//! FlashAttention's own: `max |out - ref|` is at most twice that of a plain implementation in the same dtype, plus
+//! 1e-5, where the reference is f64. In f32, where there is no rounding to hide behind, it is at most 1e-5 of the
+//! largest output. dQ, dK and dV each keep the same rule; in 16 bits with a cap of the scores, through whose derivative
+//! errors of S pass too, thrice in place of twice.
 //!
-//! dbias and dsinks are sums of a term a row, which mostly cancel. Their 1e-5 is of the largest sum of magnitudes; and as few
-//! sums are right by luck in one program and not in another, the error of the plain implementation counts in 16 bits as no
-//! less than u √Σ m²: what is left of as many independent roundings of the numbers m that the terms are made of, with u =
-//! 2⁻¹¹ in f16 and 2⁻⁸ in bf16. The m of dbias are P (|dP| + |D| + |dLSE|); those of dsinks 2 e^(sink - LSE) P dP, twice as D
-//! takes the roundings of P and of O.
+//! dbias and dsinks are sums of a term a row, which mostly cancel. Their 1e-5 is of the largest sum of magnitudes; and
+//! as few sums are right by luck in one program and not in another, the error of the plain implementation counts in 16
+//! bits as no less than u √Σ m²: what is left of as many independent roundings of the numbers m that the terms are made
+//! of, with u = 2⁻¹¹ in f16 and 2⁻⁸ in bf16. The m of dbias are P (|dP| + |D| + |dLSE|); those of dsinks 2 e^(sink -
+//! LSE) P dP, twice as D takes the roundings of P and of O.
 //!
 //! Dropout needs no more than twice: a fused implementation rounds no more with it than without.
 //!
-//! LSE is right within 1e-5 relative (absolute below 1); of `standard` in 16 bits, whose LSE is that of scores which were
-//! rounded on their way through memory, twice the plain implementation's error more. NaN and infinities are where the
-//! reference has them.
+//! LSE is right within 1e-5 relative (absolute below 1); of `standard` in 16 bits, whose LSE is that of scores which
+//! were rounded on their way through memory, twice the plain implementation's error more. NaN and infinities are where
+//! the reference has them.
 use std::fmt;
 
 use cuda_std::DType;

@@ -1,14 +1,15 @@
 //! What results are compared with: attention and softmax in f64, and a plain implementation in the dtype of the inputs.
 //!
-//! Both follow the definition, a row of S at a time: no tiles, no online softmax. With s = softmax_scale · q kᵀ, the score of
-//! query i and key j is
+//! Both follow the definition, a row of S at a time: no tiles, no online softmax. With s = softmax_scale · q kᵀ, the
+//! score of query i and key j is
 //!
 //! ```text
 //! softcap · tanh(s / softcap) - slope · |i + seqlen_k - seqlen_q - j| + bias,
 //! ```
 //!
-//! without a cap s in place of the first term. A key that the window or the mask hides takes no part, whatever is in it. P is
-//! the softmax of the scores and, if there is one, the sink of the head; O = (P ∘ dropout) V, where dropout is 0 or 1 / (1 - p).
+//! without a cap s in place of the first term. A key that the window or the mask hides takes no part, whatever is in
+//! it. P is the softmax of the scores and, if there is one, the sink of the head; O = (P ∘ dropout) V, where dropout is
+//! 0 or 1 / (1 - p).
 use rayon::prelude::*;
 
 use crate::element::{Datum, Element, with_dtype, with_element};
@@ -34,8 +35,8 @@ use number::{Number, Softmax};
 pub struct Reference {
     /// O: (batch, seqlen_q, nheads, headdim_v), or (total_q, nheads, headdim_v), in row-major order.
     pub out: Vec<f64>,
-    /// LSE: (batch, nheads, seqlen_q), or (nheads, total_q), in row-major order; natural logarithm. It includes the sinks, and
-    /// is that of before dropout.
+    /// LSE: (batch, nheads, seqlen_q), or (nheads, total_q), in row-major order; natural logarithm. It includes the
+    /// sinks, and is that of before dropout.
     pub softmax_lse: Vec<f64>,
 }
 
@@ -52,8 +53,8 @@ pub fn attention<'a>(
     attention_with(&Inputs::new(q, k, v), options)
 }
 
-/// Attention by its definition, in f64. A row that sees no key, or only keys whose scores are -inf, has O = 0 and LSE = -inf;
-/// with a sink one that sees no key has O = 0 and the sink as its LSE.
+/// Attention by its definition, in f64. A row that sees no key, or only keys whose scores are -inf, has O = 0 and LSE =
+/// -inf; with a sink one that sees no key has O = 0 and the sink as its LSE.
 ///
 /// # Errors
 /// As [`Problem::of`], and [`Sequences::new`].
@@ -88,9 +89,9 @@ pub fn plain<'a>(
     plain_with(&Inputs::new(q, k, v), options)
 }
 
-/// Attention as a program without fused kernels computes it in the dtype of the inputs: the scores, P, what dropout makes of
-/// P, and O are rounded to the dtype; sums, caps and exponentials are in f32. What the error of any other implementation is
-/// measured against.
+/// Attention as a program without fused kernels computes it in the dtype of the inputs: the scores, P, what dropout
+/// makes of P, and O are rounded to the dtype; sums, caps and exponentials are in f32. What the error of any other
+/// implementation is measured against.
 ///
 /// # Errors
 /// As [`attention_with`].

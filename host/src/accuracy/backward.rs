@@ -33,11 +33,12 @@ pub struct BackwardAccuracy {
 pub struct GradientAccuracy {
     /// max |gradient - reference|.
     pub error: f64,
-    /// max |plain - reference|, of a plain implementation in the same dtype; of dbias and dsinks in 16 bits not less than
-    /// what [the rule](super) says that luck may hide.
+    /// max |plain - reference|, of a plain implementation in the same dtype; of dbias and dsinks in 16 bits not less
+    /// than what [the rule](super) says that luck may hide.
     pub plain_error: f64,
-    /// The most that `error` may be: in 16 bits twice `plain_error`, or with a cap of the scores thrice for dQ, dK and dV, and
-    /// 1e-5; in f32 1e-5 of the largest element, or of 1. Of dbias and dsinks 1e-5 of the largest sum of magnitudes, or of 1.
+    /// The most that `error` may be: in 16 bits twice `plain_error`, or with a cap of the scores thrice for dQ, dK and
+    /// dV, and 1e-5; in f32 1e-5 of the largest element, or of 1. Of dbias and dsinks 1e-5 of the largest sum of
+    /// magnitudes, or of 1.
     pub bound: f64,
     /// Elements that are NaN or infinite where the reference is not, or the other way round, or infinite with another
     /// sign. None may be.
@@ -133,7 +134,8 @@ pub fn check_backward<'a>(
     check_backward_with(&Inputs::new(q, k, v), &dout.into(), None, options, gradients)
 }
 
-/// Compares gradients, of a loss whose gradients with respect to O and the LSE are `dout` and `dlse`, with the reference.
+/// Compares gradients, of a loss whose gradients with respect to O and the LSE are `dout` and `dlse`, with the
+/// reference.
 ///
 /// # Errors
 /// As [`reference::attention_backward_with`], or [`Error::Length`] if the gradients are not those of these inputs.

@@ -4,12 +4,13 @@
 //!
 //! ```text
 //! dV = (P ∘ dropout)ᵀ dO,   dS = P ∘ (dP - D + dLSE),   dbias = dS, summed over what the bias is the same for,
-//! dC = dS ∘ (1 - (C / softcap)²) of capped scores C, else dS,   dK = softmax_scale · dCᵀ Q,   dQ = softmax_scale · dC K,
+//! dC = dS ∘ (1 - (C / softcap)²) of capped scores C, else dS,
+//! dK = softmax_scale · dCᵀ Q,   dQ = softmax_scale · dC K,
 //! dsink = Σ e^(sink - LSE) (dLSE - D), over the rows of the head.
 //! ```
 //!
-//! A row of dQ takes a row of dS, a row of dK and dV a column of dS and P, an element of dbias one of dS or several: each is
-//! computed where it is needed, so that memory stays linear in the lengths, but for dbias itself.
+//! A row of dQ takes a row of dS, a row of dK and dV a column of dS and P, an element of dbias one of dS or several:
+//! each is computed where it is needed, so that memory stays linear in the lengths, but for dbias itself.
 use rayon::prelude::*;
 
 use super::definition::{Definition, Key, Query, Seen, Tokens};
@@ -42,8 +43,8 @@ pub struct Gradients<X> {
     pub(crate) dsinks_terms: Terms,
 }
 
-/// How large the terms are whose sums the elements of a gradient are: rounding errors are in proportion to these, and not to
-/// what is left of them.
+/// How large the terms are whose sums the elements of a gradient are: rounding errors are in proportion to these, and
+/// not to what is left of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Terms {
     /// The largest Σ |term|.
@@ -66,13 +67,13 @@ pub fn attention_backward<'a>(
     attention_backward_with(&Inputs::new(q, k, v), &dout.into(), None, options)
 }
 
-/// The gradients of attention by their definition, in f64, of a loss whose gradients are `dout` with respect to O, and `dlse`,
-/// or 0, with respect to the LSE. A row that sees no key, or only keys whose scores are -inf, has no part in them, but for the
-/// gradient of the sink that is its LSE.
+/// The gradients of attention by their definition, in f64, of a loss whose gradients are `dout` with respect to O, and
+/// `dlse`, or 0, with respect to the LSE. A row that sees no key, or only keys whose scores are -inf, has no part in
+/// them, but for the gradient of the sink that is its LSE.
 ///
 /// # Errors
-/// As [`attention_with`](super::attention_with); [`Error::Shape`](crate::Error::Shape) and others for a `dout` that is not
-/// like O, or a `dlse` that is not like the LSE.
+/// As [`attention_with`](super::attention_with); [`Error::Shape`](crate::Error::Shape) and others for a `dout` that is
+/// not like O, or a `dlse` that is not like the LSE.
 pub fn attention_backward_with(
     inputs: &Inputs<TensorRef>,
     dout: &TensorRef,
@@ -99,9 +100,9 @@ pub fn plain_backward<'a>(
     plain_backward_with(&Inputs::new(q, k, v), &dout.into(), None, options)
 }
 
-/// The gradients as a program without fused kernels computes them in the dtype of the inputs: the scores, P, dP and dS are
-/// rounded to the dtype, each again after dropout or the cap, and so are the gradients, but for those of the sinks, which are
-/// f32 as the sinks; sums are in f32. What the error of any other implementation is measured against.
+/// The gradients as a program without fused kernels computes them in the dtype of the inputs: the scores, P, dP and dS
+/// are rounded to the dtype, each again after dropout or the cap, and so are the gradients, but for those of the sinks,
+/// which are f32 as the sinks; sums are in f32. What the error of any other implementation is measured against.
 ///
 /// # Errors
 /// As [`attention_backward_with`].
@@ -285,8 +286,9 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
         self.definition.drop(query, key, store(d_p))
     }
 
-    /// D from O, as whoever keeps neither P nor what dropout does to it must compute it. A plain implementation then shares the
-    /// errors that this has where a row sees a single key: P = 1, and dP - D would be 0, but for the rounding of O.
+    /// D from O, as whoever keeps neither P nor what dropout does to it must compute it. A plain implementation then
+    /// shares the errors that this has where a row sees a single key: P = 1, and dP - D would be 0, but for the
+    /// rounding of O.
     fn d_of_out(&self, query: &Query, seen: &[Seen<X>], softmax: &Softmax<X>) -> X {
         let problem = self.definition.problem;
         let mut out = vec![X::default(); problem.headdim_v];

@@ -42,8 +42,8 @@ impl Case {
         check_backward_with(&inputs, &self.dout.view(), Some(&self.dlse.view()), &self.options, gradients)
     }
 
-    /// Gradients as a fused kernel has them in the dtype: f32 but for O, from which D is, and for the factors of products,
-    /// P of two of them and dS of the others.
+    /// Gradients as a fused kernel has them in the dtype: f32 but for O, from which D is, and for the factors of
+    /// products, P of two of them and dS of the others.
     fn fused<T: Element>(&self) -> Gradients {
         let round = |x: f32| T::from_f32(x).to_f32();
         let wide = |tensor: &Tensor| tensor.to_f32();

@@ -295,7 +295,7 @@ impl Problem {
     }
 
     /// Checks that a tensor has the shape of the LSE.
-    fn check_rows(&self, argument: &'static str, layout: &Layout) -> Result<()> {
+    pub(crate) fn check_rows(&self, argument: &'static str, layout: &Layout) -> Result<()> {
         same_dtype(argument, layout, DType::F32, "an LSE")?;
         let shape = self.lse_shape();
         if layout.shape().len() != shape.len() {

@@ -1,10 +1,13 @@
-//! The rule for gradients: that for outputs, for each of dQ, dK and dV.
+//! The rule for gradients: that for outputs, for each of them.
 use std::fmt;
 
-use super::{bound, compare, same_length};
-use crate::error::Result;
+use cuda_std::DType;
+
+use super::{FLOOR, compare, is_narrow, largest, same_length};
+use crate::error::{Error, Result};
+use crate::inputs::Inputs;
 use crate::options::AttentionOptions;
-use crate::reference;
+use crate::reference::{self, Terms};
 use crate::session::Gradients;
 use crate::tensor::{Tensor, TensorRef};
 
@@ -18,6 +21,10 @@ pub struct BackwardAccuracy {
     pub dk: GradientAccuracy,
     /// Of dV.
     pub dv: GradientAccuracy,
+    /// Of dbias, if there is a bias.
+    pub dbias: Option<GradientAccuracy>,
+    /// Of dsinks, if there are sinks.
+    pub dsinks: Option<GradientAccuracy>,
 }
 
 /// The error of one gradient beside what the rule allows.
@@ -26,9 +33,12 @@ pub struct BackwardAccuracy {
 pub struct GradientAccuracy {
     /// max |gradient - reference|.
     pub error: f64,
-    /// max |plain - reference|, of a plain implementation in the same dtype.
+    /// max |plain - reference|, of a plain implementation in the same dtype; of dbias and dsinks in 16 bits not less
+    /// than what [the rule](super) says that luck may hide.
     pub plain_error: f64,
-    /// The most that `error` may be: 2 `plain_error` + 1e-5; in f32 1e-5 of the largest element, or of 1.
+    /// The most that `error` may be: in 16 bits twice `plain_error`, or with a cap of the scores thrice for dQ, dK and
+    /// dV, and 1e-5; in f32 1e-5 of the largest element, or of 1. Of dbias and dsinks 1e-5 of the largest sum of
+    /// magnitudes, or of 1.
     pub bound: f64,
     /// Elements that are NaN or infinite where the reference is not, or the other way round, or infinite with another
     /// sign. None may be.
@@ -41,9 +51,11 @@ impl BackwardAccuracy {
         self.gradients().iter().all(|(_, gradient)| gradient.passed())
     }
 
-    /// The three, with their names.
-    pub fn gradients(&self) -> [(&'static str, &GradientAccuracy); 3] {
-        [("dq", &self.dq), ("dk", &self.dk), ("dv", &self.dv)]
+    /// All that there are, with their names.
+    pub fn gradients(&self) -> Vec<(&'static str, &GradientAccuracy)> {
+        let all = [("dq", &self.dq), ("dk", &self.dk), ("dv", &self.dv)].map(|(name, gradient)| (name, Some(gradient)));
+        let others = [("dbias", self.dbias.as_ref()), ("dsinks", self.dsinks.as_ref())];
+        all.into_iter().chain(others).filter_map(|(name, gradient)| Some((name, gradient?))).collect()
     }
 }
 
@@ -53,12 +65,46 @@ impl GradientAccuracy {
         self.misplaced == 0 && self.error <= self.bound
     }
 
-    fn of(name: &'static str, found: &Tensor, plain: &[f32], reference: &[f64]) -> Result<Self> {
+    /// dQ, dK or dV; `factor`: how many times the plain implementation's error is allowed in 16 bits.
+    fn of(name: &'static str, found: &Tensor, plain: &[f32], reference: &[f64], factor: f64) -> Result<Self> {
+        let accuracy = Self::unbounded(name, found, plain, reference)?;
+        let narrow = is_narrow(found.dtype());
+        let bound = if narrow { factor * accuracy.plain_error + FLOOR } else { FLOOR * largest(reference) };
+        Ok(GradientAccuracy { bound, ..accuracy })
+    }
+
+    /// dbias or dsinks of a problem of this dtype: sums of these terms.
+    fn of_sums(
+        name: &'static str,
+        found: Option<&Tensor>,
+        plain: Option<&[f32]>,
+        reference: Option<&[f64]>,
+        terms: Terms,
+        dtype: DType,
+    ) -> Result<Option<Self>> {
+        let (found, plain, reference) = match (found, plain, reference) {
+            (Some(found), Some(plain), Some(reference)) => (found, plain, reference),
+            (None, None, None) => return Ok(None),
+            (found, _, reference) => {
+                let (found, needed) = (found.map_or(0, Tensor::len), reference.map_or(0, <[f64]>::len).to_string());
+                return Err(Error::Length { argument: name, found, shape: vec![], strides: vec![], needed });
+            }
+        };
+        let accuracy = Self::unbounded(name, found, plain, reference)?;
+        let unit_roundoff = if dtype == DType::BF16 { 2f64.powi(-8) } else { 2f64.powi(-11) };
+        let least = if is_narrow(dtype) { unit_roundoff * terms.squares.sqrt() } else { 0.0 };
+        let plain_error = accuracy.plain_error.max(least);
+        let floor = FLOOR * terms.sum.max(1.0);
+        let bound = if is_narrow(dtype) { 2.0 * plain_error + floor } else { floor };
+        Ok(Some(GradientAccuracy { plain_error, bound, ..accuracy }))
+    }
+
+    /// All but the bound.
+    fn unbounded(name: &'static str, found: &Tensor, plain: &[f32], reference: &[f64]) -> Result<Self> {
         same_length(name, found, reference.len())?;
         let comparison = compare(&found.to_f32(), reference, |_| 1.0);
         let plain_error = compare(plain, reference, |_| 1.0).error;
-        let bound = bound(found.dtype(), plain_error, reference);
-        Ok(GradientAccuracy { error: comparison.error, plain_error, bound, misplaced: comparison.misplaced })
+        Ok(GradientAccuracy { error: comparison.error, plain_error, bound: 0.0, misplaced: comparison.misplaced })
     }
 }
 
@@ -73,11 +119,10 @@ impl fmt::Display for BackwardAccuracy {
     }
 }
 
-/// Compares gradients with the reference.
+/// Compares gradients of attention of Q, K and V alone with the reference.
 ///
 /// # Errors
-/// As [`reference::attention_backward`], or [`Error::Length`](crate::Error::Length) if the gradients are not those of these
-/// inputs.
+/// As [`reference::attention_backward`], or [`Error::Length`] if the gradients are not those of these inputs.
 pub fn check_backward<'a>(
     q: impl Into<TensorRef<'a>>,
     k: impl Into<TensorRef<'a>>,
@@ -86,12 +131,36 @@ pub fn check_backward<'a>(
     options: &AttentionOptions,
     gradients: &Gradients,
 ) -> Result<BackwardAccuracy> {
-    let (q, k, v, dout) = (q.into(), k.into(), v.into(), dout.into());
-    let reference = reference::attention_backward(&q, &k, &v, &dout, options)?;
-    let plain = reference::plain_backward(&q, &k, &v, &dout, options)?;
+    check_backward_with(&Inputs::new(q, k, v), &dout.into(), None, options, gradients)
+}
+
+/// Compares gradients, of a loss whose gradients with respect to O and the LSE are `dout` and `dlse`, with the
+/// reference.
+///
+/// # Errors
+/// As [`reference::attention_backward_with`], or [`Error::Length`] if the gradients are not those of these inputs.
+pub fn check_backward_with(
+    inputs: &Inputs<TensorRef>,
+    dout: &TensorRef,
+    dlse: Option<&TensorRef>,
+    options: &AttentionOptions,
+    gradients: &Gradients,
+) -> Result<BackwardAccuracy> {
+    let reference = reference::attention_backward_with(inputs, dout, dlse, options)?;
+    let plain = reference::plain_backward_with(inputs, dout, dlse, options)?;
+    let factor = if options.softcap.is_some() { 3.0 } else { 2.0 };
+    let of_sums = |name, found: &Option<Tensor>, plain: &Option<Vec<f32>>, reference: &Option<Vec<f64>>, terms| {
+        let (plain, reference) = (plain.as_deref(), reference.as_deref());
+        GradientAccuracy::of_sums(name, found.as_ref(), plain, reference, terms, inputs.q.dtype())
+    };
     Ok(BackwardAccuracy {
-        dq: GradientAccuracy::of("dq", &gradients.dq, &plain.dq, &reference.dq)?,
-        dk: GradientAccuracy::of("dk", &gradients.dk, &plain.dk, &reference.dk)?,
-        dv: GradientAccuracy::of("dv", &gradients.dv, &plain.dv, &reference.dv)?,
+        dq: GradientAccuracy::of("dq", &gradients.dq, &plain.dq, &reference.dq, factor)?,
+        dk: GradientAccuracy::of("dk", &gradients.dk, &plain.dk, &reference.dk, factor)?,
+        dv: GradientAccuracy::of("dv", &gradients.dv, &plain.dv, &reference.dv, factor)?,
+        dbias: of_sums("dbias", &gradients.dbias, &plain.dbias, &reference.dbias, reference.dbias_terms)?,
+        dsinks: of_sums("dsinks", &gradients.dsinks, &plain.dsinks, &reference.dsinks, reference.dsinks_terms)?,
     })
 }
+
+#[cfg(test)]
+mod tests;

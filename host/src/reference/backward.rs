@@ -1,23 +1,24 @@
 //! What gradients are compared with: those of attention by its definition, and those of a plain implementation.
 //!
-//! With dP = dO Vᵀ and D = rowsum(P ∘ dP), which equals rowsum(dO ∘ O),
+//! With dP = dropout ∘ (dO Vᵀ), where dropout is 0 or 1 / (1 - p), and D = rowsum(P ∘ dP), which equals rowsum(dO ∘ O),
 //!
 //! ```text
-//! dV = Pᵀ dO,   dS = P ∘ (dP - D),   dK = softmax_scale · dSᵀ Q,   dQ = softmax_scale · dS K.
+//! dV = (P ∘ dropout)ᵀ dO,   dS = P ∘ (dP - D + dLSE),   dbias = dS, summed over what the bias is the same for,
+//! dC = dS ∘ (1 - (C / softcap)²) of capped scores C, else dS,
+//! dK = softmax_scale · dCᵀ Q,   dQ = softmax_scale · dC K,
+//! dsink = Σ e^(sink - LSE) (dLSE - D), over the rows of the head.
 //! ```
 //!
-//! A row of dQ takes a row of dS, a row of dK and dV a column of dS and P: each is computed where it is needed, so that
-//! memory stays linear in the lengths.
-use std::iter::Sum;
-use std::ops::{Add, AddAssign, Div, Mul, Sub};
-
+//! A row of dQ takes a row of dS, a row of dK and dV a column of dS and P, an element of dbias one of dS or several:
+//! each is computed where it is needed, so that memory stays linear in the lengths, but for dbias itself.
 use rayon::prelude::*;
 
-use super::{LANES, RowIndex, each_row, round};
+use super::definition::{Definition, Key, Query, Seen, Tokens};
+use super::number::{Number, Softmax, add_scaled, dot};
+use super::{problem, round};
 use crate::element::{Element, with_element};
 use crate::error::Result;
-use crate::heads::Heads;
-use crate::layout::Layout;
+use crate::inputs::Inputs;
 use crate::options::AttentionOptions;
 use crate::problem::Problem;
 use crate::tensor::TensorRef;
@@ -26,16 +27,33 @@ use crate::tensor::TensorRef;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Gradients<X> {
-    /// dQ: (batch, seqlen_q, nheads, headdim).
+    /// dQ: (batch, seqlen_q, nheads, headdim), or (total_q, nheads, headdim).
     pub dq: Vec<X>,
-    /// dK: (batch, seqlen_k, nheads_k, headdim).
+    /// dK: (batch, seqlen_k, nheads_k, headdim), or (total_k, nheads_k, headdim).
     pub dk: Vec<X>,
-    /// dV: (batch, seqlen_k, nheads_k, headdim).
+    /// dV: (batch, seqlen_k, nheads_k, headdim_v), or (total_k, nheads_k, headdim_v).
     pub dv: Vec<X>,
+    /// The gradient of the bias, if there is one, in its shape.
+    pub dbias: Option<Vec<X>>,
+    /// That of the sinks, if there are any: (nheads).
+    pub dsinks: Option<Vec<X>>,
+    /// What the elements of `dbias` are sums of.
+    pub(crate) dbias_terms: Terms,
+    /// What those of `dsinks` are sums of.
+    pub(crate) dsinks_terms: Terms,
 }
 
-/// The gradients of attention by their definition, in f64. A row that sees no key, or only keys whose scores are -inf, has
-/// no part in them.
+/// How large the terms are whose sums the elements of a gradient are: rounding errors are in proportion to these, and
+/// not to what is left of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Terms {
+    /// The largest Σ |term|.
+    pub sum: f64,
+    /// The largest Σ of the squares of the numbers that are rounded on the way to a term.
+    pub squares: f64,
+}
+
+/// The gradients of attention of Q, K and V alone, as [`attention_backward_with`].
 ///
 /// # Errors
 /// As [`Problem::new`]; [`Error::Shape`](crate::Error::Shape) and others for a `dout` that is not like O.
@@ -46,16 +64,29 @@ pub fn attention_backward<'a>(
     dout: impl Into<TensorRef<'a>>,
     options: &AttentionOptions,
 ) -> Result<Gradients<f64>> {
-    let tensors = [q.into(), k.into(), v.into(), dout.into()];
-    let problem = check(&tensors, options)?;
+    attention_backward_with(&Inputs::new(q, k, v), &dout.into(), None, options)
+}
+
+/// The gradients of attention by their definition, in f64, of a loss whose gradients are `dout` with respect to O, and
+/// `dlse`, or 0, with respect to the LSE. A row that sees no key, or only keys whose scores are -inf, has no part in
+/// them, but for the gradient of the sink that is its LSE.
+///
+/// # Errors
+/// As [`attention_with`](super::attention_with); [`Error::Shape`](crate::Error::Shape) and others for a `dout` that is
+/// not like O, or a `dlse` that is not like the LSE.
+pub fn attention_backward_with(
+    inputs: &Inputs<TensorRef>,
+    dout: &TensorRef,
+    dlse: Option<&TensorRef>,
+    options: &AttentionOptions,
+) -> Result<Gradients<f64>> {
+    let problem = check(inputs, dout, dlse, options)?;
     with_element!("q", problem.dtype, T => {
-        let inputs = tensors.map(widened::<T, f64>);
-        Ok(Definition::new(&problem, &inputs, |x| x).gradients())
+        Ok(Backward::new(Definition::<T, f64>::new(&problem, inputs, |x| x), dout, dlse).gradients())
     })
 }
 
-/// The gradients as a program without fused kernels computes them in the dtype of the inputs: S, P, dP and dS are rounded to
-/// the dtype, and so are the gradients; sums are in f32. What the error of any other implementation is measured against.
+/// The gradients of attention of Q, K and V alone, as [`plain_backward_with`].
 ///
 /// # Errors
 /// As [`attention_backward`].
@@ -66,253 +97,239 @@ pub fn plain_backward<'a>(
     dout: impl Into<TensorRef<'a>>,
     options: &AttentionOptions,
 ) -> Result<Gradients<f32>> {
-    let tensors = [q.into(), k.into(), v.into(), dout.into()];
-    let problem = check(&tensors, options)?;
+    plain_backward_with(&Inputs::new(q, k, v), &dout.into(), None, options)
+}
+
+/// The gradients as a program without fused kernels computes them in the dtype of the inputs: the scores, P, dP and dS
+/// are rounded to the dtype, each again after dropout or the cap, and so are the gradients, but for those of the sinks,
+/// which are f32 as the sinks; sums are in f32. What the error of any other implementation is measured against.
+///
+/// # Errors
+/// As [`attention_backward_with`].
+pub fn plain_backward_with(
+    inputs: &Inputs<TensorRef>,
+    dout: &TensorRef,
+    dlse: Option<&TensorRef>,
+    options: &AttentionOptions,
+) -> Result<Gradients<f32>> {
+    let problem = check(inputs, dout, dlse, options)?;
     with_element!("q", problem.dtype, T => {
-        let inputs = tensors.map(widened::<T, f32>);
-        Ok(Definition::new(&problem, &inputs, round::<T>).gradients())
+        Ok(Backward::new(Definition::<T, f32>::new(&problem, inputs, round::<T>), dout, dlse).gradients())
     })
 }
 
-fn check([q, k, v, dout]: &[TensorRef; 4], options: &AttentionOptions) -> Result<Problem> {
-    let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
+fn check(
+    inputs: &Inputs<TensorRef>,
+    dout: &TensorRef,
+    dlse: Option<&TensorRef>,
+    options: &AttentionOptions,
+) -> Result<Problem> {
+    let problem = problem(inputs, options)?;
     problem.check_like("dout", dout.layout(), &problem.out_shape(), "q")?;
+    dlse.map_or(Ok(()), |dlse| problem.check_rows("dlse", dlse.layout()))?;
     Ok(problem)
 }
 
-fn widened<T: Element, X: Number>(tensor: TensorRef) -> Vec<X> {
-    tensor.packed::<T>().unwrap_or_default().iter().map(|x| X::from(x.to_f32())).collect()
-}
-
-/// f64, or f32.
-trait Number:
-    Copy
-    + Default
-    + Send
-    + Sync
-    + PartialOrd
-    + From<f32>
-    + Sum
-    + AddAssign
-    + Add<Output = Self>
-    + Sub<Output = Self>
-    + Mul<Output = Self>
-    + Div<Output = Self>
-{
-    /// e^self.
-    fn exp(self) -> Self;
-}
-
-impl Number for f64 {
-    fn exp(self) -> Self {
-        self.exp()
-    }
-}
-
-impl Number for f32 {
-    fn exp(self) -> Self {
-        self.exp()
-    }
-}
-
-/// The definition, in the arithmetic of X.
-struct Definition<'a, X, Store> {
-    problem: &'a Problem,
-    q: Heads<'a, X>,
-    k: Heads<'a, X>,
-    v: Heads<'a, X>,
-    dout: Heads<'a, X>,
-    /// What becomes of a number that is written to memory and read again.
-    store: Store,
+/// The definition, and the gradients of the loss.
+struct Backward<'a, T, X> {
+    definition: Definition<'a, T, X>,
+    dout: Tokens<X>,
+    /// As the LSE lies.
+    dlse: Option<Vec<X>>,
 }
 
 /// What a row of S needs to become one of P and of dS.
 #[derive(Clone, Copy)]
 struct Row<X> {
-    /// The largest score: P = e^(S - max) / sum.
-    max: X,
-    /// Σ e^(S - max); 0 where there is no key, or none whose score is above -inf.
-    sum: X,
-    /// D.
+    softmax: Softmax<X>,
     d: X,
+    dlse: X,
+    /// Σ (P dP)².
+    squares: f64,
 }
 
-impl<X: Number> Row<X> {
-    /// Of these scores, but for D.
-    fn of(scores: &[X]) -> Self {
-        let nothing = X::from(f32::NEG_INFINITY);
-        let max = scores.iter().fold(nothing, |max, &score| if score > max { score } else { max });
-        let max = if max == nothing { X::default() } else { max };
-        Row { max, sum: scores.iter().map(|&score| (score - max).exp()).sum(), d: X::default() }
-    }
-}
-
-impl<'a, X: Number, Store: Fn(X) -> X + Sync> Definition<'a, X, Store> {
-    fn new(problem: &'a Problem, [q, k, v, dout]: &'a [Vec<X>; 4], store: Store) -> Self {
-        let layout =
-            |shape: Vec<usize>| Layout::contiguous(problem.dtype, &shape).expect("no more than the tensor has");
-        let (of_queries, of_keys) = (layout(problem.out_shape()), layout(problem.k_shape()));
-        Definition {
-            problem,
-            q: Heads::new(q, &of_queries),
-            k: Heads::new(k, &of_keys),
-            v: Heads::new(v, &of_keys),
-            dout: Heads::new(dout, &of_queries),
-            store,
-        }
+impl<'a, T: Element, X: Number> Backward<'a, T, X> {
+    fn new(definition: Definition<'a, T, X>, dout: &TensorRef, dlse: Option<&TensorRef>) -> Self {
+        let dlse = dlse.map(|dlse| {
+            let dlse = dlse.packed::<f32>().unwrap_or_default();
+            dlse.iter().map(|&dlse| X::of(dlse.into())).collect()
+        });
+        Backward { definition, dout: Tokens::of::<T>(dout), dlse }
     }
 
     fn gradients(&self) -> Gradients<X> {
-        let problem = self.problem;
-        let mut dq = vec![X::default(); problem.rows() * problem.headdim];
-        let mut rows = vec![Row { max: X::default(), sum: X::default(), d: X::default() }; problem.rows()];
-        for (index, row) in each_row(problem, &mut dq, |index, dq| self.of_query(index, dq)) {
-            rows[index.lse(problem)] = row;
-        }
-        let Problem { seqlen_k, nheads_k, headdim, .. } = *problem;
-        let mut dk = vec![X::default(); problem.k_shape().iter().product()];
-        let mut dv = dk.clone();
-        let keys = dk.par_chunks_mut(headdim).zip(dv.par_chunks_mut(headdim)).enumerate();
-        keys.for_each(|(i, (dk, dv))| {
-            let (batch, key, head_k) = (i / (seqlen_k * nheads_k), i / nheads_k % seqlen_k, i % nheads_k);
-            self.of_key(batch, key, head_k, &rows, dk, dv);
-        });
-        Gradients { dq, dk, dv }
+        let problem = self.definition.problem;
+        let (queries, keys) = (self.definition.queries(), self.definition.keys());
+        let mut dq = vec![X::default(); queries.len() * problem.headdim];
+        let of_queries = dq.par_chunks_mut(problem.headdim).zip(&queries);
+        let rows: Vec<Row<X>> = of_queries.map(|(dq, query)| self.of_query(query, dq)).collect();
+
+        let mut dk = vec![X::default(); keys.len() * problem.headdim];
+        let mut dv = vec![X::default(); keys.len() * problem.headdim_v];
+        let of_keys = dk.par_chunks_mut(problem.headdim).zip(dv.par_chunks_mut(problem.headdim_v)).zip(&keys);
+        of_keys.for_each(|((dk, dv), key)| self.of_key(key, &rows, dk, dv));
+
+        let (dbias, dbias_terms) = problem.bias.map(|shape| self.of_bias(shape, &rows)).unzip();
+        let (dsinks, dsinks_terms) = problem.sinks.then(|| self.of_sinks(&rows)).unzip();
+        let (dbias_terms, dsinks_terms) = (dbias_terms.unwrap_or_default(), dsinks_terms.unwrap_or_default());
+        Gradients { dq, dk, dv, dbias, dsinks, dbias_terms, dsinks_terms }
     }
 
     /// A row of dQ.
-    fn of_query(&self, index: RowIndex, dq: &mut [X]) -> Row<X> {
-        let RowIndex { batch, row, .. } = index;
-        let (head_k, visible) =
-            (index.head_k(self.problem), self.problem.sequences()[0].visible(self.problem.window, row).end);
-        let scores: Vec<X> = (0..visible).map(|key| self.score(index, key)).collect();
-        let mut all = Row::of(&scores);
-        if all.sum == X::default() {
-            return all;
+    fn of_query(&self, query: &Query, dq: &mut [X]) -> Row<X> {
+        let Backward { definition, dlse, .. } = self;
+        let problem = definition.problem;
+        let seen = definition.seen(query);
+        let softmax = definition.softmax(query, &seen);
+        let dlse = dlse.as_ref().map_or(X::default(), |dlse| dlse[query.lse_index(problem)]);
+        let nothing = Row { softmax, d: X::default(), dlse, squares: 0.0 };
+        if softmax.is_empty() {
+            return nothing;
         }
-        let p: Vec<X> = scores.iter().map(|&score| self.probability(&all, score)).collect();
-        let d_p: Vec<X> = (0..visible).map(|key| self.d_p(index, key)).collect();
-        all.d = p.iter().zip(&d_p).map(|(&p, &d_p)| p * d_p).sum();
-        for (key, (p, d_p)) in p.into_iter().zip(d_p).enumerate() {
-            add_scaled(dq, (self.store)(p * (d_p - all.d)), self.k.row(batch, key, head_k));
+        let d_p: Vec<X> = seen.iter().map(|seen| self.d_p(query, seen.key)).collect();
+        let products = || seen.iter().zip(&d_p).map(|(seen, &d_p)| definition.p(&softmax, seen.score) * d_p);
+        let d = if problem.dropout.is_some() { self.d_of_out(query, &seen, &softmax) } else { products().sum() };
+        let squares = products().map(|product| product.into().powi(2)).sum();
+        let row = Row { d, squares, ..nothing };
+        for (seen, d_p) in seen.iter().zip(d_p) {
+            let d_c = self.through_cap(seen, self.d_s(seen, d_p, &row));
+            add_scaled(dq, d_c, query.key(seen.key, problem).of(&definition.k, problem));
         }
-        let scale = X::from(self.problem.softmax_scale);
-        dq.iter_mut().for_each(|dq| *dq = (self.store)(*dq * scale));
-        all
+        self.scale(dq);
+        row
     }
 
     /// A row of dK and one of dV.
-    fn of_key(&self, batch: usize, key: usize, head_k: usize, rows: &[Row<X>], dk: &mut [X], dv: &mut [X]) {
-        let group = self.problem.nheads / self.problem.nheads_k;
-        for head in head_k * group..(head_k + 1) * group {
-            for row in (0..self.problem.seqlen_q)
-                .filter(|&row| key < self.problem.sequences()[0].visible(self.problem.window, row).end)
-            {
-                let index = RowIndex { batch, row, head };
-                let all = &rows[index.lse(self.problem)];
-                if all.sum == X::default() {
-                    continue;
-                }
-                let p = self.probability(all, self.score(index, key));
-                let d_s = (self.store)(p * (self.d_p(index, key) - all.d));
-                add_scaled(dk, d_s, self.q.row(batch, row, head));
-                add_scaled(dv, p, self.dout.row(batch, row, head));
+    fn of_key(&self, key: &Key, rows: &[Row<X>], dk: &mut [X], dv: &mut [X]) {
+        let Backward { definition, dout, .. } = self;
+        let problem = definition.problem;
+        let group = problem.nheads / problem.nheads_k;
+        for head in key.head_k * group..(key.head_k + 1) * group {
+            for row in 0..key.sequence.seqlen_q {
+                let query = Query { sequence: key.sequence, row, head };
+                let Some((seen, row)) = self.pair(&query, key.key, rows) else { continue };
+                let d_c = self.through_cap(&seen, self.d_s(&seen, self.d_p(&query, key.key), row));
+                add_scaled(dk, d_c, query.of(&definition.q, problem));
+                let p = definition.drop(&query, key.key, definition.p(&row.softmax, seen.score));
+                add_scaled(dv, p, query.of(dout, problem));
             }
         }
-        let scale = X::from(self.problem.softmax_scale);
-        dk.iter_mut().for_each(|dk| *dk = (self.store)(*dk * scale));
-        dv.iter_mut().for_each(|dv| *dv = (self.store)(*dv));
+        self.scale(dk);
+        dv.iter_mut().for_each(|dv| *dv = (definition.store)(*dv));
     }
 
-    /// An element of S.
-    fn score(&self, index: RowIndex, key: usize) -> X {
-        let RowIndex { batch, row, head } = index;
-        let k = self.k.row(batch, key, index.head_k(self.problem));
-        (self.store)(X::from(self.problem.softmax_scale) * dot(self.q.row(batch, row, head), k))
+    /// dbias, of the bias's shape.
+    fn of_bias(&self, shape: [usize; 4], rows: &[Row<X>]) -> (Vec<X>, Terms) {
+        let problem = self.definition.problem;
+        let sequences = problem.sequences();
+        let [_, nheads, seqlen_q, seqlen_k] = shape;
+        // What an index of the bias is for: itself, or, where the bias has an extent of 1, all.
+        let of = |index: usize, extent: usize, all: usize| if extent == all { index..index + 1 } else { 0..all };
+        let element = |i: usize| {
+            let (key, row, head) = (i % seqlen_k, i / seqlen_k % seqlen_q, i / (seqlen_k * seqlen_q) % nheads);
+            let batch = i / (seqlen_k * seqlen_q * nheads);
+            let (mut sum, mut terms) = (X::default(), Terms::default());
+            for &sequence in &sequences[of(batch, shape[0], problem.batch)] {
+                for head in of(head, nheads, problem.nheads) {
+                    for row in of(row, seqlen_q, problem.seqlen_q).filter(|&row| row < sequence.seqlen_q) {
+                        let query = Query { sequence, row, head };
+                        let Some((seen, row)) = self.pair(&query, key, rows) else { continue };
+                        let d_p = self.d_p(&query, key);
+                        sum += self.d_s(&seen, d_p, row);
+                        let p = row.softmax.probability(seen.score);
+                        terms.add(p * (d_p.abs() + row.d.abs() + row.dlse.abs()));
+                    }
+                }
+            }
+            ((self.definition.store)(sum), terms)
+        };
+        let mut dbias = vec![X::default(); shape.iter().product()];
+        let terms = dbias.par_iter_mut().enumerate().map(|(i, dbias)| {
+            let (sum, terms) = element(i);
+            *dbias = sum;
+            terms
+        });
+        let terms = terms.reduce(Terms::default, Terms::larger);
+        (dbias, terms)
+    }
+
+    /// dsinks.
+    fn of_sinks(&self, rows: &[Row<X>]) -> (Vec<X>, Terms) {
+        let Definition { problem, store, .. } = self.definition;
+        let of_head = |head: usize| {
+            let (mut sum, mut terms) = (X::default(), Terms::default());
+            let sink = self.definition.sink(head).unwrap_or_default();
+            for row in rows.iter().skip(head).step_by(problem.nheads).filter(|row| !row.softmax.is_empty()) {
+                let p = self.definition.p(&row.softmax, sink);
+                sum += store(p * (row.dlse - row.d));
+                terms.sum += (p * (row.dlse.abs() + row.d.abs())).into();
+                // D takes the roundings of P, and those of O.
+                terms.squares += (2.0 * p.into()).powi(2) * row.squares;
+            }
+            (sum, terms)
+        };
+        let (dsinks, terms): (Vec<X>, Vec<Terms>) = (0..problem.nheads).map(of_head).unzip();
+        (dsinks, terms.into_iter().fold(Terms::default(), Terms::larger))
+    }
+
+    /// A key as a query sees it, and what the row of the query needs; `None` where the one has no part in the other.
+    fn pair<'r>(&self, query: &Query, key: usize, rows: &'r [Row<X>]) -> Option<(Seen<X>, &'r Row<X>)> {
+        let row = &rows[query.index(self.definition.problem)];
+        let seen = self.definition.see(query, key)?;
+        (!row.softmax.is_empty()).then_some((seen, row))
     }
 
     /// An element of dP.
-    fn d_p(&self, index: RowIndex, key: usize) -> X {
-        let RowIndex { batch, row, head } = index;
-        (self.store)(dot(self.dout.row(batch, row, head), self.v.row(batch, key, index.head_k(self.problem))))
+    fn d_p(&self, query: &Query, key: usize) -> X {
+        let Definition { problem, v, store, .. } = &self.definition;
+        let d_p = dot(query.of(&self.dout, problem), query.key(key, problem).of(v, problem));
+        self.definition.drop(query, key, store(d_p))
     }
 
-    /// An element of P, from that of S.
-    fn probability(&self, row: &Row<X>, score: X) -> X {
-        (self.store)((score - row.max).exp() / row.sum)
+    /// D from O, as whoever keeps neither P nor what dropout does to it must compute it. A plain implementation then
+    /// shares the errors that this has where a row sees a single key: P = 1, and dP - D would be 0, but for the
+    /// rounding of O.
+    fn d_of_out(&self, query: &Query, seen: &[Seen<X>], softmax: &Softmax<X>) -> X {
+        let problem = self.definition.problem;
+        let mut out = vec![X::default(); problem.headdim_v];
+        self.definition.out(query, seen, softmax, &mut out);
+        dot(query.of(&self.dout, problem), &out)
+    }
+
+    /// An element of dS.
+    fn d_s(&self, seen: &Seen<X>, d_p: X, row: &Row<X>) -> X {
+        (self.definition.store)(self.definition.p(&row.softmax, seen.score) * (d_p - row.d + row.dlse))
+    }
+
+    /// The gradient of a score before its cap, but for the scale.
+    fn through_cap(&self, seen: &Seen<X>, d_s: X) -> X {
+        self.definition.softcap().map_or(d_s, |softcap| {
+            let tanh = seen.capped / softcap;
+            (self.definition.store)(d_s * (X::of(1.0) - tanh * tanh))
+        })
+    }
+
+    /// Multiplies a row of dQ or dK with the scale.
+    fn scale(&self, row: &mut [X]) {
+        let Definition { problem, store, .. } = self.definition;
+        let scale = X::of(problem.softmax_scale.into());
+        row.iter_mut().for_each(|x| *x = store(*x * scale));
     }
 }
 
-/// Σ a b.
-fn dot<X: Number>(a: &[X], b: &[X]) -> X {
-    let mut sums = [X::default(); LANES];
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        for (sum, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
-            *sum += a * b;
-        }
+impl Terms {
+    fn add<X: Number>(&mut self, term: X) {
+        let term = term.into();
+        self.sum += term;
+        self.squares += term * term;
     }
-    sums.into_iter().sum()
-}
 
-/// sums += weight · row.
-fn add_scaled<X: Number>(sums: &mut [X], weight: X, row: &[X]) {
-    for (sum, &x) in sums.iter_mut().zip(row) {
-        *sum += weight * x;
+    /// The larger of each, of those that are finite.
+    fn larger(self, other: Self) -> Self {
+        let larger = |a: f64, b: f64| if b.is_finite() { a.max(b) } else { a };
+        Terms { sum: larger(self.sum, other.sum), squares: larger(self.squares, other.squares) }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::reference;
-    use crate::tensor::Tensor;
-
-    fn wave(shape: &[usize], step: f32) -> Tensor {
-        let data = (0..shape.iter().product::<usize>()).map(|i| (i as f32 * step).sin()).collect();
-        Tensor::from_vec::<f32>(data, shape).expect("as many")
-    }
-
-    /// The loss Σ dO ∘ O, whose gradient with respect to O is dO.
-    fn loss([q, k, v]: &[Tensor; 3], dout: &Tensor, options: &AttentionOptions) -> f64 {
-        let out = reference::attention(q, k, v, options).expect("valid").out;
-        out.iter().zip(dout.to_f32()).map(|(o, d_o)| o * f64::from(d_o)).sum()
-    }
-
-    #[test]
-    fn gradients_are_what_finite_differences_say() {
-        // A power of two, so that a step up and one down are exact; the error is of the order of its square.
-        const STEP: f32 = 1.0 / 1024.0;
-        for (seqlen_q, seqlen_k, causal) in [(3, 5, false), (4, 4, true), (5, 3, true)] {
-            let options = AttentionOptions::new().causal(causal).softmax_scale(0.7);
-            let inputs =
-                [wave(&[2, seqlen_q, 4, 3], 0.37), wave(&[2, seqlen_k, 2, 3], 0.71), wave(&[2, seqlen_k, 2, 3], 1.3)];
-            let dout = wave(&[2, seqlen_q, 4, 3], 2.1);
-            let [q, k, v] = &inputs;
-            let Gradients { dq, dk, dv } = attention_backward(q, k, v, &dout, &options).expect("valid");
-            for (which, gradient) in [dq, dk, dv].into_iter().enumerate() {
-                for (i, found) in gradient.into_iter().enumerate() {
-                    let at = |step: f32| {
-                        let mut moved = inputs.clone();
-                        let x = &mut moved[which].as_mut_slice::<f32>().expect("f32")[i];
-                        let before = *x;
-                        *x += step;
-                        (loss(&moved, &dout, &options), f64::from(moved[which].to_f32()[i]) - f64::from(before))
-                    };
-                    let ((above, up), (below, down)) = (at(STEP), at(-STEP));
-                    let expected = (above - below) / (up - down);
-                    assert!((found - expected).abs() < 1e-5, "tensor {which}, element {i}: {found} {expected}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_row_without_keys_has_no_part() {
-        let mut dout = wave(&[1, 3, 1, 2], 0.37);
-        dout.as_mut_slice::<f32>().expect("f32")[0] = f32::NAN;
-        let (q, k) = (wave(&[1, 3, 1, 2], 0.71), wave(&[1, 1, 1, 2], 1.3));
-        let gradients = attention_backward(&q, &k, &k, &dout, &AttentionOptions::new().causal(true)).expect("valid");
-        assert_eq!(gradients.dq, [0.0; 6]);
-        assert_eq!(gradients.dv, dout.to_f32()[4..].iter().map(|&x| f64::from(x)).collect::<Vec<_>>());
-    }
-}
+mod tests;

@@ -27,6 +27,10 @@ pub struct Gradients {
     pub dk: Tensor,
     /// dV: (batch, seqlen_k, nheads_k, headdim), in the dtype of V, summed likewise.
     pub dv: Tensor,
+    /// The gradient of the bias, if there is one, in its shape and dtype.
+    pub dbias: Option<Tensor>,
+    /// That of the sinks, if there are any: (nheads), f32.
+    pub dsinks: Option<Tensor>,
     /// What ran.
     pub report: Report,
 }
@@ -150,7 +154,8 @@ impl Session {
             launches,
         };
         let of_keys = |gradient| Tensor::from_vec(gradient, &problem.k_shape());
-        Ok(Gradients { dq: Tensor::from_vec(dq, &problem.out_shape())?, dk: of_keys(dk)?, dv: of_keys(dv)?, report })
+        let (dq, dk, dv) = (Tensor::from_vec(dq, &problem.out_shape())?, of_keys(dk)?, of_keys(dv)?);
+        Ok(Gradients { dq, dk, dv, dbias: None, dsinks: None, report })
     }
 
     fn gradients_on<M: Machine, T: Element>(

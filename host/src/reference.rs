@@ -12,7 +12,7 @@
 //! 0 or 1 / (1 - p).
 use rayon::prelude::*;
 
-use crate::element::{Datum, Element, with_dtype, with_element};
+use crate::element::{Datum, with_dtype, with_element};
 use crate::error::Result;
 use crate::inputs::Inputs;
 use crate::options::AttentionOptions;
@@ -23,11 +23,13 @@ use crate::tensor::TensorRef;
 mod backward;
 mod definition;
 mod number;
+mod rounding;
 
 pub(crate) use backward::Terms;
 pub use backward::{Gradients, attention_backward, attention_backward_with, plain_backward, plain_backward_with};
 use definition::Definition;
 use number::{Number, Softmax};
+use rounding::Rounding;
 
 /// Attention in f64.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,7 +63,7 @@ pub fn attention<'a>(
 pub fn attention_with(inputs: &Inputs<TensorRef>, options: &AttentionOptions) -> Result<Reference> {
     let problem = problem(inputs, options)?;
     with_element!("q", problem.dtype, T => {
-        let (out, softmax_lse) = Definition::<T, f64>::new(&problem, inputs, |x| x).forward();
+        let (out, softmax_lse) = Definition::<T, f64>::new(&problem, inputs, Rounding::NONE).forward();
         Ok(Reference { out, softmax_lse })
     })
 }
@@ -98,7 +100,7 @@ pub fn plain<'a>(
 pub fn plain_with(inputs: &Inputs<TensorRef>, options: &AttentionOptions) -> Result<Plain> {
     let problem = problem(inputs, options)?;
     with_element!("q", problem.dtype, T => {
-        let (out, softmax_lse) = Definition::<T, f32>::new(&problem, inputs, round::<T>).forward();
+        let (out, softmax_lse) = Definition::<T, f32>::new(&problem, inputs, Rounding::plain::<T>(&problem)).forward();
         Ok(Plain { out, softmax_lse })
     })
 }
@@ -151,10 +153,6 @@ fn round_all<T: Datum>(row: &mut [f32]) {
     let mut rounded = vec![T::default(); row.len()];
     T::narrow(row, &mut rounded);
     T::widen(&rounded, row);
-}
-
-fn round<T: Element>(x: f32) -> f32 {
-    T::from_f32(x).to_f32()
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@ use std::fmt;
 
 use cuda_std::DType;
 
-use super::{FLOOR, compare, is_narrow, largest, same_length};
+use super::{FLOOR, compare, largest, same_length};
 use crate::error::{Error, Result};
 use crate::inputs::Inputs;
 use crate::options::AttentionOptions;
@@ -59,28 +59,51 @@ impl BackwardAccuracy {
     }
 }
 
+/// What the rule asks of a problem.
+#[derive(Clone, Copy)]
+struct Rule {
+    /// Of the operands of products; `None`: f32, exactly.
+    unit_roundoff: Option<f64>,
+    /// How many times the plain implementation's error is allowed where these are rounded.
+    factor: f64,
+}
+
+impl Rule {
+    fn of(dtype: DType, options: &AttentionOptions) -> Self {
+        let unit_roundoff = match dtype {
+            DType::BF16 => Some(2f64.powi(-8)),
+            DType::F16 => Some(2f64.powi(-11)),
+            // tf32 has as many bits as f16.
+            _ => options.allow_tf32.then(|| 2f64.powi(-11)),
+        };
+        Rule { unit_roundoff, factor: if options.softcap.is_some() { 3.0 } else { 2.0 } }
+    }
+}
+
 impl GradientAccuracy {
     /// Whether the rule is kept.
     pub fn passed(&self) -> bool {
         self.misplaced == 0 && self.error <= self.bound
     }
 
-    /// dQ, dK or dV; `factor`: how many times the plain implementation's error is allowed in 16 bits.
-    fn of(name: &'static str, found: &Tensor, plain: &[f32], reference: &[f64], factor: f64) -> Result<Self> {
+    /// dQ, dK or dV.
+    fn of(name: &'static str, found: &Tensor, plain: &[f32], reference: &[f64], rule: Rule) -> Result<Self> {
         let accuracy = Self::unbounded(name, found, plain, reference)?;
-        let narrow = is_narrow(found.dtype());
-        let bound = if narrow { factor * accuracy.plain_error + FLOOR } else { FLOOR * largest(reference) };
+        let bound = match rule.unit_roundoff {
+            Some(_) => rule.factor * accuracy.plain_error + FLOOR,
+            None => FLOOR * largest(reference),
+        };
         Ok(GradientAccuracy { bound, ..accuracy })
     }
 
-    /// dbias or dsinks of a problem of this dtype: sums of these terms.
+    /// dbias or dsinks: sums of these terms.
     fn of_sums(
         name: &'static str,
         found: Option<&Tensor>,
         plain: Option<&[f32]>,
         reference: Option<&[f64]>,
         terms: Terms,
-        dtype: DType,
+        rule: Rule,
     ) -> Result<Option<Self>> {
         let (found, plain, reference) = match (found, plain, reference) {
             (Some(found), Some(plain), Some(reference)) => (found, plain, reference),
@@ -91,11 +114,10 @@ impl GradientAccuracy {
             }
         };
         let accuracy = Self::unbounded(name, found, plain, reference)?;
-        let unit_roundoff = if dtype == DType::BF16 { 2f64.powi(-8) } else { 2f64.powi(-11) };
-        let least = if is_narrow(dtype) { unit_roundoff * terms.squares.sqrt() } else { 0.0 };
+        let least = rule.unit_roundoff.map_or(0.0, |unit_roundoff| unit_roundoff * terms.squares.sqrt());
         let plain_error = accuracy.plain_error.max(least);
         let floor = FLOOR * terms.sum.max(1.0);
-        let bound = if is_narrow(dtype) { 2.0 * plain_error + floor } else { floor };
+        let bound = if rule.unit_roundoff.is_some() { 2.0 * plain_error + floor } else { floor };
         Ok(Some(GradientAccuracy { plain_error, bound, ..accuracy }))
     }
 
@@ -148,15 +170,15 @@ pub fn check_backward_with(
 ) -> Result<BackwardAccuracy> {
     let reference = reference::attention_backward_with(inputs, dout, dlse, options)?;
     let plain = reference::plain_backward_with(inputs, dout, dlse, options)?;
-    let factor = if options.softcap.is_some() { 3.0 } else { 2.0 };
+    let rule = Rule::of(inputs.q.dtype(), options);
     let of_sums = |name, found: &Option<Tensor>, plain: &Option<Vec<f32>>, reference: &Option<Vec<f64>>, terms| {
         let (plain, reference) = (plain.as_deref(), reference.as_deref());
-        GradientAccuracy::of_sums(name, found.as_ref(), plain, reference, terms, inputs.q.dtype())
+        GradientAccuracy::of_sums(name, found.as_ref(), plain, reference, terms, rule)
     };
     Ok(BackwardAccuracy {
-        dq: GradientAccuracy::of("dq", &gradients.dq, &plain.dq, &reference.dq, factor)?,
-        dk: GradientAccuracy::of("dk", &gradients.dk, &plain.dk, &reference.dk, factor)?,
-        dv: GradientAccuracy::of("dv", &gradients.dv, &plain.dv, &reference.dv, factor)?,
+        dq: GradientAccuracy::of("dq", &gradients.dq, &plain.dq, &reference.dq, rule)?,
+        dk: GradientAccuracy::of("dk", &gradients.dk, &plain.dk, &reference.dk, rule)?,
+        dv: GradientAccuracy::of("dv", &gradients.dv, &plain.dv, &reference.dv, rule)?,
         dbias: of_sums("dbias", &gradients.dbias, &plain.dbias, &reference.dbias, reference.dbias_terms)?,
         dsinks: of_sums("dsinks", &gradients.dsinks, &plain.dsinks, &reference.dsinks, reference.dsinks_terms)?,
     })

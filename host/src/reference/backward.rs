@@ -15,7 +15,8 @@ use rayon::prelude::*;
 
 use super::definition::{Definition, Key, Query, Seen, Tokens};
 use super::number::{Number, Softmax, add_scaled, dot};
-use super::{problem, round};
+use super::problem;
+use super::rounding::Rounding;
 use crate::element::{Element, with_element};
 use crate::error::Result;
 use crate::inputs::Inputs;
@@ -82,7 +83,7 @@ pub fn attention_backward_with(
 ) -> Result<Gradients<f64>> {
     let problem = check(inputs, dout, dlse, options)?;
     with_element!("q", problem.dtype, T => {
-        Ok(Backward::new(Definition::<T, f64>::new(&problem, inputs, |x| x), dout, dlse).gradients())
+        Ok(Backward::new(Definition::<T, f64>::new(&problem, inputs, Rounding::NONE), dout, dlse).gradients())
     })
 }
 
@@ -114,7 +115,7 @@ pub fn plain_backward_with(
 ) -> Result<Gradients<f32>> {
     let problem = check(inputs, dout, dlse, options)?;
     with_element!("q", problem.dtype, T => {
-        Ok(Backward::new(Definition::<T, f32>::new(&problem, inputs, round::<T>), dout, dlse).gradients())
+        Ok(Backward::new(Definition::<T, f32>::new(&problem, inputs, Rounding::plain::<T>(&problem)), dout, dlse).gradients())
     })
 }
 
@@ -154,7 +155,8 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
             let dlse = dlse.packed::<f32>().unwrap_or_default();
             dlse.iter().map(|&dlse| X::of(dlse.into())).collect()
         });
-        Backward { definition, dout: Tokens::of::<T>(dout), dlse }
+        let dout = Tokens::of::<T>(dout, definition.rounding.operand);
+        Backward { definition, dout, dlse }
     }
 
     fn gradients(&self) -> Gradients<X> {
@@ -188,12 +190,12 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
         }
         let d_p: Vec<X> = seen.iter().map(|seen| self.d_p(query, seen.key)).collect();
         let products = || seen.iter().zip(&d_p).map(|(seen, &d_p)| definition.p(&softmax, seen.score) * d_p);
-        let d = if problem.dropout.is_some() { self.d_of_out(query, &seen, &softmax) } else { products().sum() };
+        let d = self.d_of_out(query, &seen, &softmax);
         let squares = products().map(|product| product.into().powi(2)).sum();
         let row = Row { d, squares, ..nothing };
         for (seen, d_p) in seen.iter().zip(d_p) {
             let d_c = self.through_cap(seen, self.d_s(seen, d_p, &row));
-            add_scaled(dq, d_c, query.key(seen.key, problem).of(&definition.k, problem));
+            add_scaled(dq, (definition.rounding.operand)(d_c), query.key(seen.key, problem).of(&definition.k, problem));
         }
         self.scale(dq);
         row
@@ -209,13 +211,13 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
                 let query = Query { sequence: key.sequence, row, head };
                 let Some((seen, row)) = self.pair(&query, key.key, rows) else { continue };
                 let d_c = self.through_cap(&seen, self.d_s(&seen, self.d_p(&query, key.key), row));
-                add_scaled(dk, d_c, query.of(&definition.q, problem));
+                add_scaled(dk, (definition.rounding.operand)(d_c), query.of(&definition.q, problem));
                 let p = definition.drop(&query, key.key, definition.p(&row.softmax, seen.score));
-                add_scaled(dv, p, query.of(dout, problem));
+                add_scaled(dv, (definition.rounding.operand)(p), query.of(dout, problem));
             }
         }
         self.scale(dk);
-        dv.iter_mut().for_each(|dv| *dv = (definition.store)(*dv));
+        dv.iter_mut().for_each(|dv| *dv = (definition.rounding.store)(*dv));
     }
 
     /// dbias, of the bias's shape.
@@ -241,7 +243,7 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
                     }
                 }
             }
-            ((self.definition.store)(sum), terms)
+            ((self.definition.rounding.store)(sum), terms)
         };
         let mut dbias = vec![X::default(); shape.iter().product()];
         let terms = dbias.par_iter_mut().enumerate().map(|(i, dbias)| {
@@ -255,7 +257,7 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
 
     /// dsinks.
     fn of_sinks(&self, rows: &[Row<X>]) -> (Vec<X>, Terms) {
-        let Definition { problem, store, .. } = self.definition;
+        let Definition { problem, rounding: Rounding { store, .. }, .. } = self.definition;
         let of_head = |head: usize| {
             let (mut sum, mut terms) = (X::default(), Terms::default());
             let sink = self.definition.sink(head).unwrap_or_default();
@@ -281,14 +283,13 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
 
     /// An element of dP.
     fn d_p(&self, query: &Query, key: usize) -> X {
-        let Definition { problem, v, store, .. } = &self.definition;
+        let Definition { problem, v, rounding, .. } = &self.definition;
         let d_p = dot(query.of(&self.dout, problem), query.key(key, problem).of(v, problem));
-        self.definition.drop(query, key, store(d_p))
+        self.definition.drop(query, key, (rounding.store)(d_p))
     }
 
-    /// D from O, as whoever keeps neither P nor what dropout does to it must compute it. A plain implementation then
-    /// shares the errors that this has where a row sees a single key: P = 1, and dP - D would be 0, but for the
-    /// rounding of O.
+    /// D from O, as whoever does not keep P must compute it. A plain implementation then shares the errors that this has
+    /// where a row sees a single key: P = 1, and dP - D would be 0, but for the rounding of O.
     fn d_of_out(&self, query: &Query, seen: &[Seen<X>], softmax: &Softmax<X>) -> X {
         let problem = self.definition.problem;
         let mut out = vec![X::default(); problem.headdim_v];
@@ -298,20 +299,20 @@ impl<'a, T: Element, X: Number> Backward<'a, T, X> {
 
     /// An element of dS.
     fn d_s(&self, seen: &Seen<X>, d_p: X, row: &Row<X>) -> X {
-        (self.definition.store)(self.definition.p(&row.softmax, seen.score) * (d_p - row.d + row.dlse))
+        (self.definition.rounding.store)(self.definition.p(&row.softmax, seen.score) * (d_p - row.d + row.dlse))
     }
 
     /// The gradient of a score before its cap, but for the scale.
     fn through_cap(&self, seen: &Seen<X>, d_s: X) -> X {
         self.definition.softcap().map_or(d_s, |softcap| {
             let tanh = seen.capped / softcap;
-            (self.definition.store)(d_s * (X::of(1.0) - tanh * tanh))
+            (self.definition.rounding.store)(d_s * (X::of(1.0) - tanh * tanh))
         })
     }
 
     /// Multiplies a row of dQ or dK with the scale.
     fn scale(&self, row: &mut [X]) {
-        let Definition { problem, store, .. } = self.definition;
+        let Definition { problem, rounding: Rounding { store, .. }, .. } = self.definition;
         let scale = X::of(problem.softmax_scale.into());
         row.iter_mut().for_each(|x| *x = store(*x * scale));
     }

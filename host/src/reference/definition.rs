@@ -3,6 +3,7 @@ use kernels::dropout::Dropout;
 use rayon::prelude::*;
 
 use super::number::{Number, Softmax, add_scaled, dot};
+use super::rounding::Rounding;
 use crate::element::Element;
 use crate::inputs::Inputs;
 use crate::operands::Operands;
@@ -19,8 +20,7 @@ pub struct Definition<'a, T, X> {
     pub k: Tokens<X>,
     pub v: Tokens<X>,
     dropout: Option<Dropout>,
-    /// What becomes of a number that is written to memory and read again.
-    pub store: fn(X) -> X,
+    pub rounding: Rounding<X>,
 }
 
 /// A row of S: a query, in one head of Q.
@@ -54,15 +54,15 @@ pub struct Seen<X> {
 
 impl<'a, T: Element, X: Number> Definition<'a, T, X> {
     /// Of inputs that `problem` has checked.
-    pub fn new(problem: &'a Problem, inputs: &Inputs<TensorRef<'a>>, store: fn(X) -> X) -> Self {
+    pub fn new(problem: &'a Problem, inputs: &Inputs<TensorRef<'a>>, rounding: Rounding<X>) -> Self {
         Definition {
             problem,
             operands: Operands::new(problem, inputs),
-            q: Tokens::of::<T>(&inputs.q),
-            k: Tokens::of::<T>(&inputs.k),
-            v: Tokens::of::<T>(&inputs.v),
+            q: Tokens::of::<T>(&inputs.q, rounding.operand),
+            k: Tokens::of::<T>(&inputs.k, rounding.operand),
+            v: Tokens::of::<T>(&inputs.v, rounding.operand),
             dropout: problem.dropout.map(|dropout| Dropout::new(dropout.p, dropout.seed, dropout.offset)),
-            store,
+            rounding,
         }
     }
 
@@ -126,7 +126,7 @@ impl<'a, T: Element, X: Number> Definition<'a, T, X> {
         if let Some(bias) = self.operands.bias(&sequence, head, row) {
             score += X::of(bias[key].to_f32().into());
         }
-        Some(Seen { key, capped, score: (self.store)(score) })
+        Some(Seen { key, capped, score: (self.rounding.store)(score) })
     }
 
     /// The cap of the scores.
@@ -146,7 +146,7 @@ impl<'a, T: Element, X: Number> Definition<'a, T, X> {
 
     /// An element of P, before dropout.
     pub fn p(&self, softmax: &Softmax<X>, score: X) -> X {
-        (self.store)(softmax.probability(score))
+        (self.rounding.store)(softmax.probability(score))
     }
 
     /// What dropout makes of an element of P, or of dP.
@@ -154,7 +154,7 @@ impl<'a, T: Element, X: Number> Definition<'a, T, X> {
         let Some(dropout) = self.dropout else { return p };
         let head = query.sequence.index * self.problem.nheads + query.head;
         let factor = dropout.factor(head as u32, query.row as u32, key as u32);
-        (self.store)(p * X::of(factor.into()))
+        (self.rounding.store)(p * X::of(factor.into()))
     }
 
     /// A row of O, added to the zeros that it is given. Without a score above -inf no V takes part, be it NaN.
@@ -164,9 +164,9 @@ impl<'a, T: Element, X: Number> Definition<'a, T, X> {
         }
         for &Seen { key, score, .. } in seen {
             let p = self.drop(query, key, self.p(softmax, score));
-            add_scaled(out, p, query.key(key, self.problem).of(&self.v, self.problem));
+            add_scaled(out, (self.rounding.operand)(p), query.key(key, self.problem).of(&self.v, self.problem));
         }
-        out.iter_mut().for_each(|out| *out = (self.store)(*out));
+        out.iter_mut().for_each(|out| *out = (self.rounding.store)(*out));
     }
 }
 
@@ -208,11 +208,11 @@ pub struct Tokens<X> {
 }
 
 impl<X: Number> Tokens<X> {
-    /// Of a tensor whose dtype is T.
-    pub fn of<T: Element>(tensor: &TensorRef) -> Self {
+    /// Of a tensor whose dtype is T, each element as an operand of products.
+    pub fn of<T: Element>(tensor: &TensorRef, operand: fn(X) -> X) -> Self {
         let data = tensor.packed::<T>().unwrap_or_default();
         let headdim = tensor.shape().last().copied().unwrap_or_default();
-        Tokens { data: data.iter().map(|x| X::of(x.to_f32().into())).collect(), headdim }
+        Tokens { data: data.iter().map(|x| operand(X::of(x.to_f32().into()))).collect(), headdim }
     }
 }
 

@@ -6,12 +6,20 @@
 
 mod attention;
 mod backward;
+mod blocks;
+mod dropout;
 mod isa;
+mod math;
+mod rows;
+mod scores;
+mod seen;
 mod softmax;
+#[cfg(test)]
+mod testing;
 mod tile;
 
 pub(crate) use attention::{attention, extra_bytes};
-pub(crate) use backward::{BackwardInputs, GradientHeads, attention_backward, backward_extra_bytes};
+pub(crate) use backward::{BackwardOperands, GradientHeads, attention_backward, backward_extra_bytes};
 pub(crate) use softmax::softmax;
 
 /// The cores and the vector instructions that this backend uses.

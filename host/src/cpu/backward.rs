@@ -1,8 +1,8 @@
 //! Gradients of attention, a block of queries or of keys a task.
 //!
-//! P is recomputed from Q, K and the LSE, as FlashAttention-2 does. One pass owns blocks of queries and sums dQ, one owns
-//! blocks of keys and sums dK and dV; so nobody writes what another writes, and the sums are the same in every run. The
-//! passes are each other's mirror image: with A and B of the own block and X and Y of the blocks that it walks over,
+//! P is recomputed from Q, K and the LSE, as FlashAttention-2 does. One pass owns blocks of queries and sums dQ, one
+//! owns blocks of keys and sums dK and dV; so nobody writes what another writes, and the sums are the same in every
+//! run. The passes are each other's mirror image: with A, B of the own block and X, Y of those that it walks over,
 //!
 //! ```text
 //!              A, B     X, Y     S = X Aᵀ, dP = Y Bᵀ, dS = P ∘ (dP - D + dLSE)
@@ -10,8 +10,8 @@
 //! dK, dV:      K, V     Q, dO    dK = softmax_scale · dSᵀ X, dV = Pᵀ Y
 //! ```
 //!
-//! With dropout, dP and the P of dV are those times its factor; a cap of the scores makes dS on its way to dQ and dK the
-//! smaller. The gradients of the bias and of the sinks are sums over dS and over rows, of which others have a subject each.
+//! With dropout, dP and the P of dV are those times its factor; a cap of the scores makes dS smaller on its way to dQ
+//! and dK. The gradients of the bias and of the sinks are sums of their own: `bias` over dS, `sinks` over rows.
 use rayon::prelude::*;
 
 use super::blocks::{Block, Blocks, Place, keys_seen, queries_that_see, steps};

@@ -11,8 +11,8 @@ pub fn max(a: f32, b: f32) -> f32 {
 
 /// 2^x for x <= 0, within 2 ulp; 0 below -126, where the result would be subnormal. NaN stays NaN.
 ///
-/// 2^x = 2^n 2^f with n the integer nearest to x; 2^f by the polynomial that meets it at 0 and at six Chebyshev nodes of
-/// [-1/2, 1/2], within 5.1e-9.
+/// 2^x = 2^n 2^f with n the integer nearest to x; 2^f by the polynomial that meets it at 0 and at six Chebyshev nodes
+/// of [-1/2, 1/2], within 5.1e-9.
 #[inline(always)]
 pub fn exp2<V: Vector>(x: f32) -> f32 {
     /// Adding it rounds to an integer, which then stands in the lowest bits: 1.5 · 2^23.

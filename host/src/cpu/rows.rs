@@ -23,8 +23,8 @@ pub fn load<T: Element>(from: &Heads<T>, rows: Rows, width: usize, to: &mut [f32
     }
 }
 
-/// Transposed rows, multiplied with `scale`: (width, `BLOCK`). Lanes beyond the last row are 0. `row` is as long as a row, or
-/// longer.
+/// Transposed rows, multiplied with `scale`: (width, `BLOCK`). Lanes beyond the last row are 0. `row` is as long as a
+/// row, or longer.
 #[inline(always)]
 pub fn load_transposed<T: Element>(from: &Heads<T>, rows: Rows, scale: f32, tile: &mut [Lanes], row: &mut [f32]) {
     tile.fill([0.0; BLOCK]);

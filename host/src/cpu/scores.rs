@@ -1,7 +1,7 @@
 //! What becomes of a score on its way from Q Kᵀ into the softmax: cap, ALiBi and bias.
 //!
 //! Score of query i and key j, with s = softmax_scale · q kᵀ: softcap · tanh(s / softcap), plus
-//! -slope · |i + seqlen_k - seqlen_q - j|, plus the bias. What is hidden is another's subject: `seen`.
+//! -slope · |i + seqlen_k - seqlen_q - j|, plus the bias. What is hidden, `seen` says.
 use std::f32::consts::LOG2_E;
 
 use super::blocks::Place;
@@ -12,8 +12,8 @@ use crate::element::Element;
 use crate::operands::Operands;
 use crate::problem::Problem;
 
-/// What Q is multiplied with before its product with K: the product is then a score in log2 units, or what a score's tanh
-/// is taken of.
+/// What Q is multiplied with before its product with K: the product is then a score in log2 units, or what a score's
+/// tanh is taken of.
 pub fn scale(problem: &Problem) -> f32 {
     match problem.softcap {
         None => problem.softmax_scale * LOG2_E,
@@ -21,8 +21,8 @@ pub fn scale(problem: &Problem) -> f32 {
     }
 }
 
-/// The product of Q, multiplied with [`scale`], and Kᵀ becomes scores in log2 units. With a cap, `cap_gradient` gets the
-/// derivative of the capped score by the one that was not.
+/// The product of Q, multiplied with [`scale`], and Kᵀ becomes scores in log2 units. With a cap, `cap_gradient` gets
+/// the derivative of the capped score by the one that was not.
 #[inline(always)]
 pub fn finish<T: Element, V: Vector, const LANES: bool>(
     problem: &Problem,
@@ -35,7 +35,7 @@ pub fn finish<T: Element, V: Vector, const LANES: bool>(
         cap::<V>(softcap, scores, cap_gradient);
     }
     if let Some(slope) = operands.slope(&place.sequence, place.head) {
-        add_alibi::<V, LANES>(slope, place, scores);
+        add_alibi::<LANES>(slope, place, scores);
     }
     if problem.bias.is_some() {
         add_bias::<T, LANES>(operands, place, scores);
@@ -61,7 +61,7 @@ fn cap<V: Vector>(softcap: f32, scores: &mut [Lanes], mut cap_gradient: Option<&
 }
 
 #[inline(always)]
-fn add_alibi<V: Vector, const LANES: bool>(slope: f32, place: &Place, scores: &mut [Lanes]) {
+fn add_alibi<const LANES: bool>(slope: f32, place: &Place, scores: &mut [Lanes]) {
     let slope = slope * LOG2_E;
     // From the first key of the tile to the place of its first query among the keys. Lengths fit in an i32, and so does
     // every distance within a sequence; beyond its end they may wrap around.

@@ -25,8 +25,8 @@ impl Seen {
         self.hides.then_some(&self.tile)
     }
 
-    /// Finds out what is seen at a place; returns whether anything is. `softmax_lse` is that of its queries, if it is known:
-    /// where it is -inf, no key takes part, whatever Q, K and V are.
+    /// Finds out what is seen at a place; returns whether anything is. `softmax_lse` is that of its queries, if it is
+    /// known: where it is -inf, no key takes part, whatever Q, K and V are.
     #[inline(always)]
     pub fn find<T: Element, const LANES: bool>(
         &mut self,

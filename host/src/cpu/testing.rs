@@ -1,5 +1,5 @@
-//! What the CPU backend is tested with: random problems of all features, and attention by its definition in f64, an element
-//! of S at a time.
+//! What the CPU backend is tested with: random problems of all features, and attention by its definition in f64, an
+//! element of S at a time.
 use cuda_std::DType;
 use proptest::prelude::*;
 
@@ -244,7 +244,8 @@ impl Tensors {
     }
 }
 
-/// Checks numbers of a dtype: within a rounding of it and 1e-5 of the largest; NaN and infinities where they are expected.
+/// Checks numbers of a dtype: within a rounding of it and 1e-5 of the largest; NaN and infinities where they are
+/// expected.
 pub fn assert_close(what: &str, dtype: DType, found: &[f32], expected: &[f64]) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let rounding = match dtype {

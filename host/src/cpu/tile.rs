@@ -1,8 +1,8 @@
 //! Tiles, whose columns are vector lanes, and their products.
 use super::isa::Vector;
 
-/// Queries of a tile, and keys: four vectors of AVX-512. S takes 16 KiB, and so does a block of Q, K, V or O for each 64 of
-/// its head dim.
+/// Queries of a tile, and keys: four vectors of AVX-512. S takes 16 KiB, and so does a block of Q, K, V or O for each
+/// 64 of its head dim.
 pub const BLOCK: usize = 64;
 
 /// One row of a tile.
@@ -20,8 +20,8 @@ pub fn tile(rows: usize) -> Tile {
     vec![[0.0; BLOCK]; rows]
 }
 
-/// `sums[i][lane] = Σ rows(i, x) right[x][lane]`: the product of rows and a transposed block, of as many columns as `right` has
-/// rows.
+/// `sums[i][lane] = Σ rows(i, x) right[x][lane]`: the product of rows and a transposed block, of as many columns as
+/// `right` has rows.
 ///
 /// # Safety
 /// The CPU has the instructions of V.
@@ -33,9 +33,9 @@ pub unsafe fn multiply<V: Vector, const ROWS: usize>(rows: &[f32], right: &[Lane
     unsafe { add_product::<V, ROWS>(left, right, sums) };
 }
 
-/// `sums[x][lane] += Σ rows(i, x) weights[i][lane]`: the product of transposed rows, of as many columns as `sums` has rows, and
-/// weights. Where something is hidden, `seen[i][lane]` is not 0 for those terms that take part. The others have a weight of 0,
-/// which hides all but a NaN or an infinity; these do no harm either.
+/// `sums[x][lane] += Σ rows(i, x) weights[i][lane]`: the product of transposed rows, of as many columns as `sums` has
+/// rows, and weights. Where something is hidden, `seen[i][lane]` is not 0 for those terms that take part. The others
+/// have a weight of 0, which hides all but a NaN or an infinity; these do no harm either.
 ///
 /// # Safety
 /// The CPU has the instructions of V.
@@ -98,7 +98,6 @@ unsafe fn add_product<V: Vector, const ROWS: usize>(left: Left, right: &[Lanes],
 /// # Safety
 /// The CPU has the instructions of V.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "constant bounds, so that the tile stays in registers")]
 unsafe fn add_register_tile<V: Vector, const ROWS: usize>(
     left: Left,
     right: &[Lanes],
@@ -113,8 +112,8 @@ unsafe fn add_register_tile<V: Vector, const ROWS: usize>(
     assert!(last < left.data.len() && row + ROWS <= sums.len() && lane + 2 * V::LANES <= BLOCK);
     let second = lane + V::LANES;
 
-    // Plain loops over constant bounds, here and in all of a body: a closure in `map` or `from_fn` is compiled without the
-    // instructions of V, and called.
+    // Plain loops over constant bounds, so that the tile stays in registers, here and in all of a body: a closure in
+    // `map` or `from_fn` is compiled without the instructions of V, and called.
     // SAFETY: the caller promises the instructions; indices into the left factor are at most `last`.
     unsafe {
         let mut tile = [[V::splat(0.0); 2]; ROWS];

@@ -1,7 +1,8 @@
 //! The gradient of the bias: dS, summed over all that share an element of the bias.
 //!
-//! A task owns a part of the gradient and walks over those that share it, in order: so the sums are the same in every run.
-//! It recomputes dS, once more than the other gradients do; in memory there is nothing of the size of S but the result.
+//! A task owns a part of the gradient and walks over those that share it, in order: so the sums are the same in every
+//! run. It recomputes dS, once more than the other gradients do; in memory there is nothing of the size of S but the
+//! result.
 use std::ops::Range;
 
 use rayon::prelude::*;

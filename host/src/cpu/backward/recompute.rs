@@ -74,8 +74,8 @@ impl Workspace {
         load_transposed(b, rows, 1.0, &mut self.b, &mut self.row);
     }
 
-    /// P, as dV needs it, and dS, before it goes through the cap, of a tile whose lanes are the own block. What is hidden is 0
-    /// in both. Returns whether anything is seen; else there is neither.
+    /// P, as dV needs it, and dS, before it goes through the cap, of a tile whose lanes are the own block. What is
+    /// hidden is 0 in both. Returns whether anything is seen; else there is neither.
     ///
     /// # Safety
     /// The CPU has the instructions of V.

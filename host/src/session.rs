@@ -8,9 +8,10 @@ use crate::cuda::{Device, Gpu};
 use crate::dispatch::Plan;
 use crate::element::{Element, with_element};
 use crate::error::{Error, Result};
-use crate::heads::{Heads, HeadsMut};
+use crate::heads::HeadsMut;
 use crate::layout::Layout;
 use crate::machine::{self, Inputs, Machine, Repetitions};
+use crate::operands::Operands;
 use crate::options::{AttentionOptions, Kernel, SoftmaxMethod};
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
@@ -276,12 +277,12 @@ impl Session {
         out: TensorMut,
         softmax_lse: &mut [f32],
     ) -> Result<(Vec<LaunchReport>, f64)> {
-        let [q, k, v] = [q, k, v].map(|x| Heads::<T>::new(x.as_slice().unwrap_or_default(), x.layout()));
+        let operands = Operands::<T>::new(problem, &crate::inputs::Inputs::new(q, k, v));
         let layout = out.layout().clone();
         let out = out.into_slice::<T>().unwrap_or_default();
         self.repetitions.run(|| {
             let start = Instant::now();
-            cpu::attention(problem, q, k, v, HeadsMut::new(&mut *out, &layout), softmax_lse);
+            cpu::attention(problem, &operands, HeadsMut::new(&mut *out, &layout), softmax_lse);
             Ok((Vec::new(), start.elapsed().as_secs_f64()))
         })
     }

@@ -1,215 +1,191 @@
-//! Attention, a block of query rows a task.
+//! Attention, a block of queries a task.
+use std::f32::consts::LOG2_E;
+
 use kernels::OnlineSoftmax;
 use rayon::prelude::*;
 
+use super::blocks::{Block, Blocks, Place, keys_seen, steps};
+use super::dropout::{Factors, drop_out};
 use super::isa::{Isa, Vector, multiversion};
-use super::tile::{Left, add_kept_product, add_product, exp2, max};
+use super::math::{exp2, max};
+use super::rows::{load, load_transposed, lse_rows, write};
+use super::scores;
+use super::seen::Seen;
+use super::tile::{BLOCK, Lanes, QUERIES, Tile, add_weighted, multiply, tile};
 use crate::element::Element;
-use crate::heads::{Heads, HeadsMut};
+use crate::heads::HeadsMut;
+use crate::operands::Operands;
 use crate::problem::Problem;
 
 #[cfg(test)]
 mod tests;
 
-/// Query rows a task: four vectors of AVX-512, and O of head dim 128 in 32 KiB.
-const BLOCK_M: usize = 64;
-/// Keys a step: S and P take 16 KiB, K and V of head dim 128 32 KiB each.
-const BLOCK_N: usize = 64;
-
-/// Rows of a tile whose columns are queries.
-type Tile = Vec<[f32; BLOCK_M]>;
-
-/// Computes O and LSE. `softmax_lse` has a place for each of `problem.rows()`.
-pub fn attention<T: Element>(
-    problem: &Problem,
-    q: Heads<T>,
-    k: Heads<T>,
-    v: Heads<T>,
-    out: HeadsMut<T>,
-    softmax_lse: &mut [f32],
-) {
-    run(Isa::detect(), &Inputs { problem, q, k, v }, &out, softmax_lse);
+/// Computes O and LSE. `softmax_lse` has a place for each of `problem.rows()`, where `problem.lse_index` says.
+pub fn attention<T: Element>(problem: &Problem, operands: &Operands<T>, out: HeadsMut<T>, softmax_lse: &mut [f32]) {
+    run(Isa::detect(), problem, operands, out, softmax_lse);
 }
 
-fn run<T: Element>(isa: Isa, inputs: &Inputs<T>, out: &HeadsMut<T>, softmax_lse: &mut [f32]) {
-    let Problem { nheads, seqlen_q, headdim, .. } = *inputs.problem;
-    if inputs.problem.rows() == 0 {
-        return;
-    }
-    // Chunks of the LSE are the tasks: each is one query block of one head.
-    let heads = softmax_lse.par_chunks_mut(seqlen_q).enumerate();
-    let blocks = heads.flat_map(|(sequence, lse)| {
-        let blocks = lse.par_chunks_mut(BLOCK_M).enumerate();
-        blocks
-            .map(move |(i, lse)| (Block { batch: sequence / nheads, head: sequence % nheads, first: i * BLOCK_M }, lse))
-    });
-    blocks.for_each_init(
-        || Workspace::new(headdim),
-        |workspace, (block, lse)| {
-            query_block(isa, inputs, block, workspace, out, lse);
+fn run<T: Element>(isa: Isa, problem: &Problem, operands: &Operands<T>, out: HeadsMut<T>, softmax_lse: &mut [f32]) {
+    let task = Task { problem, operands, out, softmax_lse: lse_rows(problem, softmax_lse) };
+    let blocks = Blocks::of_queries(problem);
+    blocks.par_iter().for_each_init(
+        || Workspace::new(problem),
+        |workspace, block| {
+            query_block(isa, &task, block, workspace);
         },
     );
 }
 
 /// Bytes that all threads together work in.
 pub fn extra_bytes(problem: &Problem) -> u64 {
-    let floats = 2 * problem.headdim * BLOCK_M + BLOCK_N * BLOCK_M + 2 * BLOCK_N * problem.headdim;
-    (floats * size_of::<f32>() * rayon::current_num_threads()) as u64
+    let Problem { headdim, headdim_v, .. } = *problem;
+    let floats = 2 * (headdim + headdim_v) * BLOCK + BLOCK * BLOCK + headdim.max(headdim_v) + Factors::len(problem);
+    ((floats * size_of::<f32>() + Seen::BYTES) * rayon::current_num_threads()) as u64 + Blocks::bytes(problem)
 }
 
-struct Inputs<'a, T> {
+/// What all tasks share.
+struct Task<'a, T> {
     problem: &'a Problem,
-    q: Heads<'a, T>,
-    k: Heads<'a, T>,
-    v: Heads<'a, T>,
-}
-
-/// The query rows of a task: `BLOCK_M` from `first` on, or what is left of them.
-#[derive(Clone, Copy)]
-struct Block {
-    batch: usize,
-    head: usize,
-    first: usize,
+    operands: &'a Operands<'a, T>,
+    out: HeadsMut<'a, T>,
+    softmax_lse: HeadsMut<'a, f32>,
 }
 
 /// What a thread works in.
 struct Workspace {
-    /// Qᵀ, scaled to log2 units: (headdim, `BLOCK_M`).
+    /// Qᵀ, scaled: (headdim, `BLOCK`).
     q: Tile,
-    /// Oᵀ, not normalised: (headdim, `BLOCK_M`).
+    /// Oᵀ, not normalised: (headdim_v, `BLOCK`).
     o: Tile,
-    /// Sᵀ, then Pᵀ: (`BLOCK_N`, `BLOCK_M`).
+    /// Sᵀ, then Pᵀ: (`BLOCK`, `BLOCK`).
     s: Tile,
-    /// K: (`BLOCK_N`, headdim).
+    /// K: (`BLOCK`, headdim).
     k: Vec<f32>,
-    /// V: (`BLOCK_N`, headdim).
+    /// V: (`BLOCK`, headdim_v).
     v: Vec<f32>,
+    seen: Seen,
+    factors: Factors,
     /// A row of Q or O.
     row: Vec<f32>,
 }
 
 impl Workspace {
-    fn new(headdim: usize) -> Self {
-        let tile = |rows| vec![[0.0; BLOCK_M]; rows];
-        let rows = || vec![0.0; BLOCK_N * headdim];
+    fn new(problem: &Problem) -> Self {
+        let Problem { headdim, headdim_v, .. } = *problem;
         Workspace {
             q: tile(headdim),
-            o: tile(headdim),
-            s: tile(BLOCK_N),
-            k: rows(),
-            v: rows(),
-            row: vec![0.0; headdim],
+            o: tile(headdim_v),
+            s: tile(BLOCK),
+            k: vec![0.0; BLOCK * headdim],
+            v: vec![0.0; BLOCK * headdim_v],
+            seen: Seen::new(),
+            factors: Factors::new(problem),
+            row: vec![0.0; headdim.max(headdim_v)],
         }
     }
 }
 
 multiversion! {
     /// O and LSE of one block.
-    fn query_block<T>(
-        inputs: &Inputs<T>,
-        block: Block,
-        workspace: &mut Workspace,
-        out: &HeadsMut<T>,
-        lse: &mut [f32],
-    ) = query_block_with
+    fn query_block<T>(task: &Task<T>, block: Block, workspace: &mut Workspace) = query_block_with
 }
 
 /// # Safety
 /// The CPU has the instructions of V.
 #[inline(always)]
 unsafe fn query_block_with<T: Element, V: Vector, const ROWS: usize>(
-    inputs: &Inputs<T>,
+    task: &Task<T>,
     block: Block,
     workspace: &mut Workspace,
-    out: &HeadsMut<T>,
-    lse: &mut [f32],
 ) {
-    let Inputs { problem, q, k, v } = inputs;
-    let Problem { headdim, softmax_scale, .. } = **problem;
-    let Block { batch, head, first } = block;
-    let head_k = head / (problem.nheads / problem.nheads_k);
-    let rows = lse.len();
+    let Task { problem, operands, out, softmax_lse } = task;
+    let Block { sequence, head, first: first_q, len: queries } = block;
+    let mut place = Place { sequence, head, first_q, queries, first_k: 0, keys: 0 };
+    load_transposed(&operands.q, place.q_rows(), scores::scale(problem), &mut workspace.q, &mut workspace.row);
+    workspace.o.fill([0.0; BLOCK]);
+    let mut state = [OnlineSoftmax::EMPTY; BLOCK];
 
-    load_transposed(q, block, rows, softmax_scale * std::f32::consts::LOG2_E, &mut workspace.q, &mut workspace.row);
-    workspace.o.fill([0.0; BLOCK_M]);
-    let mut state = [OnlineSoftmax::EMPTY; BLOCK_M];
-    // Lanes beyond the last row repeat it; nobody reads them.
-    let visible: [usize; BLOCK_M] =
-        std::array::from_fn(|lane| problem.sequences()[batch].visible(problem.window, first + lane.min(rows - 1)).end);
-
-    for first_key in (0..visible[BLOCK_M - 1]).step_by(BLOCK_N) {
-        let keys = BLOCK_N.min(visible[BLOCK_M - 1] - first_key);
-        for (i, (k_row, v_row)) in
-            workspace.k.chunks_mut(headdim).zip(workspace.v.chunks_mut(headdim)).enumerate().take(keys)
-        {
-            T::widen(k.row(batch, first_key + i, head_k), k_row);
-            T::widen(v.row(batch, first_key + i, head_k), v_row);
-        }
-        let visible_here = visible.map(|visible| visible.saturating_sub(first_key) as u32);
+    for (first_k, keys) in steps(keys_seen(problem.window, &sequence, first_q..first_q + queries)) {
+        place = Place { first_k, keys, ..place };
         // SAFETY: as the caller promises.
-        unsafe { step::<V, ROWS>(workspace, headdim, keys, visible_here, &mut state) };
+        unsafe { step::<T, V, ROWS>(problem, operands, &place, workspace, &mut state) };
     }
 
-    let inverse = state.map(OnlineSoftmax::inverse);
-    for (i, lse) in lse.iter_mut().enumerate() {
-        for (x, o) in workspace.row.iter_mut().zip(&workspace.o) {
-            *x = o[i] * inverse[i];
+    let mut normalisation = [0.0; BLOCK];
+    for lane in 0..BLOCK {
+        // The sink is one more element of the row, without a value.
+        let alpha = operands.sink(head).map_or(1.0, |sink| {
+            let alpha = state[lane].raise(sink * LOG2_E);
+            state[lane].l += state[lane].weight(sink * LOG2_E);
+            alpha
+        });
+        normalisation[lane] = alpha * state[lane].inverse();
+    }
+    for o in &mut workspace.o {
+        for lane in 0..BLOCK {
+            // O of a row whose keys have no weight at all is 0, whatever their V.
+            o[lane] = if normalisation[lane] == 0.0 { 0.0 } else { o[lane] * normalisation[lane] };
         }
-        // SAFETY: the rows of this block of this head are this task's alone.
-        T::narrow(&workspace.row, unsafe { out.row(batch, first + i, head) });
-        *lse = state[i].lse();
+    }
+    let rows = place.q_rows();
+    // SAFETY: the rows of this block of this head are this task's alone.
+    unsafe { write(&workspace.o, rows, &mut workspace.row, out) };
+    for i in 0..queries {
+        // SAFETY: as above.
+        unsafe { softmax_lse.row(rows.batch, rows.first + i, head)[0] = state[i].lse() };
     }
 }
 
-/// Qᵀ of a block, multiplied with `scale`; columns beyond the last row are 0.
-#[inline(always)]
-fn load_transposed<T: Element>(q: &Heads<T>, block: Block, rows: usize, scale: f32, tile: &mut Tile, row: &mut [f32]) {
-    tile.fill([0.0; BLOCK_M]);
-    for i in 0..rows {
-        T::widen(q.row(block.batch, block.first + i, block.head), row);
-        for (column, x) in tile.iter_mut().zip(&*row) {
-            column[i] = x * scale;
-        }
-    }
-}
-
-/// Takes one block of K and V: S = Q Kᵀ; online softmax; O = O alpha + P V. Query i sees the first `visible[i]` of its
-/// `keys` keys.
+/// Takes one block of K and V: S = Q Kᵀ; online softmax; O = O alpha + P V.
 ///
 /// # Safety
 /// The CPU has the instructions of V.
 #[inline(always)]
-unsafe fn step<V: Vector, const ROWS: usize>(
+unsafe fn step<T: Element, V: Vector, const ROWS: usize>(
+    problem: &Problem,
+    operands: &Operands<T>,
+    place: &Place,
     workspace: &mut Workspace,
-    headdim: usize,
-    keys: usize,
-    visible: [u32; BLOCK_M],
-    state: &mut [OnlineSoftmax; BLOCK_M],
+    state: &mut [OnlineSoftmax; BLOCK],
 ) {
-    let Workspace { q, o, s, k, v, .. } = workspace;
-    let (s, k, v) = (&mut s[..keys], &k[..keys * headdim], &v[..keys * headdim]);
-    let masked = (visible[0] as usize) < keys;
-    s.fill([0.0; BLOCK_M]);
-    let k = Left { data: k, rows: keys, row_stride: headdim, step_stride: 1 };
+    let Workspace { q, o, s, k, v, seen, factors, .. } = workspace;
+    if !seen.find::<T, QUERIES>(problem, operands, place, None) {
+        return;
+    }
+    let rows = place.k_rows(problem);
+    load(&operands.k, rows, problem.headdim, k);
+    load(&operands.v, rows, problem.headdim_v, v);
+    let s = &mut s[..place.keys];
     // SAFETY: as the caller promises.
-    unsafe { add_product::<V, ROWS, BLOCK_M>(k, q, s) };
-    if masked {
-        for (key, s) in s.iter_mut().enumerate() {
-            for lane in 0..BLOCK_M {
-                s[lane] = if (key as u32) < visible[lane] { s[lane] } else { f32::NEG_INFINITY };
+    unsafe { multiply::<V, ROWS>(k, q, s) };
+    scores::finish::<T, V, QUERIES>(problem, operands, place, s, None);
+    if let Some(seen) = seen.hiding() {
+        for (s, seen) in s.iter_mut().zip(seen) {
+            for lane in 0..BLOCK {
+                s[lane] = if seen[lane] != 0 { s[lane] } else { f32::NEG_INFINITY };
             }
         }
     }
+    softmax::<V>(s, o, state);
+    if let Some(factors) = factors.find::<QUERIES>(problem, place) {
+        drop_out(s, factors);
+    }
+    // SAFETY: as the caller promises.
+    unsafe { add_weighted::<V, ROWS>(v, s, o, seen.hiding()) };
+}
 
-    let mut row_max = [f32::NEG_INFINITY; BLOCK_M];
+/// Sᵀ becomes Pᵀ, not normalised; what the state and O have so far is rescaled to the new maximum.
+#[inline(always)]
+fn softmax<V: Vector>(s: &mut [Lanes], o: &mut [Lanes], state: &mut [OnlineSoftmax; BLOCK]) {
+    let mut row_max = [f32::NEG_INFINITY; BLOCK];
     for s in &*s {
-        for lane in 0..BLOCK_M {
+        for lane in 0..BLOCK {
             row_max[lane] = max(row_max[lane], s[lane]);
         }
     }
-    let mut alpha = [1.0; BLOCK_M];
+    let mut alpha = [1.0; BLOCK];
     let mut raised = false;
-    for lane in 0..BLOCK_M {
+    for lane in 0..BLOCK {
         if row_max[lane] > state[lane].m {
             alpha[lane] = state[lane].raise(row_max[lane]);
             raised = true;
@@ -217,31 +193,21 @@ unsafe fn step<V: Vector, const ROWS: usize>(
     }
     if raised {
         for o in o.iter_mut() {
-            for lane in 0..BLOCK_M {
+            for lane in 0..BLOCK {
                 o[lane] *= alpha[lane];
             }
         }
     }
 
     let base = state.map(OnlineSoftmax::base);
-    let mut sums = [0.0; BLOCK_M];
+    let mut sums = [0.0; BLOCK];
     for s in s.iter_mut() {
-        for lane in 0..BLOCK_M {
+        for lane in 0..BLOCK {
             s[lane] = exp2::<V>(s[lane] - base[lane]);
             sums[lane] += s[lane];
         }
     }
-    for lane in 0..BLOCK_M {
+    for lane in 0..BLOCK {
         state[lane].l += sums[lane];
-    }
-
-    let hides = !masked || v.iter().fold(true, |finite, v| finite & v.is_finite());
-    let v = Left { data: v, rows: headdim, row_stride: 1, step_stride: headdim };
-    if !hides {
-        // A weight of 0 hides every masked value but a NaN or infinity.
-        add_kept_product(v, s, o, |key, lane| (key as u32) < visible[lane]);
-    } else {
-        // SAFETY: as the caller promises.
-        unsafe { add_product::<V, ROWS, BLOCK_M>(v, s, o) };
     }
 }

@@ -3,7 +3,7 @@ use kernels::OnlineSoftmax;
 use rayon::prelude::*;
 
 use super::isa::{Isa, Vector, multiversion};
-use super::tile::{exp2, max};
+use super::math::{exp2, max};
 use crate::element::Element;
 use crate::options::SoftmaxMethod;
 

@@ -11,6 +11,7 @@ use crate::heads::{Heads, HeadsMut};
 use crate::inputs::{BackwardInputs, Inputs};
 use crate::layout::Layout;
 use crate::machine::{self, GradientsMut, Machine};
+use crate::operands::Operands;
 use crate::options::AttentionOptions;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
@@ -183,25 +184,25 @@ impl Session {
         inputs: &Tensors,
         gradients: GradientsMut<T>,
     ) -> Result<(Vec<LaunchReport>, f64)> {
-        let heads = |tensor| Heads::new(TensorRef::as_slice(tensor).unwrap_or_default(), TensorRef::layout(tensor));
-        let cpu_inputs = cpu::BackwardInputs {
-            q: heads(&inputs.q),
-            k: heads(&inputs.k),
-            v: heads(&inputs.v),
-            out: heads(&inputs.out),
-            dout: heads(&inputs.dout),
+        let forward = Operands::new(problem, &Inputs::new(&inputs.q, &inputs.k, &inputs.v));
+        let operands = cpu::BackwardOperands {
+            forward: &forward,
+            out: Heads::of(&inputs.out),
+            dout: Heads::of(&inputs.dout),
             softmax_lse: &inputs.softmax_lse.packed().unwrap_or_default(),
+            dlse: None,
         };
-        let of_queries = Layout::contiguous(problem.dtype, &problem.out_shape())?;
-        let of_keys = Layout::contiguous(problem.dtype, &problem.k_shape())?;
-        let gradients = cpu::GradientHeads {
-            dq: HeadsMut::new(gradients.dq, &of_queries),
-            dk: HeadsMut::new(gradients.dk, &of_keys),
-            dv: HeadsMut::new(gradients.dv, &of_keys),
+        let of = |shape: &[usize]| Layout::contiguous(problem.dtype, shape);
+        let mut gradients = cpu::GradientHeads {
+            dq: HeadsMut::new(gradients.dq, &of(&problem.q_shape())?),
+            dk: HeadsMut::new(gradients.dk, &of(&problem.k_shape())?),
+            dv: HeadsMut::new(gradients.dv, &of(&problem.v_shape())?),
+            dbias: None,
+            dsinks: None,
         };
         self.repetitions.run(|| {
             let start = Instant::now();
-            cpu::attention_backward(problem, cpu_inputs, &gradients);
+            cpu::attention_backward(problem, &operands, &mut gradients);
             Ok((Vec::new(), start.elapsed().as_secs_f64()))
         })
     }

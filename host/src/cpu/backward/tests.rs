@@ -1,90 +1,133 @@
-//! The backward pass against the reference.
+//! The backward pass against the definition.
 use super::*;
-use crate::options::AttentionOptions;
-use crate::session::Session;
-use crate::{Backend, DType, Tensor, accuracy};
+use crate::cpu::testing::naive::Naive;
+use crate::cpu::testing::{Case, Tensors, assert_close, cases, features};
+use crate::element::with_element;
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::{DType, Tensor};
 use proptest::prelude::*;
 
-/// Numbers that look random, between -3 and 3.
-fn tensor(dtype: DType, shape: &[usize], seed: u64) -> Tensor {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    let data = (0..shape.iter().product()).map(|_| next() + next() + next()).collect::<Vec<_>>();
-    Tensor::from_vec(data, shape).expect("as many as the shape says").convert(dtype)
+const NAMES: [&str; 5] = ["dQ", "dK", "dV", "dbias", "dsinks"];
+
+/// O, of the forward pass; and the gradients, in the order of their names.
+fn compute(isa: Isa, tensors: &Tensors) -> (Vec<f32>, [Vec<f32>; 5]) {
+    fn of<T: Element>(isa: Isa, tensors: &Tensors) -> (Vec<f32>, [Vec<f32>; 5]) {
+        let (problem, forward) = (tensors.problem(), tensors.operands::<T>());
+        let layout = |shape: &[usize]| Layout::contiguous(T::STORED, shape).expect("small");
+        let (q, k, v) = (layout(&problem.q_shape()), layout(&problem.k_shape()), layout(&problem.v_shape()));
+        let o = layout(&problem.out_shape());
+        let (mut out, mut softmax_lse) = (vec![T::default(); o.len()], vec![f32::NAN; problem.rows()]);
+        crate::cpu::attention(&problem, &forward, HeadsMut::new(&mut out, &o), &mut softmax_lse);
+
+        let operands = BackwardOperands {
+            forward: &forward,
+            out: Heads::new(&out, &o),
+            dout: Heads::of(&tensors.dout.view()),
+            softmax_lse: &softmax_lse,
+            dlse: tensors.dlse.as_slice(),
+        };
+        // Whatever is not written shows.
+        let nan = |len| vec![T::from_f32(f32::NAN); len];
+        let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
+        let mut dbias = problem.bias.map(|shape| nan(shape.iter().product()));
+        let mut dsinks = problem.sinks.then(|| vec![f32::NAN; problem.nheads]);
+        let mut gradients = GradientHeads {
+            dq: HeadsMut::new(&mut dq, &q),
+            dk: HeadsMut::new(&mut dk, &k),
+            dv: HeadsMut::new(&mut dv, &v),
+            dbias: dbias.as_deref_mut(),
+            dsinks: dsinks.as_deref_mut(),
+        };
+        run(isa, &problem, &operands, &mut gradients);
+        let wide = |x: &[T]| {
+            let mut wide = vec![0.0; x.len()];
+            T::widen(x, &mut wide);
+            wide
+        };
+        let dbias = dbias.unwrap_or_default();
+        (wide(&out), [wide(&dq), wide(&dk), wide(&dv), wide(&dbias), dsinks.unwrap_or_default()])
+    }
+    let computed = || -> Result<_> { Ok(with_element!("q", tensors.q.dtype(), T => of::<T>(isa, tensors))) };
+    computed().expect("an element type")
 }
 
-fn check([q, k, v, dout]: &[Tensor; 4], options: &AttentionOptions) {
-    let session = Session::new(Backend::Cpu).expect("always there");
-    let forward = session.attention(q, k, v, options).expect("valid");
-    let gradients =
-        session.attention_backward(q, k, v, &forward.out, &forward.softmax_lse, dout, options).expect("valid");
-    let accuracy = accuracy::check_backward(q, k, v, dout, options, &gradients).expect("of these inputs");
-    assert!(accuracy.passed(), "{}, {}: {accuracy}", gradients.report.shape, q.dtype().name());
+fn check(case: &Case, tensors: &Tensors) {
+    let (out, gradients) = compute(Isa::detect(), tensors);
+    let expected = Naive::new(case, tensors).backward(&out);
+    for ((name, found), expected) in NAMES.iter().zip(&gradients).zip(&expected) {
+        let dtype = if *name == "dsinks" { DType::F32 } else { case.dtype };
+        assert_close(name, dtype, found, expected);
+    }
+}
+
+#[test]
+fn each_feature_keeps_the_definition() {
+    for (name, case) in features() {
+        println!("{name}");
+        check(&case, &case.tensors());
+    }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
-    // The bound of 16 bits is twice the error of another computation, which may by luck be small for one row of one column.
     #[test]
-    fn any_shape_keeps_the_rule_in_f32(
-        (batch, groups, nheads_k) in (1..3usize, 1..4usize, 1..3usize),
-        (seqlen_q, seqlen_k) in (0..150usize, 0..150usize),
-        headdim in 1..80usize,
-        causal: bool,
-        seed: u64,
-    ) {
-        let of_queries = |seed| tensor(DType::F32, &[batch, seqlen_q, groups * nheads_k, headdim], seed);
-        let of_keys = |seed| tensor(DType::F32, &[batch, seqlen_k, nheads_k, headdim], seed);
-        let inputs = [of_queries(seed), of_keys(seed ^ 1), of_keys(seed ^ 2), of_queries(seed ^ 3)];
-        check(&inputs, &AttentionOptions::new().causal(causal));
+    fn all_features_together_keep_the_definition(case in cases()) {
+        check(&case, &case.tensors());
     }
 
     #[test]
     fn nan_goes_where_the_definition_sends_it(
-        positions in prop::collection::vec((0..4usize, 0..70usize, 0..8usize), 1..4),
-        causal: bool,
-        seed: u64,
+        positions in prop::collection::vec((0..5usize, any::<prop::sample::Index>()), 1..4),
+        case in cases(),
     ) {
-        let mut inputs = [0, 1, 2, 3].map(|i| tensor(DType::F32, &[1, 70, 1, 8], seed ^ i));
-        for (which, row, column) in positions {
-            inputs[which].as_mut_slice::<f32>().expect("f32")[row * 8 + column] = f32::NAN;
+        let case = Case { dtype: DType::F32, ..case };
+        let mut tensors = case.tensors();
+        for (which, index) in positions {
+            let Tensors { q, k, v, dout, dlse, .. } = &mut tensors;
+            let tensor = [q, k, v, dout, dlse].into_iter().nth(which).expect("five");
+            if !tensor.is_empty() {
+                let index = index.index(tensor.len());
+                tensor.as_mut_slice::<f32>().expect("f32")[index] = f32::NAN;
+            }
         }
-        check(&inputs, &AttentionOptions::new().causal(causal));
+        check(&case, &tensors);
+    }
+
+    #[test]
+    fn a_bias_may_be_infinite(case in cases(), every in 1..4usize, one: [bool; 3]) {
+        let case = Case { dtype: DType::F32, bias: Some(one), ..case };
+        let mut tensors = case.tensors();
+        let bias = tensors.bias.as_mut().and_then(Tensor::as_mut_slice::<f32>).expect("of f32");
+        bias.iter_mut().step_by(every).for_each(|x| *x = f32::NEG_INFINITY);
+        check(&case, &tensors);
+    }
+}
+
+#[test]
+fn gradients_are_the_same_bits_for_any_number_of_threads() {
+    for (name, case) in features() {
+        let tensors = case.tensors();
+        let with = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+            pool.install(|| compute(Isa::detect(), &tensors))
+        };
+        assert!(with(1) == with(3), "{name}");
     }
 }
 
 #[test]
 fn every_instruction_set_gives_the_same() {
-    let inputs = [1, 2, 3, 4].map(|seed| tensor(DType::F32, &[1, 100, 2, 40], seed));
-    let options = AttentionOptions::new().causal(true);
-    let [q, k, v, dout] = &inputs;
-    let forward = Session::new(Backend::Cpu).and_then(|cpu| cpu.attention(q, k, v, &options)).expect("valid");
-    let layout = q.view().layout().clone();
-    let problem = Problem::new(&layout, &layout, &layout, &options).expect("valid");
-    let heads = |tensor| Heads::new(Tensor::as_slice::<f32>(tensor).expect("f32"), &layout);
-    let softmax_lse = forward.softmax_lse.as_slice().expect("f32");
-    let inputs = BackwardInputs {
-        q: heads(q),
-        k: heads(k),
-        v: heads(v),
-        out: heads(&forward.out),
-        dout: heads(dout),
-        softmax_lse,
-    };
-    let gradients = |isa| {
-        let mut gradients = [0, 1, 2].map(|_| vec![f32::NAN; q.len()]);
-        let [dq, dk, dv] = gradients.each_mut().map(|gradient| HeadsMut::new(gradient, &layout));
-        run(isa, &problem, inputs, &GradientHeads { dq, dk, dv });
-        gradients.concat()
-    };
-    let portable = gradients(Isa::Portable);
-    for isa in Isa::all() {
-        for (a, b) in gradients(isa).into_iter().zip(&portable) {
-            assert!((a - b).abs() < 1e-5, "{isa:?}: {a} {b}");
+    for (_, case) in features().into_iter().filter(|(_, case)| case.dtype == DType::F32) {
+        let tensors = case.tensors();
+        let (_, portable) = compute(Isa::Portable, &tensors);
+        let portable = portable.map(|x| x.into_iter().map(f64::from).collect::<Vec<_>>());
+        for isa in Isa::all() {
+            let (_, gradients) = compute(isa, &tensors);
+            for ((name, found), expected) in NAMES.iter().zip(&gradients).zip(&portable) {
+                assert_close(name, DType::F32, found, expected);
+            }
         }
     }
 }

@@ -47,6 +47,7 @@ mod dispatch;
 mod element;
 mod error;
 mod families;
+mod features;
 mod heads;
 mod inputs;
 mod launch;
@@ -54,6 +55,7 @@ mod layout;
 mod machine;
 mod operands;
 mod options;
+mod parameters;
 mod problem;
 pub mod ptx;
 pub mod raw;
@@ -70,12 +72,15 @@ pub use cuda_std::{DType, sim};
 pub use driver;
 pub use element::{Datum, Element};
 pub use error::{Error, Result};
-pub use inputs::{BackwardInputs, Inputs};
+pub use inputs::{BackwardInputs, GradientOutputs, Inputs};
 pub use layout::Layout;
 pub use options::{AttentionOptions, Dropout, Kernel, SoftmaxMethod, WindowSize};
 pub use problem::{Problem, Varlen};
 pub use report::{LaunchReport, Report};
 pub use sequences::Sequences;
-pub use session::{Attention, Gradients, Session, Softmax, attention, attention_backward, softmax};
+pub use session::{
+    Attention, Gradients, Session, Softmax, attention, attention_backward, attention_backward_with, attention_with,
+    softmax,
+};
 pub use simulator::{Progress, SimulatorOptions};
 pub use tensor::{Tensor, TensorMut, TensorRef};

@@ -7,7 +7,7 @@ use half::f16;
 
 use super::{Device, DeviceTensor};
 use crate::raw::{self, RawTensor};
-use crate::{AttentionOptions, Backend, Error, Kernel, Layout, Session, SoftmaxMethod, Tensor, accuracy};
+use crate::{AttentionOptions, Backend, Error, Inputs, Kernel, Layout, Session, SoftmaxMethod, Tensor, accuracy};
 
 fn gpu() -> Option<&'static Device> {
     Device::get(0).inspect_err(|reason| eprintln!("skipped: {reason}")).ok()
@@ -87,7 +87,7 @@ fn gradients_of_device_tensors_are_those_of_host_tensors() {
     for (there, here) in [(there.dq, here.dq), (there.dk, here.dk), (there.dv, here.dv)] {
         assert_eq!(there.to_host().expect("copies"), here);
     }
-    // Without keys there is nothing to launch, and dQ is 0.
+    // Without keys dQ is 0.
     let none = DeviceTensor::<f16>::uninitialised(device, &[1, 0, 1, 128]).expect("no room needed");
     let (out, lse) = (&forward.out, &forward.softmax_lse);
     let empty = device.attention_backward(&on_q, &none, &none, out, lse, &on_dout, &options, Kernel::Auto);
@@ -105,12 +105,11 @@ fn pointers_may_have_any_aligned_strides_and_threads_no_context() {
     let lse = DeviceTensor::<f32>::uninitialised(device, &[2, 3, 50]).expect("room");
     let layout = Layout::strided(DType::F16, &shape, &strides).expect("four strides");
     let tensor = |address| RawTensor { address, layout: layout.clone() };
+    let of_rows = Layout::contiguous(DType::F32, &[2, 3, 50]).expect("small");
     let arguments = raw::Arguments {
-        q: tensor(x.address()),
-        k: tensor(x.address()),
-        v: tensor(x.address()),
+        inputs: Inputs::new(tensor(x.address()), tensor(x.address()), tensor(x.address())),
         out: tensor(out.address()),
-        softmax_lse: lse.address(),
+        softmax_lse: RawTensor { address: lse.address(), layout: of_rows },
         options: AttentionOptions::new(),
         kernel: Kernel::Flash2,
     };

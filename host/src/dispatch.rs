@@ -67,6 +67,11 @@ impl Plan {
         self.family.name()
     }
 
+    /// Whether a kernel runs that asks its arguments for all features.
+    pub fn is_general(&self) -> bool {
+        self.family.is_general()
+    }
+
     /// Bytes of memory besides Q, K, V and O: workspace and LSE.
     pub fn extra_bytes(&self, problem: &Problem) -> u64 {
         let lse = (problem.rows() * size_of::<f32>()) as u64;

@@ -139,6 +139,15 @@ impl Family {
         }
     }
 
+    /// Whether its kernel asks its arguments for all features.
+    pub fn is_general(&self) -> bool {
+        match self {
+            Family::Standard { scores, .. } => scores.config.general,
+            Family::Flash1(kernel) => kernel.config.general,
+            Family::Flash2(kernel) => kernel.config.general,
+        }
+    }
+
     /// The memory that it needs besides Q, K, V, O and LSE.
     pub fn workspace(&self, problem: &Problem) -> Vec<Workspace> {
         let rows = problem.rows() as u64;

@@ -41,6 +41,7 @@
 
 pub mod accuracy;
 mod backend;
+pub mod combinations;
 mod cpu;
 pub mod cuda;
 mod dispatch;

@@ -112,6 +112,13 @@ impl BackwardPlan {
         "flash2"
     }
 
+    /// Whether a kernel of scores runs that asks its arguments for all features.
+    pub fn is_general(&self) -> bool {
+        self.steps
+            .iter()
+            .any(|Step { kernel, grid }| kernel.config.general && matches!(grid, Grid::Queries | Grid::Keys))
+    }
+
     /// Bytes of memory besides the inputs and the gradients.
     pub fn extra_bytes(&self) -> u64 {
         self.workspace.iter().map(Workspace::bytes).fold(0, u64::saturating_add)

@@ -100,6 +100,35 @@ fn elders_say_what_they_do_not_know() {
 }
 
 #[test]
+fn sequences_of_different_lengths_are_as_if_alone() {
+    // One without queries, one without keys, one without both.
+    let (starts_q, starts_k) = ([0, 3, 3, 20, 70, 70], [0, 9, 14, 14, 90, 90]);
+    let (q, k) = (wave(DType::F16, &[70, 4, 32], 0.37), wave(DType::F16, &[90, 2, 32], 0.71));
+    let [cu_seqlens_q, cu_seqlens_k] = [starts_q, starts_k].map(|s| Tensor::from_vec(s.to_vec(), &[6]).expect("six"));
+    let session = Session::new(Backend::Simulator).expect("always there");
+    let options = AttentionOptions::new().causal(true);
+    let inputs = Inputs::new(&q, &k, &k).cu_seqlens(&cu_seqlens_q, &cu_seqlens_k);
+    let together = session.attention_with(&inputs, &options).expect("no fault");
+    let (out, lse) = (together.out.to_f32(), together.softmax_lse.to_f32());
+
+    let slice = |tensor: &Tensor, [begin, end]: [i32; 2]| {
+        let (tokens, shape) = ((end - begin) as usize, tensor.shape());
+        let row = shape[1] * shape[2];
+        let data = tensor.as_slice::<half::f16>().expect("f16")[begin as usize * row..end as usize * row].to_vec();
+        Tensor::from_vec(data, &[1, tokens, shape[1], shape[2]]).expect("as many")
+    };
+    for i in 0..5 {
+        let (of_q, of_k) = ([starts_q[i], starts_q[i + 1]], [starts_k[i], starts_k[i + 1]]);
+        let (q, k) = (slice(&q, of_q), slice(&k, of_k));
+        let alone = session.attention(&q, &k, &k, &options).expect("no fault");
+        let [begin, end] = of_q.map(|token| token as usize);
+        assert_eq!(out[begin * 4 * 32..end * 4 * 32], alone.out.to_f32());
+        let of_heads: Vec<_> = (0..4).flat_map(|head| lse[head * 70 + begin..head * 70 + end].to_vec()).collect();
+        assert_eq!(of_heads, alone.softmax_lse.to_f32());
+    }
+}
+
+#[test]
 fn repeated_heads_are_uploaded_once() {
     // One head of two sequences, for both and for four heads.
     let data = wave(DType::F16, &[33, 32], 0.37);

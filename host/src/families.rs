@@ -49,21 +49,20 @@ impl<P> Table<P> {
         if of_dtype().next().is_none() {
             return Err(format!("{}: dtype {}; allowed: {}", self.name, problem.dtype.name(), listed(dtypes())));
         }
-        let heads: [(_, _, fn(&Config) -> u32); 2] =
-            [("headdim", headdim, |config| config.headdim), ("headdim_v", headdim_v, |config| config.headdim_v)];
-        for (dimension, extent, built_for) in heads {
-            if !of_dtype().any(|kernel| self.takes(built_for(&kernel.config), extent)) {
-                let mut extents: Vec<_> = of_dtype().map(|kernel| built_for(&kernel.config)).collect();
-                extents.sort_unstable();
-                let allowed = if self.pads { format!("up to {}", extents[extents.len() - 1]) } else { listed(extents) };
-                return Err(format!("{}: {dimension} {extent}; allowed: {allowed}", self.name));
-            }
-        }
         let fitting = || {
             of_dtype().filter(|Kernel { config, .. }| {
                 self.takes(config.headdim, headdim) && self.takes(config.headdim_v, headdim_v)
             })
         };
+        if fitting().next().is_none() {
+            let mut built_for: Vec<_> =
+                of_dtype().map(|kernel| (kernel.config.headdim, kernel.config.headdim_v)).collect();
+            built_for.sort_unstable();
+            let smaller = if self.pads { built_for.len() - 1 } else { 0 };
+            let allowed = listed(built_for[smaller..].iter().map(|&(k, v)| in_words(k as usize, v as usize)));
+            let up_to = if self.pads { "up to " } else { "" };
+            return Err(format!("{}: headdim {}; allowed: {up_to}{allowed}", self.name, in_words(headdim, headdim_v)));
+        }
         let knows = |config: &Config, feature: &Feature| config.general || self.plain.contains(feature);
         let runs_mask =
             |config: &Config| config.general || config.causal.is_none_or(|causal| causal == problem.is_causal());
@@ -83,6 +82,11 @@ impl<P> Table<P> {
     fn takes(&self, built_for: u32, headdim: usize) -> bool {
         built_for == 0 || if self.pads { built_for as usize >= headdim } else { built_for as usize == headdim }
     }
+}
+
+/// The length of heads of K and of V.
+fn in_words(headdim: usize, headdim_v: usize) -> String {
+    if headdim == headdim_v { headdim.to_string() } else { format!("{headdim} with {headdim_v} of v") }
 }
 
 fn listed<X: ToString>(all: impl IntoIterator<Item = X>) -> String {
@@ -197,5 +201,92 @@ impl Family {
             }
             _ => unreachable!("the workspace is what `workspace` lists"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use crate::options::AttentionOptions;
+    use std::marker::PhantomData;
+
+    type Entry = Kernel<(), Config>;
+
+    const fn entry(name: &'static str, headdim: u32, causal: Option<bool>, general: bool) -> Entry {
+        Kernel {
+            name,
+            config: Config { headdim, headdim_v: headdim, causal, general, ..F16 },
+            run: |()| (),
+            parameters: PhantomData,
+        }
+    }
+
+    const F16: Config = Config {
+        family: "test",
+        dtype: DType::F16,
+        tf32: false,
+        headdim: 64,
+        headdim_v: 64,
+        causal: None,
+        general: true,
+        block_m: 64,
+        block_n: 64,
+        threads: 128,
+        min_blocks_per_sm: 1,
+        shared_bytes: 0,
+        barriers: 0,
+    };
+    const F32: Config = Config { dtype: DType::F32, ..F16 };
+
+    static KERNELS: [Entry; 7] = [
+        entry("general_256", 256, None, true),
+        entry("general_64", 64, None, true),
+        entry("plain_128", 128, Some(false), false),
+        entry("causal_128", 128, Some(true), false),
+        entry("plain_64", 64, Some(false), false),
+        Entry { config: F32, ..entry("exact", 64, None, true) },
+        Entry { config: Config { tf32: true, ..F32 }, ..entry("tf32", 64, None, true) },
+    ];
+
+    fn chosen(
+        dtype: DType,
+        headdims: [usize; 2],
+        options: &AttentionOptions,
+        aligned: bool,
+    ) -> Result<&'static str, String> {
+        let layout = |headdim| Layout::contiguous(dtype, &[1, 8, 1, headdim]).expect("small");
+        let (q, v) = (layout(headdims[0]), layout(headdims[1]));
+        let problem = Problem::new(&q, &q, &v, options).expect("valid");
+        let table = Table { name: "test", kernels: &KERNELS, plain: Feature::PLAIN, pads: true };
+        table.find(&Wanted::new(&problem, aligned)).map(|kernel| kernel.name)
+    }
+
+    #[test]
+    fn the_smallest_kernel_that_asks_the_fewest_questions_is_chosen() {
+        let plain = AttentionOptions::new();
+        let of = |headdims, options: &AttentionOptions| chosen(DType::F16, headdims, options, true);
+        assert_eq!(of([64, 64], &plain), Ok("plain_64"));
+        assert_eq!(of([40, 40], &plain), Ok("plain_64"));
+        assert_eq!(of([64, 72], &plain), Ok("plain_128"));
+        assert_eq!(of([32, 32], &plain.clone().causal(true)), Ok("causal_128"));
+        assert_eq!(of([192, 128], &plain), Ok("general_256"));
+        assert_eq!(of([36, 36], &plain), Ok("general_64"));
+        for options in [plain.clone().softcap(9.0), plain.clone().softmax_scale(0.0), plain.clone().window_size(2, 0)] {
+            assert_eq!(of([64, 64], &options), Ok("general_64"), "{options:?}");
+        }
+        assert_eq!(chosen(DType::F16, [64, 64], &plain, false), Ok("general_64"));
+        assert_eq!(of([512, 512], &plain), Err("test: headdim 512; allowed: up to 256".to_owned()));
+        let both = of([512, 64], &plain).expect_err("too long");
+        assert_eq!(both, "test: headdim 512 with 64 of v; allowed: up to 256");
+    }
+
+    #[test]
+    fn tf32_is_chosen_where_it_is_allowed() {
+        let of = |options: &AttentionOptions| chosen(DType::F32, [64, 64], options, true);
+        assert_eq!(of(&AttentionOptions::new()), Ok("exact"));
+        assert_eq!(of(&AttentionOptions::new().allow_tf32(true)), Ok("tf32"));
+        let reason = chosen(DType::BF16, [64, 64], &AttentionOptions::new(), true);
+        assert_eq!(reason, Err("test: dtype bf16; allowed: f16, f32".to_owned()));
     }
 }

@@ -95,6 +95,29 @@ fn gradients_of_device_tensors_are_those_of_host_tensors() {
 }
 
 #[test]
+fn sequences_of_different_lengths_are_checked_before_they_are_launched() {
+    let Some(device) = gpu() else { return };
+    let (x, starts) = (wave(&[70, 2, 64], 0.37), Tensor::from_vec(vec![0, 3, 3, 70], &[4]).expect("four"));
+    let on_x = DeviceTensor::<f16>::from_host(device, &x).expect("room");
+    let on_starts = DeviceTensor::<i32>::from_host(device, &starts).expect("room");
+    let options = AttentionOptions::new().causal(true);
+    let inputs = Inputs::new(&on_x, &on_x, &on_x).cu_seqlens(&on_starts, &on_starts);
+    let there = device.attention_with::<f16>(&inputs, &options, Kernel::Auto).expect("runs");
+    let inputs = Inputs::new(&x, &x, &x).cu_seqlens(&starts, &starts);
+    let here = session(Kernel::Auto).attention_with(&inputs, &options).expect("runs");
+    assert_eq!(there.out.to_host().expect("copies"), here.out);
+    assert_eq!(there.softmax_lse.to_host().expect("copies"), here.softmax_lse);
+
+    let beyond = Tensor::from_vec(vec![0, 3, 3, 71], &[4]).expect("four");
+    let beyond = DeviceTensor::<i32>::from_host(device, &beyond).expect("room");
+    let inputs = Inputs::new(&on_x, &on_x, &on_x).cu_seqlens(&on_starts, &beyond);
+    let refused = device.attention_with::<f16>(&inputs, &options, Kernel::Auto).expect_err("beyond the end");
+    assert_eq!(refused.to_string(), "cu_seqlens_k: 71 at index 3; allowed: 70, as many tokens as there are");
+    let refused = device.attention_with::<half::bf16>(&Inputs::new(&on_x, &on_x, &on_x), &options, Kernel::Auto);
+    assert_eq!(refused.expect_err("f16").to_string(), "q: dtype f16; allowed: bf16");
+}
+
+#[test]
 fn pointers_may_have_any_aligned_strides_and_threads_no_context() {
     let Some(device) = gpu() else { return };
     // (batch, nheads, seqlen, headdim) in memory.

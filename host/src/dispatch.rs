@@ -6,17 +6,17 @@ use kernels::softmax::{self, ROW_A_BLOCK, ROW_A_WARP};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::families::Family;
+use crate::families::{Family, Wanted};
 use crate::launch::{Launch, Workspace};
 use crate::options::{Kernel, SoftmaxMethod};
 use crate::problem::Problem;
 
 mod backward;
 
-pub(crate) use backward::BackwardPlan;
+pub(crate) use backward::{BackwardPlan, Optional};
 
 /// The family's kernels for a problem, or why it has none.
-type FamilyFor = fn(&Problem) -> Result<Family, String>;
+type FamilyFor = fn(&Wanted) -> Result<Family, String>;
 
 /// The kernels that will run, and what they need.
 #[derive(Clone, Debug)]
@@ -30,10 +30,12 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// Chooses the kernels for a problem: the family that is asked for, or with [`Kernel::Auto`] the newest that can.
+    /// `aligned`: whether the problem's tensors are.
     ///
     /// # Errors
     /// [`Error::Unsupported`], with the reason of each family.
-    pub fn new(problem: &Problem, kernel: Kernel, backend: Backend) -> Result<Self> {
+    pub fn new(problem: &Problem, aligned: bool, kernel: Kernel, backend: Backend) -> Result<Self> {
+        let wanted = Wanted::new(problem, aligned);
         let families: &[FamilyFor] = match kernel {
             Kernel::Auto => &[Family::flash2, Family::flash1, Family::standard],
             Kernel::Flash2 => &[Family::flash2],
@@ -42,7 +44,7 @@ impl Plan {
         };
         let mut reasons = Vec::new();
         for family in families {
-            match family(problem) {
+            match family(&wanted) {
                 Ok(family) => return Ok(Plan::of(family, problem, kernel, &reasons)),
                 Err(reason) => reasons.push(reason),
             }
@@ -65,13 +67,18 @@ impl Plan {
         self.family.name()
     }
 
+    /// Whether a kernel runs that asks its arguments for all features.
+    pub fn is_general(&self) -> bool {
+        self.family.is_general()
+    }
+
     /// Bytes of memory besides Q, K, V and O: workspace and LSE.
     pub fn extra_bytes(&self, problem: &Problem) -> u64 {
         let lse = (problem.rows() * size_of::<f32>()) as u64;
         self.workspace.iter().map(Workspace::bytes).fold(lse, u64::saturating_add)
     }
 
-    /// The launches, in order, for tensors and a workspace at these addresses. No extent is 0.
+    /// The launches, in order, for tensors and a workspace at these addresses.
     pub fn launches(
         &self,
         problem: &Problem,

@@ -6,7 +6,9 @@ use half::{bf16, f16};
 use crate::error::Error;
 
 /// A type that tensors have elements of: those of [`Element`], and `i32` and `u8` for tensors of indices and masks.
-pub trait Datum: bytemuck::Pod + Default + std::fmt::Debug + PartialEq + Send + Sync + Stored {
+pub trait Datum:
+    cuda_std::Scalar + bytemuck::Pod + Default + std::fmt::Debug + PartialEq + Send + Sync + Stored
+{
     /// Widens `from` into the first elements of `to`. Exact, but for an `i32` beyond 2^24.
     #[doc(hidden)]
     fn widen(from: &[Self], to: &mut [f32]);

@@ -6,8 +6,98 @@ use kernels::attention::{Attention, Untyped};
 use kernels::{Config, flash1, flash2, standard};
 
 use crate::error::Result;
+use crate::features::Feature;
 use crate::launch::{Launch, Workspace};
 use crate::problem::Problem;
+
+/// A problem, and what it asks of kernels.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub problem: &'a Problem,
+    features: Vec<Feature>,
+}
+
+impl<'a> Wanted<'a> {
+    /// `aligned`: whether the problem's tensors are, as [`RawTensor::is_aligned`](crate::raw::RawTensor::is_aligned) says.
+    pub fn new(problem: &'a Problem, aligned: bool) -> Self {
+        Wanted { problem, features: Feature::of(problem, aligned) }
+    }
+}
+
+/// Entry points that compute the same.
+pub(crate) struct Table<P: 'static> {
+    /// What reasons call them.
+    pub name: &'static str,
+    pub kernels: &'static [Kernel<P, Config>],
+    /// What those know that are not `general`; these know everything.
+    pub plain: &'static [Feature],
+    /// Whether they take shorter heads than they are built for.
+    pub pads: bool,
+}
+
+impl<P> Table<P> {
+    /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in tf32
+    /// where that is allowed, one that does not ask its arguments what this problem does not need, and the smallest.
+    pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
+        let Wanted { problem, features } = wanted;
+        let Problem { headdim, headdim_v, .. } = **problem;
+        let dtypes = || self.kernels.iter().map(|kernel| kernel.config.dtype.name());
+        let of_dtype = || {
+            let allowed = |config: &Config| problem.allow_tf32 || !config.tf32;
+            self.kernels.iter().filter(move |Kernel { config, .. }| config.dtype == problem.dtype && allowed(config))
+        };
+        if of_dtype().next().is_none() {
+            return Err(format!("{}: dtype {}; allowed: {}", self.name, problem.dtype.name(), listed(dtypes())));
+        }
+        let fitting = || {
+            of_dtype().filter(|Kernel { config, .. }| {
+                self.takes(config.headdim, headdim) && self.takes(config.headdim_v, headdim_v)
+            })
+        };
+        if fitting().next().is_none() {
+            let mut built_for: Vec<_> =
+                of_dtype().map(|kernel| (kernel.config.headdim, kernel.config.headdim_v)).collect();
+            built_for.sort_unstable();
+            let smaller = if self.pads { built_for.len() - 1 } else { 0 };
+            let allowed = listed(built_for[smaller..].iter().map(|&(k, v)| in_words(k as usize, v as usize)));
+            let up_to = if self.pads { "up to " } else { "" };
+            return Err(format!("{}: headdim {}; allowed: {up_to}{allowed}", self.name, in_words(headdim, headdim_v)));
+        }
+        let knows = |config: &Config, feature: &Feature| config.general || self.plain.contains(feature);
+        let runs_mask =
+            |config: &Config| config.general || config.causal.is_none_or(|causal| causal == problem.is_causal());
+        let able = fitting()
+            .filter(|Kernel { config, .. }| runs_mask(config) && features.iter().all(|feature| knows(config, feature)));
+        let size = |config: &Config| (config.headdim == 0, config.headdim, config.headdim_v);
+        let best =
+            able.min_by_key(|Kernel { config, .. }| (config.tf32 != problem.allow_tf32, config.general, size(config)));
+        best.ok_or_else(|| {
+            let unknown = |feature: &&Feature| !fitting().any(|kernel| knows(&kernel.config, feature));
+            let unknown = listed(features.iter().filter(unknown));
+            format!("{}: no kernel of {} and headdim {headdim} for {unknown}", self.name, problem.dtype.name())
+        })
+    }
+
+    /// Whether a kernel that is built for heads of one length, 0 for any, takes those of another.
+    fn takes(&self, built_for: u32, headdim: usize) -> bool {
+        built_for == 0 || if self.pads { built_for as usize >= headdim } else { built_for as usize == headdim }
+    }
+}
+
+/// The length of heads of K and of V.
+fn in_words(headdim: usize, headdim_v: usize) -> String {
+    if headdim == headdim_v { headdim.to_string() } else { format!("{headdim} with {headdim_v} of v") }
+}
+
+fn listed<X: ToString>(all: impl IntoIterator<Item = X>) -> String {
+    let mut distinct = Vec::new();
+    for x in all.into_iter().map(|x| x.to_string()) {
+        if !distinct.contains(&x) {
+            distinct.push(x);
+        }
+    }
+    if distinct.is_empty() { "none".to_owned() } else { distinct.join(", ") }
+}
 
 /// The entry points of one family that run a problem.
 #[derive(Clone, Copy, Debug)]
@@ -23,22 +113,25 @@ pub(crate) enum Family {
 
 impl Family {
     /// Standard attention for this problem, or why there is none.
-    pub fn standard(problem: &Problem) -> Result<Self, String> {
+    pub fn standard(wanted: &Wanted) -> Result<Self, String> {
+        let find = |kernels| Table { name: "standard", kernels, plain: Feature::OF_ELDERS, pads: false }.find(wanted);
         Ok(Family::Standard {
-            scores: find("standard", standard::SCORES, problem)?,
-            probabilities: find("standard", standard::PROBABILITIES, problem)?,
-            output: find("standard", standard::OUTPUT, problem)?,
+            scores: find(standard::SCORES)?,
+            probabilities: find(standard::PROBABILITIES)?,
+            output: find(standard::OUTPUT)?,
         })
     }
 
     /// FlashAttention for this problem, or why there is none.
-    pub fn flash1(problem: &Problem) -> Result<Self, String> {
-        find("flash1", flash1::FORWARD, problem).map(Family::Flash1)
+    pub fn flash1(wanted: &Wanted) -> Result<Self, String> {
+        let table = Table { name: "flash1", kernels: flash1::FORWARD, plain: Feature::OF_ELDERS, pads: false };
+        table.find(wanted).map(Family::Flash1)
     }
 
     /// FlashAttention-2 for this problem, or why there is none.
-    pub fn flash2(problem: &Problem) -> Result<Self, String> {
-        find("flash2", flash2::FORWARD, problem).map(Family::Flash2)
+    pub fn flash2(wanted: &Wanted) -> Result<Self, String> {
+        let table = Table { name: "flash2", kernels: flash2::FORWARD, plain: Feature::PLAIN, pads: true };
+        table.find(wanted).map(Family::Flash2)
     }
 
     /// Its name in reports.
@@ -47,6 +140,15 @@ impl Family {
             Family::Standard { .. } => "standard",
             Family::Flash1(_) => "flash1",
             Family::Flash2(_) => "flash2",
+        }
+    }
+
+    /// Whether its kernel asks its arguments for all features.
+    pub fn is_general(&self) -> bool {
+        match self {
+            Family::Standard { scores, .. } => scores.config.general,
+            Family::Flash1(kernel) => kernel.config.general,
+            Family::Flash2(kernel) => kernel.config.general,
         }
     }
 
@@ -60,21 +162,25 @@ impl Family {
             }
             Family::Flash1(_) => {
                 let of = |name, len| Workspace { name, dtype: DType::F32, len };
-                vec![of("O", rows * problem.headdim as u64), of("l", rows), of("m", rows)]
+                vec![of("O", rows.saturating_mul(problem.headdim as u64)), of("l", rows), of("m", rows)]
             }
             Family::Flash2(_) => Vec::new(),
         }
     }
 
-    /// Its launches, in order, with the workspace at these addresses. None of seqlen_q, seqlen_k and batch is 0.
+    /// Its launches, in order, with the workspace at these addresses. Without rows there are none.
     pub fn launches(
         &self,
         problem: &Problem,
         attention: Attention,
         workspace: &[Global<Untyped>],
     ) -> Result<Vec<Launch>> {
-        let heads = (problem.batch * problem.nheads) as u64;
-        let query_blocks = |config: Config| problem.seqlen_q.div_ceil(config.block_m as usize) as u64 * heads;
+        if problem.rows() == 0 {
+            return Ok(Vec::new());
+        }
+        let heads = (problem.batch as u64).saturating_mul(problem.nheads as u64);
+        let query_blocks =
+            |config: Config| (problem.seqlen_q.div_ceil(config.block_m as usize) as u64).saturating_mul(heads);
         match (*self, workspace) {
             (Family::Standard { scores, probabilities, output }, &[s, p]) => {
                 let parameters = standard::Params { attention, s, p };
@@ -98,35 +204,89 @@ impl Family {
     }
 }
 
-/// The entry point of a table that runs this problem, or what its entries want instead.
-pub(crate) fn find<P>(
-    family: &str,
-    table: &'static [Kernel<P, Config>],
-    problem: &Problem,
-) -> Result<&'static Kernel<P, Config>, String> {
-    let runs_dtype = |config: &Config| config.dtype == problem.dtype;
-    let runs_headdim = |config: &Config| config.headdim == 0 || config.headdim as usize == problem.headdim;
-    let runs_mask = |config: &Config| config.causal.is_none_or(|causal| causal == problem.is_causal());
-    let configs = || table.iter().map(|kernel| kernel.config);
-    let of_dtype = || configs().filter(runs_dtype);
-    if of_dtype().next().is_none() {
-        let dtypes = listed(configs().map(|config| config.dtype.name()));
-        return Err(format!("{family}: dtype {}; allowed: {dtypes}", problem.dtype.name()));
-    }
-    let found =
-        table.iter().find(|Kernel { config, .. }| runs_dtype(config) && runs_headdim(config) && runs_mask(config));
-    found.ok_or_else(|| {
-        let headdims = listed(of_dtype().map(|config| config.headdim));
-        format!("{family}: headdim {}; allowed: {headdims}", problem.headdim)
-    })
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use crate::options::AttentionOptions;
+    use std::marker::PhantomData;
 
-fn listed<X: ToString + PartialEq>(all: impl Iterator<Item = X>) -> String {
-    let mut distinct = Vec::new();
-    for x in all {
-        if !distinct.contains(&x) {
-            distinct.push(x);
+    type Entry = Kernel<(), Config>;
+
+    const fn entry(name: &'static str, headdim: u32, causal: Option<bool>, general: bool) -> Entry {
+        Kernel {
+            name,
+            config: Config { headdim, headdim_v: headdim, causal, general, ..F16 },
+            run: |()| (),
+            parameters: PhantomData,
         }
     }
-    distinct.iter().map(X::to_string).collect::<Vec<_>>().join(", ")
+
+    const F16: Config = Config {
+        family: "test",
+        dtype: DType::F16,
+        tf32: false,
+        headdim: 64,
+        headdim_v: 64,
+        causal: None,
+        general: true,
+        block_m: 64,
+        block_n: 64,
+        threads: 128,
+        min_blocks_per_sm: 1,
+        shared_bytes: 0,
+        barriers: 0,
+    };
+    const F32: Config = Config { dtype: DType::F32, ..F16 };
+
+    static KERNELS: [Entry; 7] = [
+        entry("general_256", 256, None, true),
+        entry("general_64", 64, None, true),
+        entry("plain_128", 128, Some(false), false),
+        entry("causal_128", 128, Some(true), false),
+        entry("plain_64", 64, Some(false), false),
+        Entry { config: F32, ..entry("exact", 64, None, true) },
+        Entry { config: Config { tf32: true, ..F32 }, ..entry("tf32", 64, None, true) },
+    ];
+
+    fn chosen(
+        dtype: DType,
+        headdims: [usize; 2],
+        options: &AttentionOptions,
+        aligned: bool,
+    ) -> Result<&'static str, String> {
+        let layout = |headdim| Layout::contiguous(dtype, &[1, 8, 1, headdim]).expect("small");
+        let (q, v) = (layout(headdims[0]), layout(headdims[1]));
+        let problem = Problem::new(&q, &q, &v, options).expect("valid");
+        let table = Table { name: "test", kernels: &KERNELS, plain: Feature::PLAIN, pads: true };
+        table.find(&Wanted::new(&problem, aligned)).map(|kernel| kernel.name)
+    }
+
+    #[test]
+    fn the_smallest_kernel_that_asks_the_fewest_questions_is_chosen() {
+        let plain = AttentionOptions::new();
+        let of = |headdims, options: &AttentionOptions| chosen(DType::F16, headdims, options, true);
+        assert_eq!(of([64, 64], &plain), Ok("plain_64"));
+        assert_eq!(of([40, 40], &plain), Ok("plain_64"));
+        assert_eq!(of([64, 72], &plain), Ok("plain_128"));
+        assert_eq!(of([32, 32], &plain.clone().causal(true)), Ok("causal_128"));
+        assert_eq!(of([192, 128], &plain), Ok("general_256"));
+        assert_eq!(of([36, 36], &plain), Ok("general_64"));
+        for options in [plain.clone().softcap(9.0), plain.clone().softmax_scale(0.0), plain.clone().window_size(2, 0)] {
+            assert_eq!(of([64, 64], &options), Ok("general_64"), "{options:?}");
+        }
+        assert_eq!(chosen(DType::F16, [64, 64], &plain, false), Ok("general_64"));
+        assert_eq!(of([512, 512], &plain), Err("test: headdim 512; allowed: up to 256".to_owned()));
+        let both = of([512, 64], &plain).expect_err("too long");
+        assert_eq!(both, "test: headdim 512 with 64 of v; allowed: up to 256");
+    }
+
+    #[test]
+    fn tf32_is_chosen_where_it_is_allowed() {
+        let of = |options: &AttentionOptions| chosen(DType::F32, [64, 64], options, true);
+        assert_eq!(of(&AttentionOptions::new()), Ok("exact"));
+        assert_eq!(of(&AttentionOptions::new().allow_tf32(true)), Ok("tf32"));
+        let reason = chosen(DType::BF16, [64, 64], &AttentionOptions::new(), true);
+        assert_eq!(reason, Err("test: dtype bf16; allowed: f16, f32".to_owned()));
+    }
 }

@@ -3,7 +3,7 @@ use std::marker::PhantomData;
 
 use crate::element::Datum;
 use crate::layout::Layout;
-use crate::tensor::TensorRef;
+use crate::tensor::{TensorMut, TensorRef};
 
 /// Where the rows of the heads are, in elements from the first.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +81,15 @@ pub struct HeadsMut<'a, T> {
 unsafe impl<T: Send> Sync for HeadsMut<'_, T> {}
 
 impl<'a, T> HeadsMut<'a, T> {
+    /// A tensor of tokens, or of scores, which has T as its elements.
+    pub fn of(tensor: TensorMut<'a>) -> Self
+    where
+        T: Datum,
+    {
+        let layout = tensor.layout().clone();
+        HeadsMut::new(tensor.into_slice().unwrap_or_default(), &layout)
+    }
+
     /// `layout` has four dimensions, of which the last is contiguous, and distinct elements.
     ///
     /// # Panics

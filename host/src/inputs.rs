@@ -1,4 +1,7 @@
 //! The tensors that attention takes, in host memory, in device memory, or as layouts alone.
+use std::convert::Infallible;
+
+use crate::error::Result;
 
 /// Q, K, V, and the tensors that scores and masks may take besides. X is a tensor: a [`TensorRef`](crate::TensorRef) in host
 /// memory, a [`RawTensor`](crate::raw::RawTensor) in device memory, a [`Layout`](crate::Layout).
@@ -88,17 +91,26 @@ impl<X> Inputs<X> {
 
     /// The same of another type of tensor; `f` gets each tensor and its name.
     pub fn map<'a, Y>(&'a self, mut f: impl FnMut(&'static str, &'a X) -> Y) -> Inputs<Y> {
-        Inputs {
-            q: f("q", &self.q),
-            k: f("k", &self.k),
-            v: f("v", &self.v),
-            bias: self.bias.as_ref().map(|x| f("bias", x)),
-            mask: self.mask.as_ref().map(|x| f("mask", x)),
-            alibi_slopes: self.alibi_slopes.as_ref().map(|x| f("alibi_slopes", x)),
-            sinks: self.sinks.as_ref().map(|x| f("sinks", x)),
-            cu_seqlens_q: self.cu_seqlens_q.as_ref().map(|x| f("cu_seqlens_q", x)),
-            cu_seqlens_k: self.cu_seqlens_k.as_ref().map(|x| f("cu_seqlens_k", x)),
-        }
+        let Ok(mapped) = self.try_map(|name, x| Ok::<_, Infallible>(f(name, x)));
+        mapped
+    }
+
+    /// The same of another type of tensor, or the first error of `f`, which gets each tensor and its name.
+    ///
+    /// # Errors
+    /// That of `f`.
+    pub fn try_map<'a, Y, E>(&'a self, mut f: impl FnMut(&'static str, &'a X) -> Result<Y, E>) -> Result<Inputs<Y>, E> {
+        Ok(Inputs {
+            q: f("q", &self.q)?,
+            k: f("k", &self.k)?,
+            v: f("v", &self.v)?,
+            bias: self.bias.as_ref().map(|x| f("bias", x)).transpose()?,
+            mask: self.mask.as_ref().map(|x| f("mask", x)).transpose()?,
+            alibi_slopes: self.alibi_slopes.as_ref().map(|x| f("alibi_slopes", x)).transpose()?,
+            sinks: self.sinks.as_ref().map(|x| f("sinks", x)).transpose()?,
+            cu_seqlens_q: self.cu_seqlens_q.as_ref().map(|x| f("cu_seqlens_q", x)).transpose()?,
+            cu_seqlens_k: self.cu_seqlens_k.as_ref().map(|x| f("cu_seqlens_k", x)).transpose()?,
+        })
     }
 }
 
@@ -132,12 +144,89 @@ impl<X> BackwardInputs<X> {
 
     /// The same of another type of tensor; `f` gets each tensor and its name.
     pub fn map<'a, Y>(&'a self, mut f: impl FnMut(&'static str, &'a X) -> Y) -> BackwardInputs<Y> {
-        BackwardInputs {
-            forward: self.forward.map(&mut f),
-            out: f("out", &self.out),
-            softmax_lse: f("softmax_lse", &self.softmax_lse),
-            dout: f("dout", &self.dout),
-            dlse: self.dlse.as_ref().map(|x| f("dlse", x)),
-        }
+        let Ok(mapped) = self.try_map(|name, x| Ok::<_, Infallible>(f(name, x)));
+        mapped
+    }
+
+    /// The same of another type of tensor, or the first error of `f`, which gets each tensor and its name.
+    ///
+    /// # Errors
+    /// That of `f`.
+    pub fn try_map<'a, Y, E>(
+        &'a self,
+        mut f: impl FnMut(&'static str, &'a X) -> Result<Y, E>,
+    ) -> Result<BackwardInputs<Y>, E> {
+        Ok(BackwardInputs {
+            forward: self.forward.try_map(&mut f)?,
+            out: f("out", &self.out)?,
+            softmax_lse: f("softmax_lse", &self.softmax_lse)?,
+            dout: f("dout", &self.dout)?,
+            dlse: self.dlse.as_ref().map(|x| f("dlse", x)).transpose()?,
+        })
+    }
+}
+
+/// Where a backward pass writes: tensors of the shapes of what they are the gradients of. Those that are `None` are not
+/// computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct GradientOutputs<X> {
+    /// dQ.
+    pub dq: X,
+    /// dK, summed over the heads of Q that read the head.
+    pub dk: X,
+    /// dV, summed likewise.
+    pub dv: X,
+    /// The gradient of the bias, in its dtype, summed over what the bias is broadcast to.
+    pub dbias: Option<X>,
+    /// The gradient of the sinks: f32, of shape (nheads).
+    pub dsinks: Option<X>,
+}
+
+impl<X> GradientOutputs<X> {
+    /// dQ, dK and dV, and nothing else.
+    pub fn new(dq: impl Into<X>, dk: impl Into<X>, dv: impl Into<X>) -> Self {
+        GradientOutputs { dq: dq.into(), dk: dk.into(), dv: dv.into(), dbias: None, dsinks: None }
+    }
+
+    /// With the gradient of the bias.
+    pub fn dbias(mut self, dbias: impl Into<X>) -> Self {
+        self.dbias = Some(dbias.into());
+        self
+    }
+
+    /// With the gradient of the sinks.
+    pub fn dsinks(mut self, dsinks: impl Into<X>) -> Self {
+        self.dsinks = Some(dsinks.into());
+        self
+    }
+
+    /// The same of another type of tensor; `f` gets each tensor and its name.
+    pub fn map<'a, Y>(&'a self, mut f: impl FnMut(&'static str, &'a X) -> Y) -> GradientOutputs<Y> {
+        let Ok(mapped) = self.try_map(|name, x| Ok::<_, Infallible>(f(name, x)));
+        mapped
+    }
+
+    /// The same of another type of tensor, or the first error of `f`, which gets each tensor and its name.
+    ///
+    /// # Errors
+    /// That of `f`.
+    pub fn try_map<'a, Y, E>(
+        &'a self,
+        mut f: impl FnMut(&'static str, &'a X) -> Result<Y, E>,
+    ) -> Result<GradientOutputs<Y>, E> {
+        Ok(GradientOutputs {
+            dq: f("dq", &self.dq)?,
+            dk: f("dk", &self.dk)?,
+            dv: f("dv", &self.dv)?,
+            dbias: self.dbias.as_ref().map(|x| f("dbias", x)).transpose()?,
+            dsinks: self.dsinks.as_ref().map(|x| f("dsinks", x)).transpose()?,
+        })
+    }
+
+    /// Those that there are, in the order of this struct.
+    pub(crate) fn into_each(self) -> impl Iterator<Item = X> {
+        let GradientOutputs { dq, dk, dv, dbias, dsinks } = self;
+        [dq, dk, dv].into_iter().chain(dbias).chain(dsinks)
     }
 }

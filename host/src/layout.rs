@@ -103,6 +103,13 @@ impl Layout {
         })
     }
 
+    /// The same with an extent of 1 where a stride of 0 repeats the elements.
+    pub(crate) fn without_repetitions(&self) -> Layout {
+        let once = |(&extent, &stride): (&usize, &usize)| if stride == 0 { extent.min(1) } else { extent };
+        let shape = self.shape.iter().zip(&self.strides).map(once).collect();
+        Layout { dtype: self.dtype, shape, strides: self.strides.clone() }
+    }
+
     /// Whether the last dimension is contiguous, as every kernel needs it.
     pub(crate) fn has_contiguous_rows(&self) -> bool {
         match (self.shape.last(), self.strides.last()) {

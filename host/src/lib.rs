@@ -27,6 +27,10 @@
 //! - **Pointers**: [`raw::Call`] and [`raw::BackwardCall`] take addresses, strides and a CUDA stream from any framework, and
 //!   only launch.
 //!
+//! Each level has short forms that take Q, K and V, and forms that take [`Inputs`]: besides these a bias, a boolean mask,
+//! ALiBi slopes, attention sinks, and where sequences of different lengths begin. [`AttentionOptions`] has windows, a cap of
+//! the scores, dropout, and the rest that is a number. What runs where, [`combinations`](mod@combinations) says.
+//!
 //! # Words
 //!
 //! Those of FlashAttention: tensors are (batch, seqlen, nheads, headdim); `nheads_k` heads of K and V may serve a multiple
@@ -41,12 +45,14 @@
 
 pub mod accuracy;
 mod backend;
+pub mod combinations;
 mod cpu;
 pub mod cuda;
 mod dispatch;
 mod element;
 mod error;
 mod families;
+mod features;
 mod heads;
 mod inputs;
 mod launch;
@@ -54,6 +60,7 @@ mod layout;
 mod machine;
 mod operands;
 mod options;
+mod parameters;
 mod problem;
 pub mod ptx;
 pub mod raw;
@@ -70,12 +77,15 @@ pub use cuda_std::{DType, sim};
 pub use driver;
 pub use element::{Datum, Element};
 pub use error::{Error, Result};
-pub use inputs::{BackwardInputs, Inputs};
+pub use inputs::{BackwardInputs, GradientOutputs, Inputs};
 pub use layout::Layout;
 pub use options::{AttentionOptions, Dropout, Kernel, SoftmaxMethod, WindowSize};
 pub use problem::{Problem, Varlen};
 pub use report::{LaunchReport, Report};
 pub use sequences::Sequences;
-pub use session::{Attention, Gradients, Session, Softmax, attention, attention_backward, softmax};
+pub use session::{
+    Attention, Gradients, Session, Softmax, attention, attention_backward, attention_backward_with, attention_with,
+    softmax,
+};
 pub use simulator::{Progress, SimulatorOptions};
 pub use tensor::{Tensor, TensorMut, TensorRef};

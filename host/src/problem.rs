@@ -4,7 +4,7 @@ use std::fmt;
 use cuda_std::DType;
 
 use crate::error::{Error, Result};
-use crate::inputs::{BackwardInputs, Inputs};
+use crate::inputs::{BackwardInputs, GradientOutputs, Inputs};
 use crate::layout::Layout;
 use crate::options::{AttentionOptions, Dropout, WindowSize};
 use crate::sequences::{Sequence, Sequences};
@@ -162,11 +162,7 @@ impl Problem {
             }
         }
         if let Some(sinks) = inputs.sinks {
-            same_dtype("sinks", sinks, DType::F32, "sinks")?;
-            if sinks.shape().len() != 1 {
-                return Err(Error::Rank { argument: "sinks", found: sinks.shape().len(), allowed: "1: (nheads)" });
-            }
-            same("sinks", sinks, 0, "nheads", nheads, "q")?;
+            check_sinks("sinks", sinks, nheads)?;
         }
 
         let softmax_scale = options.softmax_scale.unwrap_or_else(|| 1.0 / (headdim as f32).sqrt());
@@ -292,6 +288,25 @@ impl Problem {
         self.check_like("dout", inputs.dout, &self.out_shape(), "q")?;
         self.check_rows("softmax_lse", inputs.softmax_lse)?;
         inputs.dlse.map_or(Ok(()), |dlse| self.check_rows("dlse", dlse))
+    }
+
+    /// Checks that gradients of these layouts take the result of a backward pass.
+    pub(crate) fn check_gradients(&self, gradients: &GradientOutputs<&Layout>) -> Result<()> {
+        self.check_like("dq", gradients.dq, &self.q_shape(), "q")?;
+        self.check_like("dk", gradients.dk, &self.k_shape(), "k")?;
+        self.check_like("dv", gradients.dv, &self.v_shape(), "v")?;
+        if let Some(dbias) = gradients.dbias {
+            let Some(shape) = self.bias else { return Err(argument("dbias", "a tensor", "none, as there is no bias")) };
+            same_dtype("dbias", dbias, self.dtype, "q")?;
+            same_scores("dbias", dbias, shape)?;
+        }
+        if let Some(dsinks) = gradients.dsinks {
+            if !self.sinks {
+                return Err(argument("dsinks", "a tensor", "none, as there are no sinks"));
+            }
+            check_sinks("dsinks", dsinks, self.nheads)?;
+        }
+        Ok(())
     }
 
     /// Checks that a tensor has the shape of the LSE.
@@ -466,6 +481,35 @@ fn window(options: &AttentionOptions, seqlen_q: usize, seqlen_k: usize) -> Windo
     WindowSize { left: left.filter(|left| left + 1 < seqlen_k), right }
 }
 
+/// The dimensions of a tensor of scores.
+const SCORES: [&str; 4] = ["batch", "nheads", "seqlen_q", "seqlen_k"];
+
+/// The extents of a tensor of scores, whose rows are contiguous.
+fn scores_shape(argument: &'static str, layout: &Layout) -> Result<[usize; 4]> {
+    let shape = layout.shape().try_into().map_err(|_| Error::Rank {
+        argument,
+        found: layout.shape().len(),
+        allowed: "4: (batch, nheads, seqlen_q, seqlen_k), of which the first three may be 1",
+    })?;
+    contiguous_rows(argument, layout, "a last stride of 1: keys are contiguous")?;
+    Ok(shape)
+}
+
+/// Checks that a gradient of the bias has its shape.
+fn same_scores(argument: &'static str, layout: &Layout, shape: [usize; 4]) -> Result<()> {
+    scores_shape(argument, layout)?;
+    (0..4).try_for_each(|i| same(argument, layout, i, SCORES[i], shape[i], "the bias"))
+}
+
+/// Checks the sinks, or their gradient: (nheads).
+fn check_sinks(argument: &'static str, layout: &Layout, nheads: usize) -> Result<()> {
+    same_dtype(argument, layout, DType::F32, "sinks")?;
+    if layout.shape().len() != 1 {
+        return Err(Error::Rank { argument, found: layout.shape().len(), allowed: "1: (nheads)" });
+    }
+    same(argument, layout, 0, "nheads", nheads, "q")
+}
+
 /// Checks a tensor of scores: (batch, nheads, seqlen_q, seqlen_k), of which the first three may be 1.
 fn broadcast(
     argument: &'static str,
@@ -474,15 +518,9 @@ fn broadcast(
     of: &str,
     scores: [usize; 4],
 ) -> Result<[usize; 4]> {
-    const DIMENSIONS: [&str; 4] = ["batch", "nheads", "seqlen_q", "seqlen_k"];
     same_dtype(argument, layout, dtype, of)?;
-    let shape: [usize; 4] = layout.shape().try_into().map_err(|_| Error::Rank {
-        argument,
-        found: layout.shape().len(),
-        allowed: "4: (batch, nheads, seqlen_q, seqlen_k), of which the first three may be 1",
-    })?;
-    contiguous_rows(argument, layout, "a last stride of 1: keys are contiguous")?;
-    for (i, (dimension, extent)) in DIMENSIONS.into_iter().zip(scores).enumerate() {
+    let shape = scores_shape(argument, layout)?;
+    for (i, (dimension, extent)) in SCORES.into_iter().zip(scores).enumerate() {
         let found = shape[i];
         if found != extent && (found != 1 || i == 3) {
             let allowed = if i == 3 { format!("{extent}") } else { format!("{extent} or 1") };

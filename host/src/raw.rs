@@ -1,17 +1,16 @@
 //! Attention on plain pointers: addresses, strides and a CUDA stream, from any framework.
 //!
 //! ```no_run
-//! # use ferroflash::{AttentionOptions, DType, Kernel, Layout, cuda, raw};
+//! # use ferroflash::{AttentionOptions, DType, Inputs, Kernel, Layout, cuda, raw};
 //! # fn main() -> ferroflash::Result<()> {
 //! # let (q, k, v, out, softmax_lse, stream) = (0, 0, 0, 0, 0, std::ptr::null_mut());
 //! # let allocate = |_bytes: u64| 0;
 //! let tensor = |address| raw::RawTensor { address, layout: Layout::contiguous(DType::BF16, &[2, 4096, 16, 128]).unwrap() };
+//! let lse = raw::RawTensor { address: softmax_lse, layout: Layout::contiguous(DType::F32, &[2, 16, 4096])? };
 //! let call = raw::Call::new(&raw::Arguments {
-//!     q: tensor(q),
-//!     k: tensor(k),
-//!     v: tensor(v),
+//!     inputs: Inputs::new(tensor(q), tensor(k), tensor(v)),
 //!     out: tensor(out),
-//!     softmax_lse,
+//!     softmax_lse: lse,
 //!     options: AttentionOptions::new().causal(true),
 //!     kernel: Kernel::Auto,
 //! })?;
@@ -21,20 +20,24 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Tensors of tokens, bias and mask may have any strides but of their last dimension, and any address that is a multiple of
+//! the size of an element. Kernels are fastest where addresses and strides are multiples of [`ALIGNMENT`] bytes; where they
+//! are not, another one runs.
 use std::ffi::c_void;
 
 use cuda_std::Global;
-use driver::calls::{cuMemsetD2D8Async, cuMemsetD32Async};
-use kernels::attention::{Attention, Tensor, Untyped};
+use kernels::attention::{Attention, Untyped};
 
 use crate::backend::Backend;
-use crate::cuda::{Device, check};
+use crate::cuda::Device;
 use crate::dispatch::Plan;
 use crate::error::{Error, Result};
+use crate::inputs::Inputs;
 use crate::launch::{Launch, Workspace};
 use crate::layout::Layout;
-use crate::machine::arguments as machine_arguments;
 use crate::options::{AttentionOptions, Kernel};
+use crate::parameters;
 use crate::problem::Problem;
 use crate::report::LaunchReport;
 
@@ -45,8 +48,8 @@ pub use backward::{BackwardArguments, BackwardCall};
 /// A `CUstream`; null for the default one.
 pub type Stream = *mut c_void;
 
-/// What addresses and strides of tensors are multiples of, in bytes: the widest access of a kernel.
-pub const ALIGNMENT: usize = 16;
+/// What addresses and strides of tensors are multiples of, in bytes, for the fastest kernels: the widest access.
+pub const ALIGNMENT: usize = parameters::ALIGNMENT;
 
 /// What the address of a workspace is a multiple of, in bytes.
 pub const WORKSPACE_ALIGNMENT: u64 = 256;
@@ -63,17 +66,14 @@ pub struct RawTensor {
 /// The arguments of attention.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Arguments {
-    /// Q: (batch, seqlen_q, nheads, headdim).
-    pub q: RawTensor,
-    /// K: (batch, seqlen_k, nheads_k, headdim).
-    pub k: RawTensor,
-    /// V: (batch, seqlen_k, nheads_k, headdim).
-    pub v: RawTensor,
-    /// O, which is written: (batch, seqlen_q, nheads, headdim). Overlaps none of the others.
+    /// Q, K, V, and what scores and masks take besides. Slopes and sinks are contiguous, but for a batch dimension.
+    pub inputs: Inputs<RawTensor>,
+    /// O, which is written: (batch, seqlen_q, nheads, headdim_v), with `cu_seqlens_q` (total_q, nheads, headdim_v). Overlaps
+    /// none of the others.
     pub out: RawTensor,
-    /// The address of the LSE, which is written: batch x nheads x seqlen_q numbers, f32, contiguous.
-    pub softmax_lse: u64,
-    /// Scale and mask.
+    /// The LSE, which is written: f32, (batch, nheads, seqlen_q), with `cu_seqlens_q` (nheads, total_q), contiguous.
+    pub softmax_lse: RawTensor,
+    /// Scale, masks and the rest. With `cu_seqlens_q` they say the longest lengths.
     pub options: AttentionOptions,
     /// Which kernel family.
     pub kernel: Kernel,
@@ -85,35 +85,27 @@ pub struct Call {
     problem: Problem,
     plan: Plan,
     attention: Attention,
-    out: RawTensor,
 }
 
 impl Call {
     /// Checks the arguments and chooses the kernels.
     ///
     /// # Errors
-    /// Those of [`Problem::new`]; [`Error::Alignment`] and [`Error::Stride`] for addresses and strides that are no multiple
-    /// of [`ALIGNMENT`]; [`Error::Unsupported`] if the kernel cannot run this problem.
+    /// Those of [`Problem::of`]; [`Error::Alignment`] for an address that is no multiple of the size of an element;
+    /// [`Error::Stride`] for outputs that overlap themselves and for gaps where there may be none; [`Error::Unsupported`] if
+    /// the kernel cannot run this problem.
     pub fn new(arguments: &Arguments) -> Result<Self> {
-        let Arguments { q, k, v, out, softmax_lse, options, kernel } = arguments;
-        let problem = Problem::new(&q.layout, &k.layout, &v.layout, options)?;
+        let Arguments { inputs, out, softmax_lse, options, kernel } = arguments;
+        let problem = Problem::of(&inputs.map(|_, tensor| &tensor.layout), None, options)?;
         problem.check_outputs(&out.layout, None)?;
+        problem.check_rows("softmax_lse", &softmax_lse.layout)?;
+        check_inputs(inputs)?;
+        out.check_address("out")?;
         out.check_distinct("out")?;
-        for (argument, tensor) in [("q", q), ("k", k), ("v", v), ("out", out)] {
-            tensor.check_alignment(argument)?;
-        }
-        check_address("softmax_lse", *softmax_lse, align_of::<f32>())?;
-        let plan = Plan::new(&problem, *kernel, Backend::Cuda)?;
-        // SAFETY: what is at the address `launch` asks its caller about.
-        let lse = unsafe { Global::from_address(*softmax_lse) };
-        let attention = Attention {
-            q: q.tensor(),
-            k: k.tensor(),
-            v: v.tensor(),
-            o: out.tensor(),
-            ..machine_arguments(&problem, lse)
-        };
-        Ok(Call { problem, plan, attention, out: out.clone() })
+        softmax_lse.check_contiguous("softmax_lse")?;
+        let attention = parameters::attention(&problem, inputs, out, softmax_lse.address);
+        let plan = Plan::new(&problem, attention.aligned == 1, *kernel, Backend::Cuda)?;
+        Ok(Call { problem, plan, attention })
     }
 
     /// The problem.
@@ -128,18 +120,7 @@ impl Call {
 
     /// Device memory that the kernels work in, in bytes; none for FlashAttention-2.
     pub fn workspace_bytes(&self) -> u64 {
-        self.workspace_offsets().1
-    }
-
-    /// Where each part of the workspace begins, and where the last ends.
-    fn workspace_offsets(&self) -> (Vec<u64>, u64) {
-        let mut end = 0u64;
-        let begin = |workspace: &Workspace| {
-            let begin = end;
-            end = end.saturating_add(workspace.bytes()).next_multiple_of(WORKSPACE_ALIGNMENT);
-            begin
-        };
-        (self.plan.workspace.iter().map(begin).collect(), end)
+        workspace_offsets(&self.plan.workspace).1
     }
 
     /// Puts the launches on a stream. Returns at once; what is in the workspace afterwards means nothing.
@@ -152,99 +133,87 @@ impl Call {
     /// [`Error::Driver`]. A kernel that fails while it runs shows at the next synchronisation.
     ///
     /// # Safety
-    /// The tensors, the LSE and the workspace lie in memory of `device`, as large as their layouts say, until the stream has
-    /// done the launches; outputs and workspace overlap nothing else, and nothing else uses them meanwhile. `stream` is a
-    /// stream of the device's primary context, or null.
+    /// The tensors and the workspace lie in memory of `device`, as large as their layouts say, until the stream has done the
+    /// launches; outputs and workspace overlap nothing else, and nothing else uses them meanwhile. `cu_seqlens_q` and
+    /// `cu_seqlens_k` then hold numbers that begin with 0, never fall, and end with total_q and total_k, no two neighbours
+    /// further apart than the options say that the longest sequences are. `stream` is a stream of the device's primary
+    /// context, or null.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
-        let (offsets, _) = self.workspace_offsets();
-        if !offsets.is_empty() {
-            check_address("workspace", workspace, WORKSPACE_ALIGNMENT as usize)?;
-        }
-        let entered = device.enter()?;
-        if self.problem.rows() == 0 {
-            return Ok(Vec::new());
-        }
-        if self.problem.seqlen_k == 0 {
-            // SAFETY: as the caller promises.
-            unsafe { self.fill_without_keys(stream)? };
-            return Ok(Vec::new());
-        }
-        // SAFETY: as the caller promises.
-        let addresses: Vec<_> =
-            offsets.iter().map(|offset| unsafe { Global::<Untyped>::from_address(workspace + offset) }).collect();
+        let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
         let launches = self.plan.launches(&self.problem, self.attention, &addresses)?;
-        device.load(&launches, &entered)?;
-        for launch in &launches {
-            // SAFETY: as the caller promises.
-            unsafe { device.launch(launch, stream, &entered)? };
-        }
-        Ok(launches.iter().map(Launch::report).collect())
-    }
-
-    /// O = 0 and LSE = -inf.
-    ///
-    /// # Safety
-    /// As [`Call::launch`], and the device's context is current.
-    unsafe fn fill_without_keys(&self, stream: Stream) -> Result<()> {
         // SAFETY: as the caller promises.
-        unsafe { self.out.fill_with_zeros(stream)? };
-        let (lse, minus_infinity) = (self.attention.softmax_lse.address(), f32::NEG_INFINITY.to_bits());
-        // SAFETY: the LSE has as many elements, as the caller promises.
-        check("cuMemsetD32Async", unsafe { cuMemsetD32Async(lse, minus_infinity, self.problem.rows(), stream) })
+        unsafe { launch_all(&launches, device, stream) }
     }
 }
 
+/// Where each part of a workspace begins, and where the last ends.
+fn workspace_offsets(workspace: &[Workspace]) -> (Vec<u64>, u64) {
+    let mut end = 0u64;
+    let begin = |part: &Workspace| {
+        let begin = end;
+        end = end.saturating_add(part.bytes()).checked_next_multiple_of(WORKSPACE_ALIGNMENT).unwrap_or(u64::MAX);
+        begin
+    };
+    (workspace.iter().map(begin).collect(), end)
+}
+
+/// Where each part of the workspace at `address` is.
+fn workspace_addresses(workspace: &[Workspace], address: u64) -> Result<Vec<Global<Untyped>>> {
+    let (offsets, bytes) = workspace_offsets(workspace);
+    if bytes > 0 {
+        check_address("workspace", address, WORKSPACE_ALIGNMENT as usize)?;
+    }
+    Ok(offsets.iter().map(|offset| parameters::global(address.wrapping_add(*offset))).collect())
+}
+
+/// Puts launches on a stream of a device.
+///
+/// # Safety
+/// As [`Call::launch`].
+unsafe fn launch_all(launches: &[Launch], device: &'static Device, stream: Stream) -> Result<Vec<LaunchReport>> {
+    let entered = device.enter()?;
+    device.load(launches, &entered)?;
+    for launch in launches {
+        // SAFETY: as the caller promises.
+        unsafe { device.launch(launch, stream, &entered)? };
+    }
+    Ok(launches.iter().map(Launch::report).collect())
+}
+
+/// Checks the addresses of inputs, and that those are contiguous whose strides kernels do not ask for.
+fn check_inputs(inputs: &Inputs<RawTensor>) -> Result<()> {
+    inputs.try_map(|argument, tensor| tensor.check_address(argument))?;
+    if let Some(slopes) = &inputs.alibi_slopes {
+        slopes.check_contiguous_rows("alibi_slopes")?;
+    }
+    inputs.sinks.as_ref().map_or(Ok(()), |sinks| sinks.check_contiguous_rows("sinks"))
+}
+
 impl RawTensor {
-    fn check_alignment(&self, argument: &'static str) -> Result<()> {
+    /// Checks that elements may be read at this address.
+    fn check_address(&self, argument: &'static str) -> Result<()> {
         if self.layout.is_empty() {
             return Ok(());
         }
-        check_address(argument, self.address, ALIGNMENT)?;
-        let outer = self.layout.shape().iter().zip(self.layout.strides()).take(3);
-        let element = self.layout.dtype().bytes();
-        if outer.into_iter().any(|(&extent, &stride)| extent > 1 && !(stride * element).is_multiple_of(ALIGNMENT)) {
-            let allowed = "multiples of 16 bytes, but for headdim";
-            return Err(Error::Stride { argument, found: self.layout.strides().to_vec(), allowed });
-        }
-        Ok(())
+        check_address(argument, self.address, self.layout.dtype().bytes())
     }
 
     fn check_distinct(&self, argument: &'static str) -> Result<()> {
-        if self.layout.is_distinct() {
-            return Ok(());
-        }
-        let allowed = "those with which no two elements share memory";
-        Err(Error::Stride { argument, found: self.layout.strides().to_vec(), allowed })
+        self.check_strides(argument, self.layout.is_distinct(), "those with which no two elements share memory")
     }
 
-    /// Sets all elements to 0, head by head: what lies between them stays.
-    ///
-    /// # Safety
-    /// The tensor lies in memory of the device whose context is current and is not used until the stream has done it; the
-    /// stream is one of that context, or null.
-    unsafe fn fill_with_zeros(&self, stream: Stream) -> Result<()> {
-        if self.layout.is_empty() {
-            return Ok(());
-        }
-        let element = self.layout.dtype().bytes();
-        let [batches, rows, heads, headdim] = [0, 1, 2, 3].map(|i| self.layout.shape()[i]);
-        let [batch_stride, row_stride, head_stride] = [0, 1, 2].map(|i| self.layout.strides()[i] * element);
-        let width = headdim * element;
-        let pitch = if rows > 1 { row_stride } else { width };
-        for (batch, head) in (0..batches).flat_map(|batch| (0..heads).map(move |head| (batch, head))) {
-            let address = self.address + (batch * batch_stride + head * head_stride) as u64;
-            // SAFETY: the rows of one head, as the caller promises.
-            check("cuMemsetD2D8Async", unsafe { cuMemsetD2D8Async(address, pitch, 0, width, rows, stream) })?;
-        }
-        Ok(())
+    fn check_contiguous_rows(&self, argument: &'static str) -> Result<()> {
+        self.check_strides(argument, self.layout.has_contiguous_rows(), "a last stride of 1")
     }
 
-    fn tensor(&self) -> Tensor<Untyped> {
-        let strides = self.layout.strides();
-        let [batch_stride, row_stride, head_stride] = [0, 1, 2].map(|i| strides[i] as u64);
-        // SAFETY: what is at the address `launch` asks its caller about.
-        let data = unsafe { Global::from_address(self.address) };
-        Tensor { data, batch_stride, row_stride, head_stride }
+    /// Checks that this may be read or written as one row of elements.
+    fn check_contiguous(&self, argument: &'static str) -> Result<()> {
+        self.check_address(argument)?;
+        self.check_strides(argument, self.layout.is_contiguous(), "those of a contiguous tensor")
+    }
+
+    fn check_strides(&self, argument: &'static str, passed: bool, allowed: &'static str) -> Result<()> {
+        if passed { Ok(()) } else { Err(Error::Stride { argument, found: self.layout.strides().to_vec(), allowed }) }
     }
 }
 
@@ -260,31 +229,61 @@ mod tests {
     use super::*;
     use cuda_std::DType;
 
+    const SHAPE: [usize; 4] = [1, 8, 2, 64];
+
+    fn tensor(dtype: DType, address: u64, shape: &[usize]) -> RawTensor {
+        RawTensor { address, layout: Layout::contiguous(dtype, shape).expect("small") }
+    }
+
     fn arguments() -> Arguments {
-        let layout = Layout::contiguous(DType::F16, &[1, 8, 2, 64]).expect("small");
-        let tensor = |address| RawTensor { address, layout: layout.clone() };
-        let (options, kernel) = (AttentionOptions::new(), Kernel::Auto);
-        let (q, k, v, out) = (tensor(0x1000), tensor(0x2000), tensor(0x3000), tensor(0x4000));
-        Arguments { q, k, v, out, softmax_lse: 0x5000, options, kernel }
+        let tokens = |address| tensor(DType::F16, address, &SHAPE);
+        Arguments {
+            inputs: Inputs::new(tokens(0x1000), tokens(0x2000), tokens(0x3000)),
+            out: tokens(0x4000),
+            softmax_lse: tensor(DType::F32, 0x5000, &[1, 2, 8]),
+            options: AttentionOptions::new(),
+            kernel: Kernel::Auto,
+        }
+    }
+
+    fn refused(change: fn(&mut Arguments)) -> String {
+        let mut arguments = arguments();
+        change(&mut arguments);
+        Call::new(&arguments).expect_err("bad").to_string()
     }
 
     #[test]
-    fn addresses_and_strides_must_be_aligned() {
-        let refused = |change: fn(&mut Arguments)| {
-            let mut arguments = arguments();
-            change(&mut arguments);
-            Call::new(&arguments).expect_err("bad").to_string()
-        };
-        assert_eq!(refused(|a| a.k.address += 8), "k: address 0x2008; allowed: multiples of 16 bytes");
-        assert_eq!(refused(|a| a.softmax_lse = 0), "softmax_lse: address 0x0; allowed: multiples of 4 bytes");
-        let strides = |a: &mut Arguments| {
-            a.v.layout = Layout::strided(DType::F16, &[1, 8, 2, 64], &[1, 132, 64, 1]).expect("four strides");
-        };
-        assert_eq!(refused(strides), "v: strides [1, 132, 64, 1]; allowed: multiples of 16 bytes, but for headdim");
+    fn each_bad_argument_is_named() {
+        assert_eq!(refused(|a| a.inputs.k.address += 1), "k: address 0x2001; allowed: multiples of 2 bytes");
+        assert_eq!(refused(|a| a.softmax_lse.address = 0), "softmax_lse: address 0x0; allowed: multiples of 4 bytes");
+        let short = refused(|a| a.softmax_lse = tensor(DType::F32, 0x5000, &[1, 2, 7]));
+        assert_eq!(short, "softmax_lse: seqlen is 7; allowed: 8, as of q");
         let overlap = |a: &mut Arguments| {
-            a.out.layout = Layout::strided(DType::F16, &[1, 8, 2, 64], &[0, 0, 64, 1]).expect("four strides");
+            a.out.layout = Layout::strided(DType::F16, &SHAPE, &[0, 0, 64, 1]).expect("four strides");
         };
         assert!(refused(overlap).starts_with("out: strides [0, 0, 64, 1]; allowed: those with which no two"));
+        let slopes = |a: &mut Arguments| {
+            let layout = Layout::strided(DType::F32, &[2], &[2]).expect("one stride");
+            a.inputs.alibi_slopes = Some(RawTensor { address: 0x6000, layout });
+        };
+        assert_eq!(refused(slopes), "alibi_slopes: strides [2]; allowed: a last stride of 1");
+        let lengths = |a: &mut Arguments| {
+            let tokens = |address| tensor(DType::F16, address, &SHAPE[1..]);
+            let starts = tensor(DType::I32, 0x6000, &[3]);
+            a.inputs = Inputs::new(tokens(0x1000), tokens(0x2000), tokens(0x3000)).cu_seqlens(starts.clone(), starts);
+        };
+        assert_eq!(refused(lengths), "max_seqlen_q: none; allowed: a number: cu_seqlens is in device memory");
+    }
+
+    #[test]
+    fn elders_refuse_what_is_not_aligned() {
+        let unaligned = |a: &mut Arguments| {
+            a.kernel = Kernel::Flash1;
+            a.inputs.v.layout = Layout::strided(DType::F16, &SHAPE, &[1056, 132, 64, 1]).expect("four strides");
+        };
+        let reason = refused(unaligned);
+        assert!(reason.contains("addresses and strides that are no multiples of 16 bytes"), "{reason}");
+        assert_eq!(Call::new(&arguments()).expect("valid").attention.aligned, 1);
     }
 
     #[test]

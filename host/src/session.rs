@@ -9,12 +9,14 @@ use crate::dispatch::Plan;
 use crate::element::{Element, with_element};
 use crate::error::{Error, Result};
 use crate::heads::HeadsMut;
+use crate::inputs::Inputs;
 use crate::layout::Layout;
-use crate::machine::{self, Inputs, Machine, Repetitions};
+use crate::machine::{self, Repetitions};
 use crate::operands::Operands;
 use crate::options::{AttentionOptions, Kernel, SoftmaxMethod};
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
+use crate::sequences::Sequences;
 use crate::simulator::{self, Progress, Simulator, SimulatorOptions};
 use crate::tensor::{Tensor, TensorMut, TensorRef};
 
@@ -22,7 +24,7 @@ mod backward;
 #[cfg(test)]
 mod tests;
 
-pub use backward::{Gradients, attention_backward};
+pub use backward::{Gradients, attention_backward, attention_backward_with};
 
 /// What computes: a backend, a kernel, and how often to run.
 #[derive(Clone, Debug)]
@@ -45,9 +47,10 @@ enum Executor {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Attention {
-    /// O: (batch, seqlen_q, nheads, headdim), in the dtype of Q.
+    /// O: (batch, seqlen_q, nheads, headdim_v), in the dtype of Q; with `cu_seqlens_q` (total_q, nheads, headdim_v).
     pub out: Tensor,
-    /// log Σ e^score, natural logarithm: (batch, nheads, seqlen_q), f32. -inf for a row that sees no key.
+    /// log Σ e^score, natural logarithm, the sink among the scores: (batch, nheads, seqlen_q), f32; with `cu_seqlens_q`
+    /// (nheads, total_q). -inf for a row that sees no key and has no sink.
     pub softmax_lse: Tensor,
     /// What ran.
     pub report: Report,
@@ -65,8 +68,9 @@ pub struct Softmax {
 
 /// O = softmax(softmax_scale · Q Kᵀ + mask) V, on the backend that [`Backend::auto`] chooses.
 ///
-/// Q has shape (batch, seqlen_q, nheads, headdim), K and V (batch, seqlen_k, nheads_k, headdim); nheads is a multiple of
-/// nheads_k (grouped queries). Their dtype is f32, f16 or bf16.
+/// Q has shape (batch, seqlen_q, nheads, headdim), K (batch, seqlen_k, nheads_k, headdim) and V (batch, seqlen_k, nheads_k,
+/// headdim_v); nheads is a multiple of nheads_k (grouped queries). Their dtype is f32, f16 or bf16. [`attention_with`] takes
+/// more tensors.
 ///
 /// # Errors
 /// Those of [`Problem::new`] for arguments that do not fit together, and those of the backend.
@@ -77,6 +81,30 @@ pub fn attention<'a>(
     options: &AttentionOptions,
 ) -> Result<Attention> {
     Session::auto()?.attention(q, k, v, options)
+}
+
+/// The same of all the tensors that attention may take: a bias, a mask, ALiBi slopes, sinks, and sequences of different
+/// lengths.
+///
+/// ```
+/// use ferroflash::{AttentionOptions, Inputs, Tensor, attention_with};
+///
+/// # fn main() -> Result<(), ferroflash::Error> {
+/// // Two sequences, of 40 and of 24 tokens.
+/// let x = Tensor::from_vec(vec![0.5f32; 64 * 4 * 64], &[64, 4, 64])?;
+/// let starts = Tensor::from_vec(vec![0, 40, 64], &[3])?;
+/// let inputs = Inputs::new(&x, &x, &x).cu_seqlens(&starts, &starts);
+/// let result = attention_with(&inputs, &AttentionOptions::new().causal(true))?;
+/// assert_eq!(result.out.shape(), [64, 4, 64]);
+/// assert_eq!(result.softmax_lse.shape(), [4, 64]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of [`Problem::of`] and of [`Sequences::new`] for arguments that do not fit together, and those of the backend.
+pub fn attention_with(inputs: &Inputs<TensorRef>, options: &AttentionOptions) -> Result<Attention> {
+    Session::auto()?.attention_with(inputs, options)
 }
 
 /// Softmax over the last dimension, on the backend that [`Backend::auto`] chooses.
@@ -187,15 +215,22 @@ impl Session {
         v: impl Into<TensorRef<'a>>,
         options: &AttentionOptions,
     ) -> Result<Attention> {
-        let (q, k, v) = (q.into(), k.into(), v.into());
-        let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
+        self.attention_with(&Inputs::new(q, k, v), options)
+    }
+
+    /// The same of all the tensors that attention may take, as [`attention_with`](crate::attention_with()).
+    ///
+    /// # Errors
+    /// As [`attention_with`](crate::attention_with()); [`Error::Unsupported`] if the kernel cannot run this problem.
+    pub fn attention_with(&self, inputs: &Inputs<TensorRef>, options: &AttentionOptions) -> Result<Attention> {
+        let problem = posed(inputs, options)?;
         let mut out = Tensor::zeros(problem.dtype, &problem.out_shape())?;
         let mut lse = vec![0.0; problem.rows()];
-        let report = self.attention_into(&q, &k, &v, options, &mut out, &mut lse)?;
+        let report = self.compute(&problem, inputs, out.view_mut(), &mut lse)?;
         Ok(Attention { out, softmax_lse: Tensor::from_vec(lse, &problem.lse_shape())?, report })
     }
 
-    /// The same, into tensors that are there: `out` (batch, seqlen_q, nheads, headdim) with any strides but of the last
+    /// The same, into tensors that are there: `out` (batch, seqlen_q, nheads, headdim_v) with any strides but of the last
     /// dimension, `softmax_lse` batch x nheads x seqlen_q numbers. After an error they are as they were, or, if a backend
     /// failed while it ran, hold anything.
     ///
@@ -210,16 +245,31 @@ impl Session {
         out: impl Into<TensorMut<'o>>,
         softmax_lse: &mut [f32],
     ) -> Result<Report> {
-        let (q, k, v, out) = (q.into(), k.into(), v.into(), out.into());
-        let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
-        problem.check_outputs(out.layout(), Some(softmax_lse.len()))?;
-        with_element!("q", problem.dtype, T => self.attention_of::<T>(&problem, [&q, &k, &v], out, softmax_lse))
+        self.attention_into_with(&Inputs::new(q, k, v), options, out, softmax_lse)
     }
 
-    fn attention_of<T: Element>(
+    /// The same of all the tensors that attention may take. With `cu_seqlens_q` `out` is (total_q, nheads, headdim_v), and
+    /// `softmax_lse` has nheads x total_q numbers.
+    ///
+    /// # Errors
+    /// As [`Session::attention_with`]; also if `out` or `softmax_lse` do not fit the problem.
+    pub fn attention_into_with<'o>(
+        &self,
+        inputs: &Inputs<TensorRef>,
+        options: &AttentionOptions,
+        out: impl Into<TensorMut<'o>>,
+        softmax_lse: &mut [f32],
+    ) -> Result<Report> {
+        let out = out.into();
+        let problem = posed(inputs, options)?;
+        problem.check_outputs(out.layout(), Some(softmax_lse.len()))?;
+        self.compute(&problem, inputs, out, softmax_lse)
+    }
+
+    fn compute(
         &self,
         problem: &Problem,
-        [q, k, v]: [&TensorRef; 3],
+        inputs: &Inputs<TensorRef>,
         out: TensorMut,
         softmax_lse: &mut [f32],
     ) -> Result<Report> {
@@ -230,17 +280,22 @@ impl Session {
                 algorithm = "tiled online softmax";
                 reason = "the CPU has one algorithm".to_owned();
                 extra_bytes = (problem.rows() * size_of::<f32>()) as u64 + cpu::extra_bytes(problem);
-                (launches, seconds) = self.on_cpu::<T>(problem, [q, k, v], out, softmax_lse)?;
+                (launches, seconds) = with_element!("q", problem.dtype, T => {
+                    self.on_cpu::<T>(problem, inputs, out, softmax_lse)?
+                });
             }
             Executor::Cuda(_) | Executor::Simulator => {
-                let plan = Plan::new(problem, self.kernel, self.backend())?;
+                // On a machine all tensors are aligned.
+                let plan = Plan::new(problem, true, self.kernel, self.backend())?;
+                let lse = TensorMut::new(softmax_lse, &problem.lse_shape())?;
+                let times = self.repetitions;
                 (launches, seconds) = match self.executor {
                     Executor::Cuda(device) => {
-                        on_machine::<_, T>(&Gpu::new(device)?, self, problem, &plan, [q, k, v], out, softmax_lse)?
+                        machine::attention(&Gpu::new(device)?, problem, &plan, times, inputs, out, lse)?
                     }
                     _ => {
                         let simulator = Simulator::new(&self.simulator);
-                        on_machine::<_, T>(&simulator, self, problem, &plan, [q, k, v], out, softmax_lse)?
+                        machine::attention(&simulator, problem, &plan, times, inputs, out, lse)?
                     }
                 };
                 algorithm = plan.algorithm();
@@ -273,11 +328,11 @@ impl Session {
     fn on_cpu<T: Element>(
         &self,
         problem: &Problem,
-        [q, k, v]: [&TensorRef; 3],
+        inputs: &Inputs<TensorRef>,
         out: TensorMut,
         softmax_lse: &mut [f32],
     ) -> Result<(Vec<LaunchReport>, f64)> {
-        let operands = Operands::<T>::new(problem, &crate::inputs::Inputs::new(q, k, v));
+        let operands = Operands::<T>::new(problem, inputs);
         let layout = out.layout().clone();
         let out = out.into_slice::<T>().unwrap_or_default();
         self.repetitions.run(|| {
@@ -343,25 +398,7 @@ impl Session {
     }
 }
 
-fn on_machine<M: Machine, T: Element>(
-    machine: &M,
-    session: &Session,
-    problem: &Problem,
-    plan: &Plan,
-    [q, k, v]: [&TensorRef; 3],
-    out: TensorMut,
-    softmax_lse: &mut [f32],
-) -> Result<(Vec<LaunchReport>, f64)> {
-    let mut packed_out = vec![T::default(); problem.rows() * problem.headdim];
-    let done = if problem.rows() == 0 || problem.seqlen_k == 0 {
-        // Nothing to launch: no row sees a key.
-        softmax_lse.fill(f32::NEG_INFINITY);
-        (Vec::new(), 0.0)
-    } else {
-        let [q, k, v] = [q, k, v].map(|tensor| tensor.packed::<T>().unwrap_or_default());
-        let inputs = Inputs { q: &q, k: &k, v: &v };
-        machine::attention(machine, problem, plan, session.repetitions, inputs, &mut packed_out, softmax_lse)?
-    };
-    out.fill(&packed_out);
-    Ok(done)
+/// The problem that inputs in host memory pose.
+fn posed(inputs: &Inputs<TensorRef>, options: &AttentionOptions) -> Result<Problem> {
+    Problem::of(&inputs.map(|_, tensor| tensor.layout()), Sequences::read(inputs)?, options)
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use cuda_std::Global;
 use cuda_std::sim::{self, Buffer, Memory};
 
-use crate::element::Element;
+use crate::element::Datum;
 use crate::error::{Error, Result};
 use crate::launch::Launch;
 use crate::machine::Machine;
@@ -94,26 +94,26 @@ impl<'a> Simulator<'a> {
 }
 
 impl Machine for Simulator<'_> {
-    type Buffer<T: Element> = Buffer<T>;
+    type Buffer<T: Datum> = Buffer<T>;
 
-    fn upload<T: Element>(&self, name: &'static str, data: &[T]) -> Result<Buffer<T>> {
+    fn upload<T: Datum>(&self, name: &'static str, data: &[T]) -> Result<Buffer<T>> {
         Ok(self.memory.upload(name, data))
     }
 
-    fn allocate<T: Element>(&self, name: &'static str, len: usize) -> Result<Buffer<T>> {
+    fn allocate<T: Datum>(&self, name: &'static str, len: usize) -> Result<Buffer<T>> {
         check_size::<T>(name, len)?;
         Ok(self.memory.allocate(name, len))
     }
 
-    fn output<T: Element>(&self, name: &'static str, len: usize) -> Result<Buffer<T>> {
+    fn output<T: Datum>(&self, name: &'static str, len: usize) -> Result<Buffer<T>> {
         self.allocate(name, len)
     }
 
-    fn global<T: Element>(&self, buffer: &Buffer<T>) -> Global<T> {
+    fn global<T: Datum>(&self, buffer: &Buffer<T>) -> Global<T> {
         buffer.global()
     }
 
-    fn download<T: Element>(&self, buffer: &Buffer<T>, to: &mut [T]) -> Result<()> {
+    fn download<T: Datum>(&self, buffer: &Buffer<T>, to: &mut [T]) -> Result<()> {
         to.copy_from_slice(&self.memory.read(buffer));
         Ok(())
     }

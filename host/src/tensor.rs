@@ -81,6 +81,11 @@ impl<'a> TensorRef<'a> {
         T::unwrap(self.data)
     }
 
+    /// The same with an extent of 1 where a stride of 0 repeats its elements.
+    pub(crate) fn without_repetitions(&self) -> TensorRef<'a> {
+        TensorRef { data: self.data, layout: self.layout.without_repetitions() }
+    }
+
     /// The elements in row-major order without gaps: borrowed where they lie so. `None` if `T` is not the dtype.
     pub(crate) fn packed<T: Datum>(&self) -> Option<Cow<'a, [T]>> {
         let data = self.as_slice::<T>()?;
@@ -175,7 +180,7 @@ impl<'a> TensorMut<'a> {
     /// Copies elements, given in row-major order, to their places.
     pub(crate) fn fill<T: Datum>(self, packed: &[T]) {
         let TensorMut { data, layout } = self;
-        if let Some(data) = T::unwrap_mut(data) {
+        if let Some(data) = T::unwrap_mut(data).filter(|_| !layout.is_empty()) {
             scatter(packed, layout.shape(), layout.strides(), data);
         }
     }

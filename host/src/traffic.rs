@@ -8,8 +8,11 @@
 //! In the derivations below: N_q and N_k are the lengths of Q and of K and V, d is the head dimension, e the bytes of an
 //! element of Q, T_r and T_c the numbers of blocks that N_q and N_k fall into. All is for one head of one sequence; there are
 //! `batch * nheads` of them. Grouped heads save memory, not traffic: each head of Q loads its K and V.
+use cuda_std::Kernel as EntryPoint;
+use kernels::Config;
 use kernels::mask::{Mask, UNBOUNDED};
 
+use crate::features::Feature;
 use crate::options::Kernel;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
@@ -47,15 +50,30 @@ const PROBABILITIES: &str = "P = softmax(S)";
 const OUTPUT: &str = "O = PV";
 const FUSED: &str = "O = softmax(QKᵀ)V";
 
-/// What a kernel family moves for a problem, launch by launch, by its formula. `None` for [`Kernel::Auto`], and where the
-/// family has no kernel for the head dimension or the dtype.
+/// What a kernel family moves for a problem, launch by launch, by its formula. `None` for [`Kernel::Auto`], where the family
+/// has no kernel of just this head dimension and dtype, and for problems that ask for more than a causal mask and grouped
+/// queries: these formulas do not know what else is then loaded.
 pub fn formula(kernel: Kernel, problem: &Problem) -> Option<Vec<Step>> {
+    let is_plain = is_plain(problem);
     match kernel {
         Kernel::Auto => None,
-        Kernel::Standard => Some(standard(problem)),
-        Kernel::Flash1 => Some(flash1(problem)),
+        Kernel::Standard => is_plain.then(|| standard(problem)),
+        Kernel::Flash1 => is_plain.then(|| flash1(problem)),
         Kernel::Flash2 => flash2(problem),
     }
+}
+
+/// Whether the formulas count all that is moved for a problem.
+fn is_plain(problem: &Problem) -> bool {
+    Feature::of(problem, true).iter().all(|feature| Feature::OF_ELDERS.contains(feature))
+}
+
+/// The configuration of the kernel of a table that is built for just this problem.
+fn config<P>(table: &[EntryPoint<P, Config>], problem: &Problem) -> Option<Config> {
+    let wanted = (problem.dtype, problem.headdim as u32, Some(problem.is_causal()), false);
+    let of = |config: &Config| (config.dtype, config.headdim, config.causal, config.general);
+    let found = table.iter().map(|kernel| kernel.config).find(|config| of(config) == wanted);
+    found.filter(|_| is_plain(problem))
 }
 
 /// What the launches of a report moved, as the simulator counted. `None` if another backend ran them, which counts nothing.
@@ -141,12 +159,9 @@ pub fn flash1(problem: &Problem) -> Vec<Step> {
 /// FlashAttention-2: one kernel, whose outer loop, over blocks of Q, is the grid. Θ(N² d² / M) for an SRAM of M elements.
 ///
 /// Q is loaded once; O and LSE are stored once. Block i of Q loads the blocks of K and V that its rows see: T_c of them, or
-/// fewer under a causal mask. `None` where FlashAttention-2 has no kernel for the head dimension and dtype.
+/// fewer under a causal mask. `None` where [`formula`] has none.
 pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
-    let config = kernels::flash2::FORWARD.iter().map(|kernel| kernel.config).find(|config| {
-        let wanted = (problem.dtype, problem.headdim as u32, Some(problem.is_causal()));
-        (config.dtype, config.headdim, config.causal) == wanted
-    })?;
+    let config = config(kernels::flash2::FORWARD, problem)?;
     let Head { q, rows, element, mask, .. } = Head::of(problem);
     let keys_met: u64 = query_blocks(mask, config.block_m)
         .map(|(first_row, _)| mask.key_blocks(first_row, config.block_m, config.block_n).end)

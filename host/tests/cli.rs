@@ -104,6 +104,7 @@ fn elements(dtype: Dtype, shape: &[usize]) -> Vec<u8> {
         Dtype::F16 => numbers.flat_map(|x| half::f16::from_f32(x).to_le_bytes()).collect(),
         Dtype::BF16 => numbers.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
         Dtype::I64 => numbers.flat_map(|x| (x as i64).to_le_bytes()).collect(),
+        Dtype::BOOL => numbers.map(|x| u8::from(x > -1.0)).collect(),
         other => panic!("{other:?} is not for these tests"),
     }
 }
@@ -188,13 +189,102 @@ fn run_backward_writes_gradients() {
 fn run_backward_needs_dout() {
     let directory = Directory::new("no-dout");
     let input = directory.attention("in.safetensors", Dtype::BF16, &[1, 8, 2, 32], &[1, 8, 2, 32]);
-    let needed = "--backward needs dout, bf16 of shape [1, 8, 2, 32], like q";
+    let needed = "--backward needs dout, bf16 of shape [1, 8, 2, 32], like out";
     refuses(["run", &input, "--backward"], needed);
     refuses(["run", &input, "--backward"], "has no tensor dout; it has: k, q, v");
     let shape = &[1, 8, 2, 32][..];
     let tensors = [("q", shape), ("k", shape), ("v", shape), ("dout", &[1, 7, 2, 32])];
     let input = directory.tensors("short.safetensors", &tensors.map(|(name, shape)| (name, Dtype::F32, shape)));
     refuses(["run", &input, "--backward", "--backend=cpu"], "dout: seqlen is 7; allowed: 8, as of q");
+}
+
+/// Writes q, k, v, dout and everything else that attention takes, of two sequences of 19 queries and 23 keys.
+fn everything(directory: &Directory, dtype: Dtype) -> String {
+    let (of_queries, of_keys) = (&[2, 19, 4, 32][..], &[2, 23, 2, 32][..]);
+    let tensors = [
+        ("q", dtype, of_queries),
+        ("k", dtype, of_keys),
+        ("v", dtype, of_keys),
+        ("dout", dtype, of_queries),
+        ("dlse", Dtype::F32, &[2, 4, 19]),
+        ("bias", dtype, &[1, 4, 19, 23]),
+        ("mask", Dtype::BOOL, &[2, 1, 1, 23]),
+        ("alibi_slopes", Dtype::F32, &[2, 4]),
+        ("sinks", Dtype::F32, &[4]),
+    ];
+    directory.tensors("everything.safetensors", &tensors)
+}
+
+#[test]
+fn run_takes_all_tensors_and_options() {
+    let directory = Directory::new("everything");
+    let input = everything(&directory, Dtype::F32);
+    let output = directory.path("out.safetensors");
+    let options = ["--window=20,all", "--softcap=3", "--dropout=0.2", "--seed=7", "--offset=1", "--deterministic"];
+    let tensors = ["--bias", "--mask", "--alibi=file", "--sinks", "--dlse", "--backward"];
+    let arguments = ["run", &input, "-o", &output, "--backend=cpu"].into_iter().chain(options).chain(tensors);
+    let answer = answers(arguments);
+    let problem = answer["problem"].as_str().expect("in words");
+    for word in ["window 20 left", "softcap 3", "dropout 0.2", "bias", "mask", "ALiBi", "sinks"] {
+        assert!(problem.contains(word), "{word:?} is not in {problem}");
+    }
+    let bytes = fs::read(&output).expect("written");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let shape = |name| file.tensor(name).expect(name).shape().to_vec();
+    assert_eq!((shape("dbias"), shape("dsinks")), (vec![1, 4, 19, 23], vec![4]));
+    assert_eq!((shape("dq"), shape("dv")), (vec![2, 19, 4, 32], vec![2, 23, 2, 32]));
+}
+
+#[test]
+fn run_uses_a_tensor_only_where_its_flag_says_so() {
+    let directory = Directory::new("flags");
+    let input = everything(&directory, Dtype::F16);
+    let answer = answers(["run", &input, "--backend=simulator", "--verify"]);
+    assert_eq!(answer["accuracy"]["passed"], true);
+    assert_eq!(answer["problem"], "batch 2, seqlen_q 19, seqlen_k 23, nheads 4, nheads_k 2, headdim 32");
+    let plain = directory.attention("plain.safetensors", Dtype::F16, &[1, 8, 2, 32], &[1, 8, 2, 32]);
+    for (flag, name) in [
+        ("--bias", "bias"),
+        ("--mask", "mask"),
+        ("--sinks", "sinks"),
+        ("--alibi=file", "alibi_slopes"),
+        ("--varlen", "cu_seqlens_q"),
+    ] {
+        refuses(["run", &plain, flag], &format!("has no tensor {name}; it has: k, q, v"));
+    }
+}
+
+#[test]
+fn run_says_what_each_kernel_does_not_know() {
+    let directory = Directory::new("unknown");
+    let input = everything(&directory, Dtype::F16);
+    for kernel in ["standard", "flash1"] {
+        let arguments = ["run", &input, "--backend=simulator", "--kernel", kernel, "--window=3,3", "--sinks", "--bias"];
+        let reason = format!("{kernel}: no kernel of f16 and headdim 32 for window_size, bias, sinks");
+        refuses(arguments, &reason);
+    }
+}
+
+#[test]
+fn run_takes_sequences_of_different_lengths() {
+    let directory = Directory::new("varlen");
+    let tokens = elements(Dtype::F16, &[40, 2, 32]);
+    let starts: Vec<u8> = [0i32, 15, 15, 40].into_iter().flat_map(i32::to_le_bytes).collect();
+    let tokens = TensorView::new(Dtype::F16, vec![40, 2, 32], &tokens).expect("as many");
+    let starts = TensorView::new(Dtype::I32, vec![4], &starts).expect("four");
+    let views = ["q", "k", "v"].map(|name| (name, tokens.clone())).into_iter();
+    let views = views.chain(["cu_seqlens_q", "cu_seqlens_k"].map(|name| (name, starts.clone())));
+    let input = directory.path("in.safetensors");
+    fs::write(&input, safetensors::serialize(views, None).expect("serialised")).expect("written");
+    let output = directory.path("out.safetensors");
+    let answer = answers(["run", &input, "-o", &output, "--backend=simulator", "--varlen", "--causal"]);
+    let problem = "batch 3, seqlen_q 25, seqlen_k 25, nheads 2, nheads_k 2, headdim 32, total_q 40, total_k 40, causal";
+    assert_eq!(answer["problem"], problem);
+    let bytes = fs::read(&output).expect("written");
+    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+    assert_eq!(file.tensor("out").expect("out").shape(), [40, 2, 32]);
+    assert_eq!(file.tensor("softmax_lse").expect("LSE").shape(), [2, 40]);
+    refuses(["run", &input, "--backend=cpu"], "q: 3 dimensions; allowed: 4");
 }
 
 #[test]
@@ -270,6 +360,16 @@ fn info_says_what_would_run() {
     for line in ["driver", "kernels", "backend", "auto"] {
         assert!(printed.lines().any(|printed| printed.starts_with(line)), "no line {line} in {printed}");
     }
+}
+
+#[test]
+fn info_lists_what_runs_where() {
+    let printed = succeeds(["info", "--kernels"]);
+    assert!(printed.starts_with("# What runs where") && printed.contains("| flash2 | forward |"), "{printed}");
+    let answer = answers(["info", "--kernels"]);
+    let combinations = answer["combinations"].as_array().expect("a list");
+    let elder = combinations.iter().find(|combination| combination["algorithm"] == "flash1").expect("there is one");
+    assert_eq!((&elder["headdims"], &elder["features"]["softcap"]), (&"32, 64, 128".into(), &"no".into()));
 }
 
 #[test]
@@ -370,10 +470,10 @@ fn bench_says_what_a_kernel_cannot_do_and_goes_on() {
     assert!(error.contains("flash2: dtype f32; allowed: f16, bf16"), "{error}");
     assert!(answer["rows"][1]["seconds"].as_f64() > Some(0.0));
 
-    let output = ferroflash(small.into_iter().chain(["--headdim=48"]));
+    let output = ferroflash(small.into_iter().chain(["--headdim=48", "--kernels=standard,flash1"]));
     assert_eq!(output.status.code(), Some(1), "nothing was measured");
     let printed = String::from_utf8(output.stdout).expect("UTF-8");
-    assert!(printed.contains("flash2: headdim 48; allowed: 32, 64, 128"), "{printed}");
+    assert!(printed.contains("flash1: headdim 48; allowed: 32, 64, 128"), "{printed}");
     refuses(["bench", "--backend=cpu", "--batch=2000000000", "--nheads=2000000000"], "elements; allowed: at most");
 }
 
@@ -445,7 +545,9 @@ fn bad_tensors_are_refused() {
     let heads = directory.attention("heads", f16, &[1, 8, 3, 32], shape);
     refuses(["run", &heads], "nheads is 3, which is no multiple of nheads_k = 2");
     let odd = directory.attention("odd", f16, &[1, 8, 2, 48], &[1, 8, 2, 48]);
-    refuses(["run", &odd, "--backend=simulator", "--kernel=flash2"], "flash2: headdim 48; allowed: 32, 64, 128");
+    refuses(["run", &odd, "--backend=simulator", "--kernel=flash1"], "flash1: headdim 48; allowed: 32, 64, 128");
+    let long = directory.attention("long", f16, &[1, 8, 2, 2048], &[1, 8, 2, 2048]);
+    refuses(["run", &long, "--backend=simulator", "--kernel=flash2"], "flash2: headdim 2048; allowed: up to ");
     let single = directory.attention("single", Dtype::F32, shape, shape);
     refuses(["run", &single, "--backend=simulator", "--kernel=flash2"], "flash2: dtype f32; allowed: f16, bf16");
 }
@@ -454,14 +556,22 @@ fn bad_tensors_are_refused() {
 fn bad_arguments_are_refused() {
     let directory = Directory::new("arguments");
     let input = directory.attention("in.safetensors", Dtype::F32, &[1, 8, 1, 32], &[1, 8, 1, 32]);
-    for scale in ["NaN", "inf", "0", "-1"] {
+    for scale in ["NaN", "inf"] {
         refuses(["run", &input, "--softmax-scale", scale], "softmax_scale");
     }
+    refuses(["run", &input, "--softcap=-1"], "softcap: -1; allowed: positive and finite");
+    refuses(["run", &input, "--dropout=1"], "dropout p: 1; allowed: at least 0, below 1");
     for (arguments, reason) in [
         (vec!["run", &input, "--backend", "tpu"], "possible values: auto, cuda, cpu, simulator"),
         (vec!["run", &input, "--kernel", "flash9"], "possible values: auto, standard, flash1, flash2"),
         (vec!["run", &input, "--softmax-scale", "large"], "--softmax-scale"),
         (vec!["run", &input, "--repetitions", "0"], "--repetitions"),
+        (vec!["run", &input, "--window", "3"], "'3' for '--window <LEFT,RIGHT>': allowed: LEFT,RIGHT, as 128,0"),
+        (vec!["run", &input, "--window", "3,few"], "\"few\"; allowed: a number, or all"),
+        (vec!["run", &input, "--alibi", "steep"], "possible values: standard, file"),
+        (vec!["run", &input, "--seed", "1"], "--dropout"),
+        (vec!["run", &input, "--dlse"], "--backward"),
+        (vec!["bench", "--window", "3"], "allowed: LEFT,RIGHT"),
         (vec!["softmax", &input, "--method", "three-pass"], "possible values: two-pass, online"),
         (vec!["explain", "--seqlen", "0"], "--seqlen"),
         (vec!["explain", "--headdim", "48"], "possible values: 32, 64, 128"),

@@ -1,7 +1,23 @@
 //! The outcome of `--verify`.
 use anyhow::{Result, bail};
-use ferroflash::accuracy::{Accuracy, BackwardAccuracy};
+use ferroflash::accuracy::{self, Accuracy, BackwardAccuracy};
+use ferroflash::{Attention, AttentionOptions, BackwardInputs, Gradients, Inputs, TensorRef};
 use serde_json::{Value, json};
+
+/// Compares a result of attention with f64 arithmetic.
+pub fn check(inputs: &Inputs<TensorRef>, options: &AttentionOptions, result: &Attention) -> Result<Accuracy> {
+    Ok(accuracy::check(&inputs.q, &inputs.k, &inputs.v, options, result)?)
+}
+
+/// Compares gradients with f64 arithmetic.
+pub fn check_backward(
+    inputs: &BackwardInputs<TensorRef>,
+    options: &AttentionOptions,
+    gradients: &Gradients,
+) -> Result<BackwardAccuracy> {
+    let Inputs { q, k, v, .. } = &inputs.forward;
+    Ok(accuracy::check_backward(q, k, v, &inputs.dout, options, gradients)?)
+}
 
 /// Numbers beside their bounds, for a program.
 pub fn json(accuracy: &Accuracy) -> Value {

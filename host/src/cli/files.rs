@@ -8,13 +8,25 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Reads the tensors `names` from the safetensors file `path`.
-pub fn read_tensors<const N: usize>(path: &Path, names: [&'static str; N]) -> Result<[Tensor; N]> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|reason| anyhow!("{} is not a safetensors file: {reason}", path.display()))?;
-    let tensors: Vec<Tensor> = names.iter().map(|name| read_tensor(path, &file, name)).collect::<Result<_>>()?;
-    Ok(tensors.try_into().expect("a tensor for each name"))
+/// A safetensors file to be read.
+pub struct TensorFile {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl TensorFile {
+    /// Opens the file `path`, all of it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(TensorFile { path: path.to_owned(), bytes })
+    }
+
+    /// A copy of its tensor `name`.
+    pub fn tensor(&self, name: &'static str) -> Result<Tensor> {
+        let file = SafeTensors::deserialize(&self.bytes)
+            .map_err(|reason| anyhow!("{} is not a safetensors file: {reason}", self.path.display()))?;
+        read_tensor(&self.path, &file, name)
+    }
 }
 
 fn read_tensor(path: &Path, file: &SafeTensors<'_>, name: &'static str) -> Result<Tensor> {

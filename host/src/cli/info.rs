@@ -3,21 +3,30 @@ use super::answer::{Facts, print, print_json};
 use super::ptx::description;
 use super::units;
 use anyhow::Result;
+use ferroflash::combinations::{self, Combination, FEATURES, combinations};
 use ferroflash::driver::Status;
-use ferroflash::{Backend, cuda, driver, ptx};
+use ferroflash::{Backend, DType, cuda, driver, ptx};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 /// Show the driver, the devices and the embedded kernels, and which backend would run here
 #[derive(clap::Args)]
 pub struct Arguments {
+    /// Show instead which kernels, and the CPU, take which dtypes, head dimensions and features, as a table in Markdown
+    #[arg(long)]
+    kernels: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub fn execute(arguments: Arguments) -> Result<()> {
-    if arguments.json { print_json(&json()) } else { print(facts()) }
+    match (arguments.kernels, arguments.json) {
+        (true, true) => print_json(&combinations_json()),
+        (true, false) => print(combinations::markdown()),
+        (false, true) => print_json(&json()),
+        (false, false) => print(facts()),
+    }
 }
 
 fn facts() -> Facts {
@@ -100,4 +109,18 @@ fn kernels_by_arch() -> BTreeMap<&'static str, Vec<&'static ptx::Entry>> {
         by_arch.entry(kernel.arch).or_default().push(kernel);
     }
     by_arch
+}
+
+fn combinations_json() -> Value {
+    let of = |combination: &Combination| {
+        let features = FEATURES.iter().zip(&combination.features);
+        json!({
+            "algorithm": combination.algorithm,
+            "pass": combination.pass,
+            "dtypes": combination.dtypes.iter().copied().map(DType::name).collect::<Vec<_>>(),
+            "headdims": combination.headdims,
+            "features": features.map(|(&name, support)| (name, support.to_string())).collect::<BTreeMap<_, _>>(),
+        })
+    };
+    json!({ "combinations": combinations().iter().map(of).collect::<Vec<_>>() })
 }

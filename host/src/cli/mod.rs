@@ -8,6 +8,7 @@ mod files;
 mod info;
 mod inputs;
 mod measured;
+mod options;
 mod progress;
 mod ptx;
 mod run;

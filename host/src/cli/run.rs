@@ -1,18 +1,22 @@
 //! `ferroflash run`: attention on the tensors of a file.
+mod alibi;
 mod backward;
+mod tensors;
 
 use super::accuracy;
 use super::answer::{Facts, print, print_json};
 use super::choices::{BackendArgument, one_of};
-use super::files::{NewFile, read_tensors};
+use super::files::{NewFile, TensorFile};
 use super::measured;
+use super::options::OptionArguments;
 use super::progress::SimulationBar;
 use anyhow::Result;
 use backward::Backward;
-use ferroflash::{AttentionOptions, Kernel};
+use ferroflash::Kernel;
 use serde_json::json;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use tensors::{BackwardTensors, ForwardTensors, TensorArguments};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,6 +24,9 @@ Examples:
   ferroflash run attention.safetensors --causal -o out.safetensors
   ferroflash run attention.safetensors --backend simulator --kernel flash2
   ferroflash run attention.safetensors --backward --verify -o gradients.safetensors
+  ferroflash run attention.safetensors --window 1024,0 --softcap 50 --sinks
+  ferroflash run padded.safetensors --mask --alibi standard
+  ferroflash run packed.safetensors --varlen --causal --dropout 0.1 --seed 7
 
 To make an input in Python:
   from safetensors.numpy import save_file
@@ -27,15 +34,16 @@ To make an input in Python:
 
 /// Compute attention, softmax(scale · Q Kᵀ) V, on the tensors of a file
 ///
-/// Reads tensors q, k and v from a safetensors file, and prints how attention on them was computed and how long it took.
+/// Reads tensors q, k and v from a safetensors file, and others under the names that the options say, and prints how
+/// attention on them was computed and how long it took.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Arguments {
     /// A safetensors file with tensors q, k and v of shape (batch, seqlen, nheads, headdim), in F32, F16 or BF16; with
-    /// --backward also dout, like q
+    /// --backward also dout, like out
     input: PathBuf,
     /// Write the results to this safetensors file: out, shaped like q, and softmax_lse (batch, nheads, seqlen), in F32;
-    /// with --backward also dq, dk and dv
+    /// with --backward also dq, dk and dv, and dbias and dsinks where there are a bias and sinks
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -43,12 +51,10 @@ pub struct Arguments {
     /// The kernel on a GPU or the simulator; `auto`: the best that can run the problem
     #[arg(long, default_value = "auto", value_parser = one_of::<Kernel>(&["auto", "standard", "flash1", "flash2"]))]
     kernel: Kernel,
-    /// Each query sees only the keys up to its own position (counted from the end, where the lengths differ)
-    #[arg(long)]
-    causal: bool,
-    /// What Q Kᵀ is multiplied with [default: 1/√headdim]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    softmax_scale: Option<f32>,
+    #[command(flatten)]
+    options: OptionArguments,
+    #[command(flatten)]
+    tensors: TensorArguments,
     /// Compute also dq, dk and dv, the gradients of a loss whose gradient with respect to out is the tensor dout
     #[arg(long)]
     backward: bool,
@@ -64,27 +70,28 @@ pub struct Arguments {
 }
 
 pub fn execute(arguments: Arguments) -> Result<()> {
-    let [q, k, v] = read_tensors(&arguments.input, ["q", "k", "v"])?;
-    let dout = match arguments.backward {
-        true => Some(backward::read_dout(&arguments.input, &q)?),
+    let file = TensorFile::open(&arguments.input)?;
+    let forward = ForwardTensors::read(&file, &arguments.tensors)?;
+    let backward = match arguments.backward {
+        true => Some(BackwardTensors::read(&file, &arguments.tensors, &forward)?),
         false => None,
     };
     let output = arguments.output.map(NewFile::create).transpose()?;
-    let mut options = AttentionOptions::default().causal(arguments.causal);
-    options.softmax_scale = arguments.softmax_scale;
+    let (inputs, options) = (forward.inputs(), arguments.options.options());
 
     let repetitions = arguments.repetitions.get();
     let warmup = if repetitions > 1 { 1 } else { 0 };
     let session = arguments.backend.session()?.kernel(arguments.kernel).repetitions(warmup, repetitions);
     let (session, bar) = SimulationBar::on(session);
-    let result = session.attention(&q, &k, &v, &options)?;
+    let result = session.attention_with(&inputs, &options)?;
     let verify = arguments.verify;
-    let backward = dout.map(|dout| Backward::compute(&session, [&q, &k, &v], &result, &dout, &options, verify));
+    let backward = backward
+        .map(|backward| Backward::compute(&session, &backward.inputs(inputs.clone(), &result), &options, verify));
     let backward = backward.transpose()?;
     drop(bar);
 
     let accuracy = match verify {
-        true => Some(ferroflash::accuracy::check(&q, &k, &v, &options, &result)?),
+        true => Some(accuracy::check(&inputs, &options, &result)?),
         false => None,
     };
     let mut tensors = vec![("out", &result.out), ("softmax_lse", &result.softmax_lse)];

@@ -2,7 +2,7 @@
 use super::accuracy;
 use super::answer::{Facts, print, print_json};
 use super::choices::{BackendArgument, one_of};
-use super::files::{NewFile, read_tensors};
+use super::files::{NewFile, TensorFile};
 use super::measured;
 use super::progress::SimulationBar;
 use anyhow::Result;
@@ -42,7 +42,7 @@ pub struct Arguments {
 }
 
 pub fn execute(arguments: Arguments) -> Result<()> {
-    let [x] = read_tensors(&arguments.input, ["x"])?;
+    let x = TensorFile::open(&arguments.input)?.tensor("x")?;
     let output = arguments.output.map(NewFile::create).transpose()?;
     let (session, bar) = SimulationBar::on(arguments.backend.session()?);
     let result = session.softmax(&x, arguments.method)?;

@@ -9,7 +9,7 @@ use super::codes::through_cust;
 use super::context::Entered;
 use super::device::Device;
 use super::memory::DeviceMemory;
-use crate::element::Element;
+use crate::element::Datum;
 use crate::error::Result;
 use crate::launch::Launch;
 use crate::machine::Machine;
@@ -37,30 +37,30 @@ impl Gpu {
 }
 
 impl Machine for Gpu {
-    type Buffer<T: Element> = GpuBuffer<T>;
+    type Buffer<T: Datum> = GpuBuffer<T>;
 
-    fn upload<T: Element>(&self, name: &'static str, data: &[T]) -> Result<GpuBuffer<T>> {
+    fn upload<T: Datum>(&self, name: &'static str, data: &[T]) -> Result<GpuBuffer<T>> {
         let mut buffer = self.allocate(name, data.len())?;
         buffer.memory.copy_from(bytemuck::cast_slice(data))?;
         Ok(buffer)
     }
 
-    fn allocate<T: Element>(&self, name: &'static str, len: usize) -> Result<GpuBuffer<T>> {
+    fn allocate<T: Datum>(&self, name: &'static str, len: usize) -> Result<GpuBuffer<T>> {
         Ok(GpuBuffer { memory: DeviceMemory::allocate::<T>(self.device, name, len)?, element: PhantomData })
     }
 
-    fn output<T: Element>(&self, name: &'static str, len: usize) -> Result<GpuBuffer<T>> {
+    fn output<T: Datum>(&self, name: &'static str, len: usize) -> Result<GpuBuffer<T>> {
         let mut buffer = self.allocate(name, len)?;
         buffer.memory.fill_with_ones()?;
         Ok(buffer)
     }
 
-    fn global<T: Element>(&self, buffer: &GpuBuffer<T>) -> Global<T> {
+    fn global<T: Datum>(&self, buffer: &GpuBuffer<T>) -> Global<T> {
         // SAFETY: the allocation lives as long as the buffer, which the launches of a call do not outlive.
         unsafe { Global::from_address(buffer.memory.address()) }
     }
 
-    fn download<T: Element>(&self, buffer: &GpuBuffer<T>, to: &mut [T]) -> Result<()> {
+    fn download<T: Datum>(&self, buffer: &GpuBuffer<T>, to: &mut [T]) -> Result<()> {
         buffer.memory.copy_to(bytemuck::cast_slice_mut(to))
     }
 

@@ -13,7 +13,6 @@ mod tensor;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use codes::check;
 pub use device::{Device, DeviceInfo, devices, driver_version};
 pub(crate) use gpu::Gpu;
-pub use tensor::{DeviceAttention, DeviceGradients, DeviceTensor};
+pub use tensor::{DeviceAttention, DeviceGradients, DeviceTensor, DeviceTensorRef};

@@ -7,7 +7,7 @@ use half::f16;
 
 use super::{Device, DeviceTensor};
 use crate::raw::{self, RawTensor};
-use crate::{AttentionOptions, Backend, Error, Kernel, Layout, Session, SoftmaxMethod, Tensor, accuracy};
+use crate::{AttentionOptions, Backend, Error, Inputs, Kernel, Layout, Session, SoftmaxMethod, Tensor, accuracy};
 
 fn gpu() -> Option<&'static Device> {
     Device::get(0).inspect_err(|reason| eprintln!("skipped: {reason}")).ok()
@@ -87,11 +87,34 @@ fn gradients_of_device_tensors_are_those_of_host_tensors() {
     for (there, here) in [(there.dq, here.dq), (there.dk, here.dk), (there.dv, here.dv)] {
         assert_eq!(there.to_host().expect("copies"), here);
     }
-    // Without keys there is nothing to launch, and dQ is 0.
+    // Without keys dQ is 0.
     let none = DeviceTensor::<f16>::uninitialised(device, &[1, 0, 1, 128]).expect("no room needed");
     let (out, lse) = (&forward.out, &forward.softmax_lse);
     let empty = device.attention_backward(&on_q, &none, &none, out, lse, &on_dout, &options, Kernel::Auto);
     assert!(empty.expect("valid").dq.to_host().expect("copies").to_f32().iter().all(|&dq| dq == 0.0));
+}
+
+#[test]
+fn sequences_of_different_lengths_are_checked_before_they_are_launched() {
+    let Some(device) = gpu() else { return };
+    let (x, starts) = (wave(&[70, 2, 64], 0.37), Tensor::from_vec(vec![0, 3, 3, 70], &[4]).expect("four"));
+    let on_x = DeviceTensor::<f16>::from_host(device, &x).expect("room");
+    let on_starts = DeviceTensor::<i32>::from_host(device, &starts).expect("room");
+    let options = AttentionOptions::new().causal(true);
+    let inputs = Inputs::new(&on_x, &on_x, &on_x).cu_seqlens(&on_starts, &on_starts);
+    let there = device.attention_with::<f16>(&inputs, &options, Kernel::Auto).expect("runs");
+    let inputs = Inputs::new(&x, &x, &x).cu_seqlens(&starts, &starts);
+    let here = session(Kernel::Auto).attention_with(&inputs, &options).expect("runs");
+    assert_eq!(there.out.to_host().expect("copies"), here.out);
+    assert_eq!(there.softmax_lse.to_host().expect("copies"), here.softmax_lse);
+
+    let beyond = Tensor::from_vec(vec![0, 3, 3, 71], &[4]).expect("four");
+    let beyond = DeviceTensor::<i32>::from_host(device, &beyond).expect("room");
+    let inputs = Inputs::new(&on_x, &on_x, &on_x).cu_seqlens(&on_starts, &beyond);
+    let refused = device.attention_with::<f16>(&inputs, &options, Kernel::Auto).expect_err("beyond the end");
+    assert_eq!(refused.to_string(), "cu_seqlens_k: 71 at index 3; allowed: 70, as many tokens as there are");
+    let refused = device.attention_with::<half::bf16>(&Inputs::new(&on_x, &on_x, &on_x), &options, Kernel::Auto);
+    assert_eq!(refused.expect_err("f16").to_string(), "q: dtype f16; allowed: bf16");
 }
 
 #[test]
@@ -105,12 +128,11 @@ fn pointers_may_have_any_aligned_strides_and_threads_no_context() {
     let lse = DeviceTensor::<f32>::uninitialised(device, &[2, 3, 50]).expect("room");
     let layout = Layout::strided(DType::F16, &shape, &strides).expect("four strides");
     let tensor = |address| RawTensor { address, layout: layout.clone() };
+    let of_rows = Layout::contiguous(DType::F32, &[2, 3, 50]).expect("small");
     let arguments = raw::Arguments {
-        q: tensor(x.address()),
-        k: tensor(x.address()),
-        v: tensor(x.address()),
+        inputs: Inputs::new(tensor(x.address()), tensor(x.address()), tensor(x.address())),
         out: tensor(out.address()),
-        softmax_lse: lse.address(),
+        softmax_lse: RawTensor { address: lse.address(), layout: of_rows },
         options: AttentionOptions::new(),
         kernel: Kernel::Flash2,
     };

@@ -1,41 +1,25 @@
 //! The backward pass on plain pointers.
-use cuda_std::Global;
-use kernels::attention::Attention;
 use kernels::flash2_backward::Params;
 
-use super::{RawTensor, Stream, WORKSPACE_ALIGNMENT, check_address};
+use super::{RawTensor, Stream, check_inputs, launch_all, workspace_addresses, workspace_offsets};
 use crate::backend::Backend;
 use crate::cuda::Device;
-use crate::dispatch::BackwardPlan;
+use crate::dispatch::{BackwardPlan, Optional};
 use crate::error::Result;
-use crate::launch::Launch;
-use crate::machine::{arguments as machine_arguments, nowhere};
+use crate::inputs::{BackwardInputs, GradientOutputs};
 use crate::options::{AttentionOptions, Kernel};
+use crate::parameters;
 use crate::problem::Problem;
 use crate::report::LaunchReport;
 
 /// The arguments of a backward pass.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BackwardArguments {
-    /// Q: (batch, seqlen_q, nheads, headdim).
-    pub q: RawTensor,
-    /// K: (batch, seqlen_k, nheads_k, headdim).
-    pub k: RawTensor,
-    /// V: (batch, seqlen_k, nheads_k, headdim).
-    pub v: RawTensor,
-    /// O of the forward pass: (batch, seqlen_q, nheads, headdim).
-    pub out: RawTensor,
-    /// The address of the LSE of the forward pass: batch x nheads x seqlen_q numbers, f32, contiguous.
-    pub softmax_lse: u64,
-    /// dO: shaped like O.
-    pub dout: RawTensor,
-    /// dQ, which is written: shaped like Q. The gradients overlap none of the others.
-    pub dq: RawTensor,
-    /// dK, which is written: shaped like K.
-    pub dk: RawTensor,
-    /// dV, which is written: shaped like V.
-    pub dv: RawTensor,
-    /// Scale and mask: those of the forward pass.
+    /// The inputs and the results of the forward pass, and the gradients of these. The LSE and its gradient are contiguous.
+    pub inputs: BackwardInputs<RawTensor>,
+    /// The gradients, which are written: each shaped like what it is the gradient of. They overlap none of the others.
+    pub gradients: GradientOutputs<RawTensor>,
+    /// Those of the forward pass.
     pub options: AttentionOptions,
     /// Which kernel family.
     pub kernel: Kernel,
@@ -46,9 +30,8 @@ pub struct BackwardArguments {
 pub struct BackwardCall {
     problem: Problem,
     plan: BackwardPlan,
-    /// All but the address of D, which comes with the workspace.
+    /// All but the addresses of the workspace.
     parameters: Params,
-    gradients: [RawTensor; 3],
 }
 
 impl BackwardCall {
@@ -57,51 +40,25 @@ impl BackwardCall {
     /// # Errors
     /// As [`Call::new`](super::Call::new), for these arguments.
     pub fn new(arguments: &BackwardArguments) -> Result<Self> {
-        let BackwardArguments { q, k, v, out, softmax_lse, dout, dq, dk, dv, options, kernel } = arguments;
-        let problem = Problem::new(&q.layout, &k.layout, &v.layout, options)?;
-        let (of_queries, of_keys) = (problem.out_shape(), problem.k_shape());
-        for (argument, tensor, shape, of) in [
-            ("out", out, &of_queries, "q"),
-            ("dout", dout, &of_queries, "q"),
-            ("dq", dq, &problem.q_shape(), "q"),
-            ("dk", dk, &of_keys, "k"),
-            ("dv", dv, &problem.v_shape(), "v"),
-        ] {
-            problem.check_like(argument, &tensor.layout, shape, of)?;
-            tensor.check_alignment(argument)?;
-        }
-        for (argument, tensor) in [("q", q), ("k", k), ("v", v)] {
-            tensor.check_alignment(argument)?;
-        }
-        for (argument, gradient) in [("dq", dq), ("dk", dk), ("dv", dv)] {
-            gradient.check_distinct(argument)?;
-        }
-        check_address("softmax_lse", *softmax_lse, align_of::<f32>())?;
-        let plan = BackwardPlan::new(&problem, *kernel, Backend::Cuda)?;
-        // SAFETY: what is at the address `launch` asks its caller about.
-        let lse = unsafe { Global::from_address(*softmax_lse) };
-        let attention = Attention {
-            q: q.tensor(),
-            k: k.tensor(),
-            v: v.tensor(),
-            o: out.tensor(),
-            ..machine_arguments(&problem, lse)
-        };
-        let parameters = Params {
-            attention,
-            d_o: dout.tensor(),
-            d_q: dq.tensor(),
-            d_k: dk.tensor(),
-            d_v: dv.tensor(),
-            d_lse: Global::NULL,
-            row_sums: Global::NULL,
-            d_bias: nowhere(),
-            bias_batch: 1,
-            bias_heads: 1,
-            bias_rows: 1,
-            d_sinks: Global::NULL,
-        };
-        Ok(BackwardCall { problem, plan, parameters, gradients: [dq, dk, dv].map(Clone::clone) })
+        let BackwardArguments { inputs, gradients, options, kernel } = arguments;
+        let layouts = inputs.map(|_, tensor| &tensor.layout);
+        let problem = Problem::of(&layouts.forward, None, options)?;
+        problem.check_backward(&layouts)?;
+        problem.check_gradients(&gradients.map(|_, gradient| &gradient.layout))?;
+        check_inputs(&inputs.forward)?;
+        inputs.out.check_address("out")?;
+        inputs.dout.check_address("dout")?;
+        inputs.softmax_lse.check_contiguous("softmax_lse")?;
+        inputs.dlse.as_ref().map_or(Ok(()), |dlse| dlse.check_contiguous("dlse"))?;
+        gradients.try_map(|argument, gradient| {
+            gradient.check_address(argument)?;
+            gradient.check_distinct(argument)
+        })?;
+        gradients.dsinks.as_ref().map_or(Ok(()), |dsinks| dsinks.check_contiguous("dsinks"))?;
+        let parameters = parameters::backward(&problem, inputs, gradients);
+        let aligned = parameters.attention.aligned == 1;
+        let plan = BackwardPlan::new(&problem, Optional::of(gradients), aligned, *kernel, Backend::Cuda)?;
+        Ok(BackwardCall { problem, plan, parameters })
     }
 
     /// The problem.
@@ -114,67 +71,49 @@ impl BackwardCall {
         self.plan.algorithm()
     }
 
-    /// Device memory that the kernels work in, in bytes: D = rowsum(dO ∘ O), batch x nheads x seqlen_q numbers in f32.
+    /// Device memory that the kernels work in, in bytes: D = rowsum(dO ∘ O), as many numbers in f32 as the LSE has.
     pub fn workspace_bytes(&self) -> u64 {
-        self.plan.workspace(&self.problem).bytes().next_multiple_of(WORKSPACE_ALIGNMENT)
+        workspace_offsets(&self.plan.workspace).1
     }
 
     /// Puts the launches on a stream. Returns at once; what is in the workspace afterwards means nothing.
     ///
     /// `workspace` is the address of [`workspace_bytes`](Self::workspace_bytes) bytes, a multiple of
-    /// [`WORKSPACE_ALIGNMENT`]. The device's primary context is current during the call, and afterwards the one that was.
+    /// [`WORKSPACE_ALIGNMENT`](super::WORKSPACE_ALIGNMENT). The device's primary context is current during the call, and
+    /// afterwards the one that was.
     ///
     /// # Errors
     /// As [`Call::launch`](super::Call::launch).
     ///
     /// # Safety
-    /// The tensors, the LSE and the workspace lie in memory of `device`, as large as their layouts say, until the stream has
-    /// done the launches; gradients and workspace overlap nothing else, and nothing else uses them meanwhile. `stream` is a
-    /// stream of the device's primary context, or null.
+    /// As [`Call::launch`](super::Call::launch), of these tensors; the outputs are the gradients.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
-        let entered = device.enter()?;
-        if self.problem.rows() == 0 || self.problem.seqlen_k == 0 {
-            for gradient in &self.gradients {
-                // SAFETY: as the caller promises.
-                unsafe { gradient.fill_with_zeros(stream)? };
-            }
-            return Ok(Vec::new());
-        }
-        check_address("workspace", workspace, WORKSPACE_ALIGNMENT as usize)?;
+        let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
+        let launches = self.plan.launches(&self.problem, self.parameters, &addresses)?;
         // SAFETY: as the caller promises.
-        let row_sums = unsafe { Global::from_address(workspace) };
-        let launches = self.plan.launches(&self.problem, Params { row_sums, ..self.parameters })?;
-        device.load(&launches, &entered)?;
-        for launch in &launches {
-            // SAFETY: as the caller promises.
-            unsafe { device.launch(launch, stream, &entered)? };
-        }
-        Ok(launches.iter().map(Launch::report).collect())
+        unsafe { launch_all(&launches, device, stream) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inputs::Inputs;
     use crate::layout::Layout;
     use cuda_std::DType;
 
+    fn tensor(dtype: DType, address: u64, shape: &[usize]) -> RawTensor {
+        RawTensor { address, layout: Layout::contiguous(dtype, shape).expect("small") }
+    }
+
     fn arguments() -> BackwardArguments {
-        let tensor = |address, shape: [usize; 4]| RawTensor {
-            address,
-            layout: Layout::contiguous(DType::BF16, &shape).expect("small"),
-        };
-        let (of_queries, of_keys) = ([2, 8, 4, 64], [2, 5, 2, 64]);
+        let of_queries = |address| tensor(DType::BF16, address, &[2, 8, 4, 64]);
+        let of_keys = |address| tensor(DType::BF16, address, &[2, 5, 2, 64]);
+        let lse = tensor(DType::F32, 0x5000, &[2, 4, 8]);
+        let forward = Inputs::new(of_queries(0x1000), of_keys(0x2000), of_keys(0x3000));
         BackwardArguments {
-            q: tensor(0x1000, of_queries),
-            k: tensor(0x2000, of_keys),
-            v: tensor(0x3000, of_keys),
-            out: tensor(0x4000, of_queries),
-            softmax_lse: 0x5000,
-            dout: tensor(0x6000, of_queries),
-            dq: tensor(0x7000, of_queries),
-            dk: tensor(0x8000, of_keys),
-            dv: tensor(0x9000, of_keys),
+            inputs: BackwardInputs::new(forward, of_queries(0x4000), lse, of_queries(0x6000)),
+            gradients: GradientOutputs::new(of_queries(0x7000), of_keys(0x8000), of_keys(0x9000)),
             options: AttentionOptions::new(),
             kernel: Kernel::Auto,
         }
@@ -193,13 +132,24 @@ mod tests {
             change(&mut arguments);
             BackwardCall::new(&arguments).expect_err("bad").to_string()
         };
-        assert_eq!(refused(|a| a.dq.address += 2), "dq: address 0x7002; allowed: multiples of 16 bytes");
-        assert_eq!(refused(|a| a.dk.layout = a.dq.layout.clone()), "dk: seqlen is 8; allowed: 5, as of k");
-        assert_eq!(refused(|a| a.dout.layout = a.k.layout.clone()), "dout: seqlen is 5; allowed: 8, as of q");
+        let address = refused(|a| a.gradients.dq.address += 1);
+        assert_eq!(address, "dq: address 0x7001; allowed: multiples of 2 bytes");
+        let shape = refused(|a| a.gradients.dk.layout = a.gradients.dq.layout.clone());
+        assert_eq!(shape, "dk: seqlen is 8; allowed: 5, as of k");
+        let shape = refused(|a| a.inputs.dout.layout = a.inputs.forward.k.layout.clone());
+        assert_eq!(shape, "dout: seqlen is 5; allowed: 8, as of q");
         let broadcast = |a: &mut BackwardArguments| {
-            a.dv.layout = Layout::strided(DType::BF16, &[2, 5, 2, 64], &[0, 128, 64, 1]).expect("four strides");
+            a.gradients.dv.layout =
+                Layout::strided(DType::BF16, &[2, 5, 2, 64], &[0, 128, 64, 1]).expect("four strides");
         };
         assert!(refused(broadcast).starts_with("dv: strides [0, 128, 64, 1]; allowed: those with which no two"));
+        let dsinks = refused(|a| a.gradients.dsinks = Some(tensor(DType::F32, 0xa000, &[4])));
+        assert_eq!(dsinks, "dsinks: a tensor; allowed: none, as there are no sinks");
+        let dbias = |a: &mut BackwardArguments| {
+            a.inputs.forward.bias = Some(tensor(DType::BF16, 0xb000, &[1, 4, 8, 5]));
+            a.gradients.dbias = Some(tensor(DType::BF16, 0xc000, &[2, 4, 8, 5]));
+        };
+        assert_eq!(refused(dbias), "dbias: batch is 2; allowed: 1, as of the bias");
         let standard = refused(|a| a.kernel = Kernel::Standard);
         assert!(standard.ends_with("standard has no backward pass; allowed: auto, flash2"), "{standard}");
     }

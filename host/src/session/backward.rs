@@ -1,22 +1,23 @@
-//! The backward pass: gradients of Q, K and V from that of O.
+//! The backward pass: gradients of Q, K and V, of the bias and of the sinks, from that of O.
 use std::time::Instant;
 
-use super::{Executor, Session};
+use cuda_std::DType;
+
+use super::{Executor, Session, posed};
 use crate::cpu;
 use crate::cuda::Gpu;
-use crate::dispatch::BackwardPlan;
+use crate::dispatch::{BackwardPlan, Optional};
 use crate::element::{Element, with_element};
 use crate::error::Result;
 use crate::heads::{Heads, HeadsMut};
-use crate::inputs::{BackwardInputs, Inputs};
-use crate::layout::Layout;
-use crate::machine::{self, GradientsMut, Machine};
+use crate::inputs::{BackwardInputs, GradientOutputs, Inputs};
+use crate::machine;
 use crate::operands::Operands;
 use crate::options::AttentionOptions;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
 use crate::simulator::Simulator;
-use crate::tensor::{Tensor, TensorRef};
+use crate::tensor::{Tensor, TensorMut, TensorRef};
 
 /// Gradients of attention.
 #[derive(Clone, Debug)]
@@ -26,21 +27,21 @@ pub struct Gradients {
     pub dq: Tensor,
     /// dK: (batch, seqlen_k, nheads_k, headdim), in the dtype of K, summed over the heads of Q that read the head.
     pub dk: Tensor,
-    /// dV: (batch, seqlen_k, nheads_k, headdim), in the dtype of V, summed likewise.
+    /// dV: (batch, seqlen_k, nheads_k, headdim_v), in the dtype of V, summed likewise.
     pub dv: Tensor,
-    /// The gradient of the bias, if there is one, in its shape and dtype.
+    /// The gradient of the bias, if there is one: of its shape and dtype, summed over what it is broadcast to.
     pub dbias: Option<Tensor>,
-    /// That of the sinks, if there are any: (nheads), f32.
+    /// The gradient of the sinks, if there are any: (nheads), f32.
     pub dsinks: Option<Tensor>,
     /// What ran.
     pub report: Report,
 }
 
-/// dQ, dK and dV, the gradients of a loss whose gradient with respect to O is dO, on the backend that [`Backend::auto`](crate::Backend::auto)
-/// chooses.
+/// dQ, dK and dV, the gradients of a loss whose gradient with respect to O is dO, on the backend that
+/// [`Backend::auto`](crate::Backend::auto) chooses.
 ///
 /// `out` and `softmax_lse` are what [`attention`](crate::attention()) returned for the same Q, K, V and options; `dout`, dO,
-/// has the shape and the dtype of `out`. The result is the same in every run, bit for bit.
+/// has the shape and the dtype of `out`. [`attention_backward_with`] takes more tensors.
 ///
 /// ```
 /// use ferroflash::{AttentionOptions, Tensor, attention, attention_backward};
@@ -72,14 +73,13 @@ pub fn attention_backward<'a>(
     Session::auto()?.attention_backward(q, k, v, out, softmax_lse, dout, options)
 }
 
-/// The tensors that gradients are computed from.
-struct Tensors<'a> {
-    q: TensorRef<'a>,
-    k: TensorRef<'a>,
-    v: TensorRef<'a>,
-    out: TensorRef<'a>,
-    softmax_lse: TensorRef<'a>,
-    dout: TensorRef<'a>,
+/// The same of all the tensors that attention may take, and of a loss that may depend on the LSE too. There are gradients of
+/// the bias and of the sinks if there are these.
+///
+/// # Errors
+/// As [`attention_backward`](crate::attention_backward()), for these tensors.
+pub fn attention_backward_with(inputs: &BackwardInputs<TensorRef>, options: &AttentionOptions) -> Result<Gradients> {
+    Session::auto()?.attention_backward_with(inputs, options)
 }
 
 impl Session {
@@ -98,27 +98,56 @@ impl Session {
         dout: impl Into<TensorRef<'a>>,
         options: &AttentionOptions,
     ) -> Result<Gradients> {
-        let (q, k, v) = (q.into(), k.into(), v.into());
-        let (out, softmax_lse, dout) = (out.into(), softmax_lse.into(), dout.into());
-        let problem = Problem::new(q.layout(), k.layout(), v.layout(), options)?;
-        let layouts = BackwardInputs::new(
-            Inputs::new(q.layout(), k.layout(), v.layout()),
-            out.layout(),
-            softmax_lse.layout(),
-            dout.layout(),
-        );
-        problem.check_backward(&layouts)?;
-        let inputs = Tensors { q, k, v, out, softmax_lse, dout };
-        with_element!("q", problem.dtype, T => self.gradients_of::<T>(&problem, &inputs))
+        let inputs = BackwardInputs::new(Inputs::new(q, k, v), out, softmax_lse, dout);
+        self.attention_backward_with(&inputs, options)
     }
 
-    fn gradients_of<T: Element>(&self, problem: &Problem, inputs: &Tensors) -> Result<Gradients> {
-        let queries = problem.rows() * problem.headdim;
-        let keys: usize = problem.k_shape().iter().product();
-        let (mut dq, mut dk, mut dv) =
-            (vec![T::default(); queries], vec![T::default(); keys], vec![T::default(); keys]);
-        let gradients = GradientsMut { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    /// All gradients, as [`attention_backward_with`](crate::attention_backward_with()).
+    ///
+    /// # Errors
+    /// As [`attention_backward_with`](crate::attention_backward_with()).
+    pub fn attention_backward_with(
+        &self,
+        inputs: &BackwardInputs<TensorRef>,
+        options: &AttentionOptions,
+    ) -> Result<Gradients> {
+        let problem = posed_backward(inputs, options)?;
+        let zeros = |shape: &[usize]| Tensor::zeros(problem.dtype, shape);
+        let (mut dq, mut dk) = (zeros(&problem.q_shape())?, zeros(&problem.k_shape())?);
+        let mut dv = zeros(&problem.v_shape())?;
+        let mut dbias = problem.bias.map(|shape| zeros(&shape)).transpose()?;
+        let mut dsinks = problem.sinks.then(|| Tensor::zeros(DType::F32, &[problem.nheads])).transpose()?;
+        let gradients = GradientOutputs {
+            dbias: dbias.as_mut().map(Tensor::view_mut),
+            dsinks: dsinks.as_mut().map(Tensor::view_mut),
+            ..GradientOutputs::new(&mut dq, &mut dk, &mut dv)
+        };
+        let report = self.compute_gradients(&problem, inputs, gradients)?;
+        Ok(Gradients { dq, dk, dv, dbias, dsinks, report })
+    }
 
+    /// The gradients that are asked for, into tensors that are there, with any strides but of the last dimension. After an
+    /// error they are as they were, or, if a backend failed while it ran, hold anything.
+    ///
+    /// # Errors
+    /// As [`Session::attention_backward_with`]; also if the gradients do not fit the problem.
+    pub fn attention_backward_into_with(
+        &self,
+        inputs: &BackwardInputs<TensorRef>,
+        options: &AttentionOptions,
+        gradients: GradientOutputs<TensorMut>,
+    ) -> Result<Report> {
+        let problem = posed_backward(inputs, options)?;
+        problem.check_gradients(&gradients.map(|_, gradient| gradient.layout()))?;
+        self.compute_gradients(&problem, inputs, gradients)
+    }
+
+    fn compute_gradients(
+        &self,
+        problem: &Problem,
+        inputs: &BackwardInputs<TensorRef>,
+        gradients: GradientOutputs<TensorMut>,
+    ) -> Result<Report> {
         let row_sums = (problem.rows() * size_of::<f32>()) as u64;
         let (algorithm, reason, extra_bytes, (launches, seconds));
         match self.executor {
@@ -127,22 +156,30 @@ impl Session {
                 algorithm = "tiled recomputation";
                 reason = "the CPU has one algorithm";
                 extra_bytes = row_sums + cpu::backward_extra_bytes(problem);
-                (launches, seconds) = self.gradients_on_cpu(problem, inputs, gradients)?;
+                (launches, seconds) = with_element!("q", problem.dtype, T => {
+                    self.gradients_on_cpu::<T>(problem, inputs, gradients)?
+                });
             }
             Executor::Cuda(_) | Executor::Simulator => {
-                let plan = BackwardPlan::new(problem, self.kernel, self.backend())?;
+                // On a machine all tensors are aligned.
+                let optional = Optional::of(&gradients);
+                let plan = BackwardPlan::new(problem, optional, true, self.kernel, self.backend())?;
+                let times = self.repetitions;
                 (launches, seconds) = match self.executor {
                     Executor::Cuda(device) => {
-                        self.gradients_on(&Gpu::new(device)?, problem, &plan, inputs, gradients)?
+                        machine::attention_backward(&Gpu::new(device)?, problem, &plan, times, inputs, gradients)?
                     }
-                    _ => self.gradients_on(&Simulator::new(&self.simulator), problem, &plan, inputs, gradients)?,
+                    _ => {
+                        let simulator = Simulator::new(&self.simulator);
+                        machine::attention_backward(&simulator, problem, &plan, times, inputs, gradients)?
+                    }
                 };
                 algorithm = plan.algorithm();
-                reason = plan.reason();
-                extra_bytes = plan.workspace(problem).bytes();
+                reason = plan.reason;
+                extra_bytes = plan.extra_bytes();
             }
         }
-        let report = Report {
+        Ok(Report {
             backend: self.backend(),
             device: self.device_name(),
             algorithm,
@@ -153,57 +190,52 @@ impl Session {
             flops: problem.backward_flops(),
             extra_bytes,
             launches,
-        };
-        let of_keys = |gradient| Tensor::from_vec(gradient, &problem.k_shape());
-        let (dq, dk, dv) = (Tensor::from_vec(dq, &problem.out_shape())?, of_keys(dk)?, of_keys(dv)?);
-        Ok(Gradients { dq, dk, dv, dbias: None, dsinks: None, report })
-    }
-
-    fn gradients_on<M: Machine, T: Element>(
-        &self,
-        machine: &M,
-        problem: &Problem,
-        plan: &BackwardPlan,
-        inputs: &Tensors,
-        gradients: GradientsMut<T>,
-    ) -> Result<(Vec<LaunchReport>, f64)> {
-        if problem.rows() == 0 || problem.seqlen_k == 0 {
-            // Nothing to launch: no row sees a key, and the gradients are the zeros that they were made with.
-            return Ok((Vec::new(), 0.0));
-        }
-        let Tensors { q, k, v, out, softmax_lse, dout } = inputs;
-        let [q, k, v, out, dout] = [q, k, v, out, dout].map(|tensor| tensor.packed::<T>().unwrap_or_default());
-        let softmax_lse = softmax_lse.packed().unwrap_or_default();
-        let inputs = machine::BackwardInputs { q: &q, k: &k, v: &v, out: &out, softmax_lse: &softmax_lse, dout: &dout };
-        machine::attention_backward(machine, problem, plan, self.repetitions, inputs, gradients)
+        })
     }
 
     fn gradients_on_cpu<T: Element>(
         &self,
         problem: &Problem,
-        inputs: &Tensors,
-        gradients: GradientsMut<T>,
+        inputs: &BackwardInputs<TensorRef>,
+        gradients: GradientOutputs<TensorMut>,
     ) -> Result<(Vec<LaunchReport>, f64)> {
-        let forward = Operands::new(problem, &Inputs::new(&inputs.q, &inputs.k, &inputs.v));
+        let forward = Operands::<T>::new(problem, &inputs.forward);
+        let dlse = inputs.dlse.as_ref().map(|dlse| dlse.packed().unwrap_or_default());
         let operands = cpu::BackwardOperands {
             forward: &forward,
             out: Heads::of(&inputs.out),
             dout: Heads::of(&inputs.dout),
             softmax_lse: &inputs.softmax_lse.packed().unwrap_or_default(),
-            dlse: None,
+            dlse: dlse.as_deref(),
         };
-        let of = |shape: &[usize]| Layout::contiguous(problem.dtype, shape);
-        let mut gradients = cpu::GradientHeads {
-            dq: HeadsMut::new(gradients.dq, &of(&problem.q_shape())?),
-            dk: HeadsMut::new(gradients.dk, &of(&problem.k_shape())?),
-            dv: HeadsMut::new(gradients.dv, &of(&problem.v_shape())?),
-            dbias: None,
-            dsinks: None,
+        let GradientOutputs { dq, dk, dv, dbias, dsinks } = gradients;
+        let mut packed_dbias = dbias.as_ref().map(|dbias| vec![T::default(); dbias.layout().len()]);
+        let mut packed_dsinks = dsinks.as_ref().map(|dsinks| vec![0.0; dsinks.layout().len()]);
+        let mut heads = cpu::GradientHeads {
+            dq: HeadsMut::of(dq),
+            dk: HeadsMut::of(dk),
+            dv: HeadsMut::of(dv),
+            dbias: packed_dbias.as_deref_mut(),
+            dsinks: packed_dsinks.as_deref_mut(),
         };
-        self.repetitions.run(|| {
+        let done = self.repetitions.run(|| {
             let start = Instant::now();
-            cpu::attention_backward(problem, &operands, &mut gradients);
+            cpu::attention_backward(problem, &operands, &mut heads);
             Ok((Vec::new(), start.elapsed().as_secs_f64()))
-        })
+        })?;
+        if let (Some(dbias), Some(packed)) = (dbias, packed_dbias) {
+            dbias.fill(&packed);
+        }
+        if let (Some(dsinks), Some(packed)) = (dsinks, packed_dsinks) {
+            dsinks.fill(&packed);
+        }
+        Ok(done)
     }
+}
+
+/// The problem that inputs in host memory pose to a backward pass.
+fn posed_backward(inputs: &BackwardInputs<TensorRef>, options: &AttentionOptions) -> Result<Problem> {
+    let problem = posed(&inputs.forward, options)?;
+    problem.check_backward(&inputs.map(|_, tensor| tensor.layout()))?;
+    Ok(problem)
 }

@@ -1,9 +1,7 @@
 //! What the backward pass moves.
-use cuda_std::Kernel;
-use kernels::Config;
 use kernels::flash2_backward::{KEYS_AND_VALUES, QUERIES};
 
-use super::{Head, Moved, Step, for_all_heads, load, query_blocks, store};
+use super::{Head, Moved, Step, config, for_all_heads, load, query_blocks, store};
 use crate::problem::Problem;
 
 pub(super) const ROW_SUMS: &str = "D = rowsum(dO ∘ O)";
@@ -19,7 +17,7 @@ pub(super) const QUERIES_GRADIENT: &str = "dQ";
 /// * dQ: a block of Q and dO is loaded once, and dQ is stored once. It loads the blocks of K and V that it sees. The four
 ///   lanes of a warp that share a row each load its LSE and its D.
 ///
-/// `None` where there is no kernel for the head dimension and dtype.
+/// `None` where [`formula`](super::formula) has none.
 pub fn backward(problem: &Problem) -> Option<Vec<Step>> {
     const LANES_A_ROW: u64 = 4;
     let (of_keys, of_queries) = (config(KEYS_AND_VALUES, problem)?, config(QUERIES, problem)?);
@@ -75,9 +73,4 @@ pub fn backward(problem: &Problem) -> Option<Vec<Step>> {
         }
     }
     Some(steps)
-}
-
-fn config<P>(table: &[Kernel<P, Config>], problem: &Problem) -> Option<Config> {
-    let wanted = (problem.dtype, problem.headdim as u32, Some(problem.is_causal()));
-    table.iter().map(|kernel| kernel.config).find(|config| (config.dtype, config.headdim, config.causal) == wanted)
 }

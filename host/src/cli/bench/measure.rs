@@ -14,7 +14,7 @@ const REST: Duration = Duration::from_millis(100);
 pub struct Setting {
     pub session: Session,
     pub dtype: DType,
-    pub causal: bool,
+    pub options: AttentionOptions,
     /// The gradients instead of the output.
     pub backward: bool,
     pub repetitions: usize,
@@ -73,10 +73,10 @@ fn row(setting: &Setting, inputs: &Inputs, shape: Shape, kernel: Kernel) -> Resu
     let session = setting.session.clone().kernel(kernel).repetitions(warmup, setting.repetitions);
     let tensors = inputs.of(shape)?;
     let input_bytes = 3 * shape.elements() * setting.dtype.bytes();
-    let options = AttentionOptions::default().causal(setting.causal);
+    let options = &setting.options;
     let outcome = match setting.backward {
-        false => session.attention(&tensors[0], &tensors[1], &tensors[2], &options).map(|result| result.report),
-        true => backward(&setting.session, &session, tensors, &options),
+        false => session.attention(&tensors[0], &tensors[1], &tensors[2], options).map(|result| result.report),
+        true => backward(&setting.session, &session, tensors, options),
     };
     Ok(Row { shape, kernel, input_bytes, outcome })
 }

@@ -6,6 +6,7 @@ mod table;
 
 use super::answer::{Facts, print, print_json};
 use super::choices::{BackendArgument, dtype, one_of};
+use super::options::{OptionArguments, in_words};
 use anyhow::{Result, bail};
 use defaults::Defaults;
 use ferroflash::{Backend, DType, Kernel};
@@ -18,6 +19,7 @@ Examples:
   ferroflash bench
   ferroflash bench --kernels flash2 --headdim 128 --causal
   ferroflash bench --backward
+  ferroflash bench --window 1024,0 --softcap 50
   ferroflash bench --backend simulator --seqlens 64,128,256";
 
 /// Measure how fast the kernels are, and how much memory each needs
@@ -47,9 +49,8 @@ pub struct Arguments {
     /// The type of Q, K, V and O
     #[arg(long, default_value = "bf16", value_parser = dtype())]
     dtype: DType,
-    /// Each query sees only the keys up to its own position
-    #[arg(long)]
-    causal: bool,
+    #[command(flatten)]
+    options: OptionArguments,
     /// Measure the gradients, dq, dk and dv, without the forward pass before them
     #[arg(long)]
     backward: bool,
@@ -71,7 +72,7 @@ pub fn execute(arguments: Arguments) -> Result<()> {
     let setting = Setting {
         session,
         dtype: arguments.dtype,
-        causal: arguments.causal,
+        options: arguments.options.options(),
         backward: arguments.backward,
         repetitions,
     };
@@ -90,14 +91,14 @@ pub fn execute(arguments: Arguments) -> Result<()> {
 }
 
 fn facts(setting: &Setting, shape: Shape) -> Facts {
-    let Setting { session, dtype, causal, backward, repetitions } = setting;
+    let Setting { session, dtype, options, backward, repetitions } = setting;
     let backend = session.backend();
     let mut facts = Facts::default();
     facts.add("backend", backend);
     facts.add("device", session.device_name());
-    let (dtype, mask) = (dtype.name(), if *causal { ", causal" } else { "" });
+    let (dtype, options) = (dtype.name(), in_words(options));
     facts.add("pass", if *backward { "backward" } else { "forward" });
-    facts.add("inputs", format_args!("nheads {}, headdim {}, {dtype}{mask}", shape.nheads, shape.headdim));
+    facts.add("inputs", format_args!("nheads {}, headdim {}, {dtype}{options}", shape.nheads, shape.headdim));
     let of = if backend == Backend::Simulator { " of the simulation" } else { "" };
     let each = if *repetitions > 1 { format!("the median of {repetitions}") } else { "of one run".to_owned() };
     facts.add("times", format_args!("{each}{of}"));

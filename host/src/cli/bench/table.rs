@@ -1,5 +1,6 @@
 //! The measurements as a table: for a reader, or for a program.
 use super::measure::{Row, Setting};
+use crate::cli::options::in_words;
 use crate::cli::units::{bytes, seconds, three_digits};
 use comfy_table::{CellAlignment, Table, presets};
 use ferroflash::Report;
@@ -52,7 +53,8 @@ pub fn json(setting: &Setting, rows: &[Row]) -> Value {
         "backend": setting.session.backend().to_string(),
         "device": setting.session.device_name(),
         "dtype": setting.dtype.name(),
-        "causal": setting.causal,
+        "causal": setting.options.causal,
+        "options": in_words(&setting.options).trim_start_matches(", "),
         "pass": if setting.backward { "backward" } else { "forward" },
         "repetitions": setting.repetitions,
         "rows": rows.iter().map(row_json).collect::<Vec<_>>(),

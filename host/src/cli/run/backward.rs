@@ -1,19 +1,10 @@
 //! `ferroflash run --backward`: the gradients besides.
 use crate::cli::answer::Facts;
-use crate::cli::files::read_tensors;
 use crate::cli::{accuracy, measured};
-use anyhow::{Context, Result};
-use ferroflash::accuracy::{BackwardAccuracy, check_backward};
-use ferroflash::{Attention, AttentionOptions, Gradients, Session, Tensor};
+use anyhow::Result;
+use ferroflash::accuracy::BackwardAccuracy;
+use ferroflash::{AttentionOptions, BackwardInputs, Gradients, Session, Tensor, TensorRef};
 use serde_json::{Value, json};
-use std::path::Path;
-
-/// Reads dO.
-pub fn read_dout(input: &Path, q: &Tensor) -> Result<Tensor> {
-    let needed = || format!("--backward needs dout, {} of shape {:?}, like q", q.dtype().name(), q.shape());
-    let [dout] = read_tensors(input, ["dout"]).with_context(needed)?;
-    Ok(dout)
-}
 
 /// The gradients of a forward pass, and how accurate they are, if that was asked for.
 pub struct Backward {
@@ -25,24 +16,24 @@ impl Backward {
     /// Computes them.
     pub fn compute(
         session: &Session,
-        [q, k, v]: [&Tensor; 3],
-        forward: &Attention,
-        dout: &Tensor,
+        inputs: &BackwardInputs<TensorRef>,
         options: &AttentionOptions,
         verify: bool,
     ) -> Result<Self> {
-        let gradients = session.attention_backward(q, k, v, &forward.out, &forward.softmax_lse, dout, options)?;
+        let gradients = session.attention_backward_with(inputs, options)?;
         let accuracy = match verify {
-            true => Some(check_backward(q, k, v, dout, options, &gradients)?),
+            true => Some(accuracy::check_backward(inputs, options, &gradients)?),
             false => None,
         };
         Ok(Backward { gradients, accuracy })
     }
 
     /// The gradients, by the names that they are written under.
-    pub fn tensors(&self) -> [(&'static str, &Tensor); 3] {
-        let Gradients { dq, dk, dv, .. } = &self.gradients;
-        [("dq", dq), ("dk", dk), ("dv", dv)]
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let Gradients { dq, dk, dv, dbias, dsinks, .. } = &self.gradients;
+        let optional = [("dbias", dbias), ("dsinks", dsinks)];
+        let optional = optional.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?)));
+        [("dq", dq), ("dk", dk), ("dv", dv)].into_iter().chain(optional)
     }
 
     /// Adds what it took, for a reader.

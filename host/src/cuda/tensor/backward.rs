@@ -1,12 +1,9 @@
 //! The backward pass of tensors on a device.
-use super::super::codes::through_cust;
-use super::super::memory::DeviceMemory;
-use super::{Device, DeviceTensor, Stream, StreamFlags};
+use super::{Device, DeviceTensor, DeviceTensorRef};
 use crate::element::Element;
 use crate::error::Result;
-use crate::inputs::{BackwardInputs, Inputs};
+use crate::inputs::{BackwardInputs, GradientOutputs, Inputs};
 use crate::options::{AttentionOptions, Kernel};
-use crate::problem::Problem;
 use crate::raw;
 use crate::report::LaunchReport;
 
@@ -14,12 +11,16 @@ use crate::report::LaunchReport;
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct DeviceGradients<T> {
-    /// dQ: (batch, seqlen_q, nheads, headdim).
+    /// dQ: shaped like Q.
     pub dq: DeviceTensor<T>,
-    /// dK: (batch, seqlen_k, nheads_k, headdim).
+    /// dK: shaped like K.
     pub dk: DeviceTensor<T>,
-    /// dV: (batch, seqlen_k, nheads_k, headdim).
+    /// dV: shaped like V.
     pub dv: DeviceTensor<T>,
+    /// The gradient of the bias, if there is one: of its shape.
+    pub dbias: Option<DeviceTensor<T>>,
+    /// The gradient of the sinks, if there are any: (nheads).
+    pub dsinks: Option<DeviceTensor<f32>>,
     /// The launches, in order.
     pub launches: Vec<LaunchReport>,
 }
@@ -44,42 +45,43 @@ impl Device {
         options: &AttentionOptions,
         kernel: Kernel,
     ) -> Result<DeviceGradients<T>> {
-        for (argument, tensor) in [("q", q), ("k", k), ("v", v), ("out", out), ("dout", dout)] {
-            self.check_owns(argument, tensor)?;
-        }
-        self.check_owns("softmax_lse", softmax_lse)?;
-        let problem = Problem::new(&q.layout, &k.layout, &v.layout, options)?;
-        let layouts = BackwardInputs::new(
-            Inputs::new(&q.layout, &k.layout, &v.layout),
-            &out.layout,
-            &softmax_lse.layout,
-            &dout.layout,
-        );
-        problem.check_backward(&layouts)?;
-        let dq = DeviceTensor::uninitialised(self, &problem.out_shape())?;
-        let dk = DeviceTensor::uninitialised(self, &problem.k_shape())?;
-        let dv = DeviceTensor::uninitialised(self, &problem.k_shape())?;
-        let arguments = raw::BackwardArguments {
-            q: q.raw(),
-            k: k.raw(),
-            v: v.raw(),
-            out: out.raw(),
-            softmax_lse: softmax_lse.address(),
-            dout: dout.raw(),
-            dq: dq.raw(),
-            dk: dk.raw(),
-            dv: dv.raw(),
-            options: options.clone(),
+        let inputs = BackwardInputs::new(Inputs::new(q, k, v), out, softmax_lse, dout);
+        self.attention_backward_with(&inputs, options, kernel)
+    }
+
+    /// All gradients, as [`attention_backward_with`](crate::attention_backward_with()), of tensors on this device; T is the
+    /// type of Q's elements. `cu_seqlens_q` and `cu_seqlens_k` are copied to the host, to be checked.
+    ///
+    /// # Errors
+    /// As [`Device::attention_backward`], and as [`Device::attention_with`] for the inputs.
+    pub fn attention_backward_with<T: Element>(
+        &'static self,
+        inputs: &BackwardInputs<DeviceTensorRef>,
+        options: &AttentionOptions,
+        kernel: Kernel,
+    ) -> Result<DeviceGradients<T>> {
+        let (problem, options) = self.posed::<T>(&inputs.forward, options)?;
+        inputs.try_map(|argument, tensor| self.check_owns(argument, tensor))?;
+        problem.check_backward(&inputs.map(|_, tensor| tensor.layout))?;
+        let gradient = |shape: &[usize]| DeviceTensor::<T>::uninitialised(self, shape);
+        let (dq, dk) = (gradient(&problem.q_shape())?, gradient(&problem.k_shape())?);
+        let dv = gradient(&problem.v_shape())?;
+        let dbias = problem.bias.map(|shape| gradient(&shape)).transpose()?;
+        let dsinks = problem.sinks.then(|| DeviceTensor::<f32>::uninitialised(self, &[problem.nheads])).transpose()?;
+        let call = raw::BackwardCall::new(&raw::BackwardArguments {
+            inputs: inputs.map(|_, tensor| tensor.raw()),
+            gradients: GradientOutputs {
+                dbias: dbias.as_ref().map(DeviceTensor::raw),
+                dsinks: dsinks.as_ref().map(DeviceTensor::raw),
+                ..GradientOutputs::new(dq.raw(), dk.raw(), dv.raw())
+            },
+            options,
             kernel,
-        };
-        let call = raw::BackwardCall::new(&arguments)?;
-        let workspace = DeviceMemory::allocate::<u8>(self, "the workspace", call.workspace_bytes() as usize)?;
-        let _entered = self.enter()?;
-        let stream = through_cust("cuStreamCreate", Stream::new(StreamFlags::DEFAULT, None))?;
-        // SAFETY: all tensors are on this device and as large as their layouts say; the stream is waited for before any is
-        // freed, also if a launch fails.
-        let launched = unsafe { call.launch(self, workspace.address(), stream.as_inner().cast()) };
-        through_cust("cuStreamSynchronize", stream.synchronize())?;
-        Ok(DeviceGradients { dq, dk, dv, launches: launched? })
+        })?;
+        let launches = self.run(call.workspace_bytes(), |workspace, stream| {
+            // SAFETY: as of the forward pass.
+            unsafe { call.launch(self, workspace, stream) }
+        })?;
+        Ok(DeviceGradients { dq, dk, dv, dbias, dsinks, launches })
     }
 }

@@ -114,9 +114,9 @@ pub fn markdown() -> String {
 const PREFACE: &str = "\
 # What runs where
 
-`ferroflash info --kernels` prints this page. It asks what chooses kernels for calls, with heads of 64 elements where it
-says nothing else. `yes`: as fast as without; `general`: by a kernel that asks its arguments for all features, which costs
-time; `no`: refused, with the reason. `auto` takes the first family here that can run a problem.
+`ferroflash info --kernels` prints this page. It asks what chooses kernels for calls, with heads of 64 elements where
+it says nothing else. `yes`: as fast as without; `general`: by a kernel that asks its arguments for all features, which
+costs time; `no`: refused, with the reason. `auto` takes the first family here that can run a problem.
 
 ";
 

@@ -18,7 +18,8 @@ pub(crate) struct Wanted<'a> {
 }
 
 impl<'a> Wanted<'a> {
-    /// `aligned`: whether the problem's tensors are, as [`RawTensor::is_aligned`](crate::raw::RawTensor::is_aligned) says.
+    /// `aligned`: whether the problem's tensors are, as [`RawTensor::is_aligned`](crate::raw::RawTensor::is_aligned)
+    /// says.
     pub fn new(problem: &'a Problem, aligned: bool) -> Self {
         Wanted { problem, features: Feature::of(problem, aligned) }
     }
@@ -36,8 +37,9 @@ pub(crate) struct Table<P: 'static> {
 }
 
 impl<P> Table<P> {
-    /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in tf32
-    /// where that is allowed, one that does not ask its arguments what this problem does not need, and the smallest.
+    /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in
+    /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, and the
+    /// smallest.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
         let Wanted { problem, features } = wanted;
         let Problem { headdim, headdim_v, .. } = **problem;

@@ -1,4 +1,5 @@
-//! What a problem asks of a kernel beyond plain attention, one by one: each is a reason for which a kernel may be refused.
+//! What a problem asks of a kernel beyond plain attention, one by one: each is a reason for which a kernel may be
+//! refused.
 use std::fmt;
 
 use crate::options::WindowSize;

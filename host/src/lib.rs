@@ -27,9 +27,10 @@
 //! - **Pointers**: [`raw::Call`] and [`raw::BackwardCall`] take addresses, strides and a CUDA stream from any framework, and
 //!   only launch.
 //!
-//! Each level has short forms that take Q, K and V, and forms that take [`Inputs`]: besides these a bias, a boolean mask,
-//! ALiBi slopes, attention sinks, and where sequences of different lengths begin. [`AttentionOptions`] has windows, a cap of
-//! the scores, dropout, and the rest that is a number. What runs where, [`combinations`](mod@combinations) says.
+//! Each level has short forms that take Q, K and V, and forms that take [`Inputs`]: besides these a bias, a boolean
+//! mask, ALiBi slopes, attention sinks, and where sequences of different lengths begin. [`AttentionOptions`] has
+//! windows, a cap of the scores, dropout, and the rest that is a number. What runs where,
+//! [`combinations`](mod@combinations) says.
 //!
 //! # Words
 //!

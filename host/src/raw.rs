@@ -21,9 +21,9 @@
 //! # }
 //! ```
 //!
-//! Tensors of tokens, bias and mask may have any strides but of their last dimension, and any address that is a multiple of
-//! the size of an element. Kernels are fastest where addresses and strides are multiples of [`ALIGNMENT`] bytes; where they
-//! are not, another one runs.
+//! Tensors of tokens, bias and mask may have any strides but of their last dimension, and any address that is a
+//! multiple of the size of an element. Kernels are fastest where addresses and strides are multiples of [`ALIGNMENT`]
+//! bytes; where they are not, another one runs.
 use std::ffi::c_void;
 
 use cuda_std::Global;
@@ -68,8 +68,8 @@ pub struct RawTensor {
 pub struct Arguments {
     /// Q, K, V, and what scores and masks take besides. Slopes and sinks are contiguous, but for a batch dimension.
     pub inputs: Inputs<RawTensor>,
-    /// O, which is written: (batch, seqlen_q, nheads, headdim_v), with `cu_seqlens_q` (total_q, nheads, headdim_v). Overlaps
-    /// none of the others.
+    /// O, which is written: (batch, seqlen_q, nheads, headdim_v), with `cu_seqlens_q` (total_q, nheads, headdim_v).
+    /// Overlaps none of the others.
     pub out: RawTensor,
     /// The LSE, which is written: f32, (batch, nheads, seqlen_q), with `cu_seqlens_q` (nheads, total_q), contiguous.
     pub softmax_lse: RawTensor,
@@ -92,8 +92,8 @@ impl Call {
     ///
     /// # Errors
     /// Those of [`Problem::of`]; [`Error::Alignment`] for an address that is no multiple of the size of an element;
-    /// [`Error::Stride`] for outputs that overlap themselves and for gaps where there may be none; [`Error::Unsupported`] if
-    /// the kernel cannot run this problem.
+    /// [`Error::Stride`] for outputs that overlap themselves and for gaps where there may be none;
+    /// [`Error::Unsupported`] if the kernel cannot run this problem.
     pub fn new(arguments: &Arguments) -> Result<Self> {
         let Arguments { inputs, out, softmax_lse, options, kernel } = arguments;
         let problem = Problem::of(&inputs.map(|_, tensor| &tensor.layout), None, options)?;
@@ -133,11 +133,11 @@ impl Call {
     /// [`Error::Driver`]. A kernel that fails while it runs shows at the next synchronisation.
     ///
     /// # Safety
-    /// The tensors and the workspace lie in memory of `device`, as large as their layouts say, until the stream has done the
-    /// launches; outputs and workspace overlap nothing else, and nothing else uses them meanwhile. `cu_seqlens_q` and
-    /// `cu_seqlens_k` then hold numbers that begin with 0, never fall, and end with total_q and total_k, no two neighbours
-    /// further apart than the options say that the longest sequences are. `stream` is a stream of the device's primary
-    /// context, or null.
+    /// The tensors and the workspace lie in memory of `device`, as large as their layouts say, until the stream has
+    /// done the launches; outputs and workspace overlap nothing else, and nothing else uses them meanwhile.
+    /// `cu_seqlens_q` and `cu_seqlens_k` then hold numbers that begin with 0, never fall, and end with total_q and
+    /// total_k, no two neighbours further apart than the options say that the longest sequences are. `stream` is a
+    /// stream of the device's primary context, or null.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
         let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
         let launches = self.plan.launches(&self.problem, self.attention, &addresses)?;

@@ -68,9 +68,9 @@ pub struct Softmax {
 
 /// O = softmax(softmax_scale · Q Kᵀ + mask) V, on the backend that [`Backend::auto`] chooses.
 ///
-/// Q has shape (batch, seqlen_q, nheads, headdim), K (batch, seqlen_k, nheads_k, headdim) and V (batch, seqlen_k, nheads_k,
-/// headdim_v); nheads is a multiple of nheads_k (grouped queries). Their dtype is f32, f16 or bf16. [`attention_with`] takes
-/// more tensors.
+/// Q has shape (batch, seqlen_q, nheads, headdim), K (batch, seqlen_k, nheads_k, headdim) and V (batch, seqlen_k,
+/// nheads_k, headdim_v); nheads is a multiple of nheads_k (grouped queries). Their dtype is f32, f16 or bf16.
+/// [`attention_with`] takes more tensors.
 ///
 /// # Errors
 /// Those of [`Problem::new`] for arguments that do not fit together, and those of the backend.
@@ -230,9 +230,9 @@ impl Session {
         Ok(Attention { out, softmax_lse: Tensor::from_vec(lse, &problem.lse_shape())?, report })
     }
 
-    /// The same, into tensors that are there: `out` (batch, seqlen_q, nheads, headdim_v) with any strides but of the last
-    /// dimension, `softmax_lse` batch x nheads x seqlen_q numbers. After an error they are as they were, or, if a backend
-    /// failed while it ran, hold anything.
+    /// The same, into tensors that are there: `out` (batch, seqlen_q, nheads, headdim_v) with any strides but of the
+    /// last dimension, `softmax_lse` batch x nheads x seqlen_q numbers. After an error they are as they were, or, if a
+    /// backend failed while it ran, hold anything.
     ///
     /// # Errors
     /// As [`Session::attention`]; also if `out` or `softmax_lse` do not fit the problem.
@@ -248,8 +248,8 @@ impl Session {
         self.attention_into_with(&Inputs::new(q, k, v), options, out, softmax_lse)
     }
 
-    /// The same of all the tensors that attention may take. With `cu_seqlens_q` `out` is (total_q, nheads, headdim_v), and
-    /// `softmax_lse` has nheads x total_q numbers.
+    /// The same of all the tensors that attention may take. With `cu_seqlens_q` `out` is (total_q, nheads, headdim_v),
+    /// and `softmax_lse` has nheads x total_q numbers.
     ///
     /// # Errors
     /// As [`Session::attention_with`]; also if `out` or `softmax_lse` do not fit the problem.

@@ -50,9 +50,9 @@ const PROBABILITIES: &str = "P = softmax(S)";
 const OUTPUT: &str = "O = PV";
 const FUSED: &str = "O = softmax(QKᵀ)V";
 
-/// What a kernel family moves for a problem, launch by launch, by its formula. `None` for [`Kernel::Auto`], where the family
-/// has no kernel of just this head dimension and dtype, and for problems that ask for more than a causal mask and grouped
-/// queries: these formulas do not know what else is then loaded.
+/// What a kernel family moves for a problem, launch by launch, by its formula. `None` for [`Kernel::Auto`], where the
+/// family has no kernel of just this head dimension and dtype, and for problems that ask for more than a causal mask
+/// and grouped queries: these formulas do not know what else is then loaded.
 pub fn formula(kernel: Kernel, problem: &Problem) -> Option<Vec<Step>> {
     let is_plain = is_plain(problem);
     match kernel {

@@ -155,8 +155,8 @@ impl Device {
         self.attention_with(&Inputs::new(q, k, v), options, kernel)
     }
 
-    /// The same of all the tensors that attention may take, as [`attention_with`](crate::attention_with()); T is the type of
-    /// Q's elements. `cu_seqlens_q` and `cu_seqlens_k` are copied to the host, to be checked.
+    /// The same of all the tensors that attention may take, as [`attention_with`](crate::attention_with()); T is the
+    /// type of Q's elements. `cu_seqlens_q` and `cu_seqlens_k` are copied to the host, to be checked.
     ///
     /// # Errors
     /// As [`Device::attention`], and those of [`Sequences::new`]; [`Error::DType`] if Q has other elements.

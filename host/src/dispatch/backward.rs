@@ -124,8 +124,8 @@ impl BackwardPlan {
         self.workspace.iter().map(Workspace::bytes).fold(0, u64::saturating_add)
     }
 
-    /// The launches, in order, for tensors and a workspace at these addresses. Where a grid would be empty there is none: no
-    /// queries, or no keys.
+    /// The launches, in order, for tensors and a workspace at these addresses. Where a grid would be empty there is
+    /// none: no queries, or no keys.
     pub fn launches(
         &self,
         problem: &Problem,

@@ -41,8 +41,8 @@ impl<M: Machine, T: Datum> Allocation for Typed<'_, M, T> {
 }
 
 impl<'m> Placed<'m> {
-    /// A copy of a tensor in host memory, without gaps; what it repeats by strides of 0 is there once, where kernels take
-    /// strides. `argument` is the name that the caller knows it by.
+    /// A copy of a tensor in host memory, without gaps; what it repeats by strides of 0 is there once, where kernels
+    /// take strides. `argument` is the name that the caller knows it by.
     pub fn upload<M: Machine>(machine: &'m M, argument: &'static str, tensor: &TensorRef) -> Result<Self> {
         let once = if STRIDED.contains(&argument) { tensor.without_repetitions() } else { tensor.clone() };
         let packed = Layout::contiguous(tensor.dtype(), once.shape())?;

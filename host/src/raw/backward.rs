@@ -15,7 +15,8 @@ use crate::report::LaunchReport;
 /// The arguments of a backward pass.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BackwardArguments {
-    /// The inputs and the results of the forward pass, and the gradients of these. The LSE and its gradient are contiguous.
+    /// The inputs and the results of the forward pass, and the gradients of these. The LSE and its gradient are
+    /// contiguous.
     pub inputs: BackwardInputs<RawTensor>,
     /// The gradients, which are written: each shaped like what it is the gradient of. They overlap none of the others.
     pub gradients: GradientOutputs<RawTensor>,
@@ -79,8 +80,8 @@ impl BackwardCall {
     /// Puts the launches on a stream. Returns at once; what is in the workspace afterwards means nothing.
     ///
     /// `workspace` is the address of [`workspace_bytes`](Self::workspace_bytes) bytes, a multiple of
-    /// [`WORKSPACE_ALIGNMENT`](super::WORKSPACE_ALIGNMENT). The device's primary context is current during the call, and
-    /// afterwards the one that was.
+    /// [`WORKSPACE_ALIGNMENT`](super::WORKSPACE_ALIGNMENT). The device's primary context is current during the call,
+    /// and afterwards the one that was.
     ///
     /// # Errors
     /// As [`Call::launch`](super::Call::launch).

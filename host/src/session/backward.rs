@@ -73,8 +73,8 @@ pub fn attention_backward<'a>(
     Session::auto()?.attention_backward(q, k, v, out, softmax_lse, dout, options)
 }
 
-/// The same of all the tensors that attention may take, and of a loss that may depend on the LSE too. There are gradients of
-/// the bias and of the sinks if there are these.
+/// The same of all the tensors that attention may take, and of a loss that may depend on the LSE too. There are
+/// gradients of the bias and of the sinks if there are these.
 ///
 /// # Errors
 /// As [`attention_backward`](crate::attention_backward()), for these tensors.
@@ -126,8 +126,8 @@ impl Session {
         Ok(Gradients { dq, dk, dv, dbias, dsinks, report })
     }
 
-    /// The gradients that are asked for, into tensors that are there, with any strides but of the last dimension. After an
-    /// error they are as they were, or, if a backend failed while it ran, hold anything.
+    /// The gradients that are asked for, into tensors that are there, with any strides but of the last dimension.
+    /// After an error they are as they were, or, if a backend failed while it ran, hold anything.
     ///
     /// # Errors
     /// As [`Session::attention_backward_with`]; also if the gradients do not fit the problem.

@@ -1,7 +1,7 @@
 //! ALiBi's slopes.
 
-/// The slopes of `nheads` heads: for a power of two 2^(-8 i / nheads), i from 1 on; for other numbers those of the power of
-/// two below, and then every other one of the power above.
+/// The slopes of `nheads` heads: for a power of two 2^(-8 i / nheads), i from 1 on; for other numbers those of the
+/// power of two below, and then every other one of the power above.
 ///
 /// Source: Press, Smith and Lewis, "Train short, test long", 2022, section 3, and its authors' code for other numbers.
 pub fn standard_slopes(nheads: usize) -> Vec<f32> {

@@ -8,26 +8,27 @@ use ferroflash::{BackwardInputs, Inputs, Tensor, TensorRef};
 /// Which tensors besides q, k and v take part.
 #[derive(clap::Args)]
 pub struct TensorArguments {
-    /// Add the file's tensor bias to the scores: like q, of shape (batch, nheads, seqlen_q, seqlen_k), of which the first
-    /// three may be 1
+    /// Add the file's tensor bias to the scores: like q, of shape (batch, nheads, seqlen_q, seqlen_k), of which the
+    /// first three may be 1
     #[arg(long)]
     bias: bool,
-    /// Hide the keys for which the file's tensor mask is 0 or false: BOOL or U8, shaped as a bias; a key-padding mask is
-    /// (batch, 1, 1, seqlen_k)
+    /// Hide the keys for which the file's tensor mask is 0 or false: BOOL or U8, shaped as a bias; a key-padding mask
+    /// is (batch, 1, 1, seqlen_k)
     #[arg(long)]
     mask: bool,
-    /// Add -slope · distance to the scores; `standard`: slopes 2^(-8 i / nheads), `file`: the file's tensor alibi_slopes,
-    /// F32, (nheads) or (batch, nheads)
+    /// Add -slope · distance to the scores; `standard`: slopes 2^(-8 i / nheads), `file`: the file's tensor
+    /// alibi_slopes, F32, (nheads) or (batch, nheads)
     #[arg(long, value_name = "SLOPES")]
     alibi: Option<Slopes>,
     /// Let the file's tensor sinks, F32, (nheads), take part in the softmax of each row: a logit without a value
     #[arg(long)]
     sinks: bool,
-    /// Take sequences of different lengths, which begin where the file's tensors cu_seqlens_q and cu_seqlens_k say: I32,
-    /// (batch + 1). q, k, v and dout are then (tokens, nheads, headdim)
+    /// Take sequences of different lengths, which begin where the file's tensors cu_seqlens_q and cu_seqlens_k say:
+    /// I32, (batch + 1). q, k, v and dout are then (tokens, nheads, headdim)
     #[arg(long)]
     varlen: bool,
-    /// With --backward: the loss depends on the LSE too; its gradient is the file's tensor dlse, F32, shaped like the LSE
+    /// With --backward: the loss depends on the LSE too; its gradient is the file's tensor dlse, F32, shaped like the
+    /// LSE
     #[arg(long, requires = "backward")]
     dlse: bool,
 }

@@ -49,8 +49,8 @@ impl Device {
         self.attention_backward_with(&inputs, options, kernel)
     }
 
-    /// All gradients, as [`attention_backward_with`](crate::attention_backward_with()), of tensors on this device; T is the
-    /// type of Q's elements. `cu_seqlens_q` and `cu_seqlens_k` are copied to the host, to be checked.
+    /// All gradients, as [`attention_backward_with`](crate::attention_backward_with()), of tensors on this device; T
+    /// is the type of Q's elements. `cu_seqlens_q` and `cu_seqlens_k` are copied to the host, to be checked.
     ///
     /// # Errors
     /// As [`Device::attention_backward`], and as [`Device::attention_with`] for the inputs.

@@ -1,0 +1,170 @@
+//! The walk over the queries that see a block of keys.
+use super::probabilities::exponent_base;
+use super::{Params, STAGES};
+use crate::attention::{Attention, Sequence, Tensor, divisor};
+use crate::mask::Blocks;
+use crate::schedule::KeyBlock;
+use cuda_std::fragment::MatrixElement;
+use cuda_std::shared::Shared;
+use cuda_std::thread::{sync_threads, thread_idx_x};
+use cuda_std::{Global, SmemTile, TileStream, copy};
+
+/// The blocks of Q and dO that a block of keys needs, of all heads of Q that share the head of K and V, one after the other;
+/// with what P and dS need of each row: the base of its exponents and D.
+pub(super) struct QueryWalk<'a, T, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize> {
+    a: &'a Attention<T>,
+    d_o: Tensor<T>,
+    row_sums: Global<f32>,
+    sequence: Sequence,
+    /// The first of the heads, and how many.
+    first_head: u32,
+    heads: u32,
+    blocks: Blocks,
+    threads: u32,
+    q_tile: SmemTile<T, BLOCK_M, HEADDIM>,
+    d_o_tile: SmemTile<T, BLOCK_M, HEADDIM_V>,
+    bases: Shared<f32>,
+    sums: Shared<f32>,
+}
+
+/// One step of the walk: a block of queries that has come in.
+pub(super) struct Step<T, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize> {
+    pub q: SmemTile<T, BLOCK_M, HEADDIM>,
+    pub d_o: SmemTile<T, BLOCK_M, HEADDIM_V>,
+    /// What the exponents of each row subtract.
+    pub bases: Shared<f32>,
+    /// D of each row.
+    pub sums: Shared<f32>,
+    /// The head of Q.
+    pub head: u32,
+    pub first_row: u32,
+    /// Whether the mask hides a part of it.
+    pub partial: bool,
+}
+
+impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize>
+    QueryWalk<'a, T, HEADDIM, HEADDIM_V, BLOCK_M>
+{
+    /// What [`new`](Self::new) takes of shared memory.
+    pub const BYTES: usize = STAGES as usize
+        * BLOCK_M
+        * ((HEADDIM + HEADDIM_V) * size_of::<T>() + 2 * size_of::<f32>());
+
+    /// The walk over `blocks`, by all `threads` of the block, through shared memory from `at` on.
+    #[inline(always)]
+    pub fn new(
+        p: &Params,
+        a: &'a Attention<T>,
+        block: &KeyBlock,
+        blocks: Blocks,
+        threads: u32,
+        at: Shared<T>,
+    ) -> Self {
+        let heads = a.nheads / divisor(a.nheads_k);
+        let q_tile = SmemTile::at(at);
+        let d_o_tile = SmemTile::at(q_tile.stage(STAGES - 1).end());
+        let bases = d_o_tile.stage(STAGES - 1).end();
+        QueryWalk {
+            a,
+            d_o: p.d_o.cast(),
+            row_sums: p.row_sums,
+            sequence: block.sequence,
+            first_head: block.head_k * heads,
+            heads,
+            blocks,
+            threads,
+            q_tile,
+            d_o_tile,
+            bases,
+            sums: bases.offset(STAGES * BLOCK_M as u32),
+        }
+    }
+
+    /// Walks. At each step the block before is no longer read by any warp, and all that the thread copied is in; so it is
+    /// after the last.
+    #[inline(always)]
+    #[track_caller]
+    pub fn each_step(&self, mut take: impl FnMut(Step<T, HEADDIM, HEADDIM_V, BLOCK_M>)) {
+        let steps = self.blocks.count() * self.heads;
+        if steps > 0 {
+            self.copy_async(0);
+            self.store_statistics(0, self.load_statistics(0));
+        }
+        let mut step = 0;
+        loop {
+            copy::wait::<0>();
+            sync_threads();
+            if step == steps {
+                break;
+            }
+            let mut next = (f32::INFINITY, 0.0);
+            if step + 1 < steps {
+                self.copy_async(step + 1);
+                next = self.load_statistics(step + 1);
+            }
+            take(self.step(step));
+            step += 1;
+            if step < steps {
+                self.store_statistics(step, next);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn step(&self, step: u32) -> Step<T, HEADDIM, HEADDIM_V, BLOCK_M> {
+        let (head, first_row) = self.place(step);
+        let stage = step % STAGES;
+        Step {
+            q: self.q_tile.stage(stage),
+            d_o: self.d_o_tile.stage(stage),
+            bases: self.bases.offset(stage * BLOCK_M as u32),
+            sums: self.sums.offset(stage * BLOCK_M as u32),
+            head,
+            first_row,
+            partial: self.blocks.is_partial(first_row / BLOCK_M as u32),
+        }
+    }
+
+    /// The head of Q and the first row of a step.
+    #[inline(always)]
+    fn place(&self, step: u32) -> (u32, u32) {
+        let count = divisor(self.blocks.count());
+        (self.first_head + step / count, (self.blocks.begin + step % count) * BLOCK_M as u32)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn copy_async(&self, step: u32) {
+        let (head, first_row) = self.place(step);
+        let rows = self.sequence.seqlen_q - first_row;
+        let q_rows = self.sequence.queries(&self.a.q, head, first_row);
+        let d_o_rows = self.sequence.queries(&self.d_o, head, first_row);
+        let stage = step % STAGES;
+        TileStream::new(self.threads, q_rows, self.a.q.row_stride, rows).copy_async(self.q_tile.stage(stage));
+        TileStream::new(self.threads, d_o_rows, self.d_o.row_stride, rows).copy_async(self.d_o_tile.stage(stage));
+        copy::commit();
+    }
+
+    /// This thread's row of a step: the base of its exponents, and D. A row that is not there has P = 0.
+    #[inline(always)]
+    #[track_caller]
+    fn load_statistics(&self, step: u32) -> (f32, f32) {
+        let (head, first_row) = self.place(step);
+        let row = first_row + thread_idx_x();
+        if thread_idx_x() >= BLOCK_M as u32 || row >= self.sequence.seqlen_q {
+            return (f32::INFINITY, 0.0);
+        }
+        let at = self.a.first_row(&self.sequence, head) + row as usize;
+        (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at))
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn store_statistics(&self, step: u32, (base, sum): (f32, f32)) {
+        if thread_idx_x() < BLOCK_M as u32 {
+            let at = step % STAGES * BLOCK_M as u32 + thread_idx_x();
+            self.bases.store(at, base);
+            self.sums.store(at, sum);
+        }
+    }
+}

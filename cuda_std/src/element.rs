@@ -53,6 +53,8 @@ pub trait Scalar: Copy + 'static {
 pub trait Element: Scalar + Send + Sync {
     /// Which one it is.
     const DTYPE: DType;
+    /// The bits of infinity, in each element of a word of 32 bits.
+    const INFINITIES: u32;
     /// Exact.
     fn to_f32(self) -> f32;
     /// Rounds to nearest, ties to even.
@@ -89,6 +91,7 @@ float_scalar!(f32: u32, f64: u64, f16: u16, bf16: u16);
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
+    const INFINITIES: u32 = 0x7f80_0000;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -105,6 +108,7 @@ impl Element for f32 {
 
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
+    const INFINITIES: u32 = 0x7c00_7c00;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         machine::f16_to_f32(self.to_bits())
@@ -121,6 +125,7 @@ impl Element for f16 {
 
 impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
+    const INFINITIES: u32 = 0x7f80_7f80;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)

@@ -109,12 +109,13 @@ pub fn forward<
     let v = SmemTile::<T, BLOCK_N, HEADDIM>::at(k.stage(STAGES - 1).end());
 
     let (head_k, rows) = (a.head_k(head), block.rows());
-    let q_rows = sequence.queries(&a.q, head, first_row);
-    let (k_rows, v_rows) = (sequence.keys(&a.k, head_k, 0), sequence.keys(&a.v, head_k, 0));
+    let q_rows = sequence.query_matrix(&a.q, head, first_row, a.headdim, true);
+    let k_rows = sequence.key_matrix(&a.k, head_k, 0, a.headdim, true);
+    let v_rows = sequence.key_matrix(&a.v, head_k, 0, a.headdim_v, true);
     let threads = const { threads(BLOCK_M, M) };
-    let mut queries = TileStream::new(threads, q_rows, a.q.row_stride, rows);
-    let mut keys = TileStream::new(threads, k_rows, a.k.row_stride, sequence.seqlen_k);
-    let mut values = TileStream::new(threads, v_rows, a.v.row_stride, sequence.seqlen_k);
+    let mut queries = TileStream::new(threads, q_rows);
+    let mut keys = TileStream::new(threads, k_rows);
+    let mut values = TileStream::new(threads, v_rows);
 
     queries.copy_async(q);
     if key_blocks.end > 0 {
@@ -164,6 +165,6 @@ pub fn forward<
     sync_threads();
     o.store(q, own_row);
     sync_warp(ALL);
-    let o_rows = sequence.queries(&a.o, head, first_row);
-    q.store_rows(own_row, 16 * M as u32, o_rows, a.o.row_stride, rows);
+    let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true);
+    q.store_rows(own_row, 16 * M as u32, o_rows);
 }

@@ -106,6 +106,41 @@ impl Element for f32 {
     }
 }
 
+/// An f32 that products may round to TF32, 10 bits of mantissa; sums are in f32. Tensors of it are tensors of f32.
+#[allow(non_camel_case_types)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(transparent)]
+pub struct tf32(f32);
+
+impl Scalar for tf32 {
+    type Bits = u32;
+    #[inline(always)]
+    fn to_bits(self) -> u32 {
+        self.0.to_bits()
+    }
+    #[inline(always)]
+    fn from_bits(bits: u32) -> Self {
+        tf32(f32::from_bits(bits))
+    }
+}
+
+impl Element for tf32 {
+    const DTYPE: DType = DType::F32;
+    const INFINITIES: u32 = f32::INFINITIES;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self.0
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        tf32(x)
+    }
+    #[inline(always)]
+    fn from_f32_pair(pair: [f32; 2]) -> [Self; 2] {
+        pair.map(tf32)
+    }
+}
+
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
     const INFINITIES: u32 = 0x7c00_7c00;

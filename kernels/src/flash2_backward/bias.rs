@@ -12,7 +12,7 @@ use crate::mask::Mask;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement, RowVector};
 use cuda_std::shared::{Shared, dynamic_shared};
-use cuda_std::thread::{block_idx_x, lane_id, sync_threads, thread_idx_x, warp_id};
+use cuda_std::thread::{WARP, block_idx_x, lane_id, sync_threads, thread_idx_x, warp_id};
 use cuda_std::warp::{ALL, shuffle_xor};
 use cuda_std::{Global, SmemTile, TileStream, copy, kernel};
 
@@ -106,7 +106,7 @@ impl Tile {
 #[kernel(
     name = "flash2_bwd_dbias_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}",
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V) in [(32, 32), (64, 64), (128, 128), (192, 192), (192, 128), (256, 256)],
+        (HEADDIM, HEADDIM_V) in [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)],
         (BLOCK_M, BLOCK_N, S_COLUMNS) in [(64, 64, 8)],
     for T in [f32],
         (HEADDIM, HEADDIM_V) in [(32, 32), (64, 64), (128, 128), (256, 256)],
@@ -147,19 +147,19 @@ pub fn bias<
         if first_row >= sequence.seqlen_q || block < blocks.begin || block >= blocks.end {
             continue;
         }
-        let (rows, keys) = (sequence.seqlen_q - first_row, sequence.seqlen_k - first_key);
-        let of_queries = |tensor| sequence.queries(tensor, head, first_row);
-        let of_keys = |tensor| sequence.keys(tensor, head_k, first_key);
+        let aligned = a.is_aligned::<true>();
+        let rows_of = |tensor, columns| sequence.query_matrix(tensor, head, first_row, columns, aligned);
+        let keys_of = |tensor, columns| sequence.key_matrix(tensor, head_k, first_key, columns, aligned);
         // No warp reads the tiles of the visit before.
         sync_threads();
-        TileStream::new(threads, of_queries(&a.q), a.q.row_stride, rows).copy_async(q);
-        TileStream::new(threads, of_queries(&d_o), d_o.row_stride, rows).copy_async(d_o_tile);
-        TileStream::new(threads, of_keys(&a.k), a.k.row_stride, keys).copy_async(k);
-        TileStream::new(threads, of_keys(&a.v), a.v.row_stride, keys).copy_async(v);
+        TileStream::new(threads, rows_of(&a.q, a.headdim)).copy_async(q);
+        TileStream::new(threads, rows_of(&d_o, a.headdim_v)).copy_async(d_o_tile);
+        TileStream::new(threads, keys_of(&a.k, a.headdim)).copy_async(k);
+        TileStream::new(threads, keys_of(&a.v, a.headdim_v)).copy_async(v);
         copy::commit();
         let first = a.first_row(&sequence, head) + first_row as usize;
         let statistic = |of: Global<f32>, absent: f32| {
-            let load = |row| if row < rows { of.load(first + row as usize) } else { absent };
+            let load = |row| if first_row + row < sequence.seqlen_q { of.load(first + row as usize) } else { absent };
             RowVector::<1>::new(|row| load(own_row + row))
         };
         let bases = statistic(a.softmax_lse, f32::NEG_INFINITY).map(exponent_base);
@@ -222,8 +222,10 @@ fn store_column_sums<const N: usize>(mut x: Accumulator<1, N>, to: Shared<f32>) 
     for n in 0..N {
         for i in 0..2 {
             let mut sum = *x.element_mut(0, n, 0, i) + *x.element_mut(0, n, 1, i);
-            for lane_mask in [4, 8, 16] {
+            let mut lane_mask = 4;
+            while lane_mask < WARP {
                 sum += shuffle_xor(ALL, sum, lane_mask);
+                lane_mask *= 2;
             }
             if lane_id() < 4 {
                 to.store(warp_id() * 8 * N as u32 + Accumulator::<1, N>::column(n, i), sum);

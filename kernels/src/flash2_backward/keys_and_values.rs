@@ -32,7 +32,7 @@ const fn keys_and_values_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: threads(BLOCK_N, M),
-        shared_bytes: (tiles + QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M>::BYTES) as u32,
+        shared_bytes: (tiles + QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, GENERAL>::BYTES) as u32,
         barriers: 1,
         ..config::<T>(HEADDIM, HEADDIM, CAUSAL, GENERAL)
     }
@@ -50,7 +50,7 @@ const fn keys_and_values_config<
             (32, 64, 128, 2, 8, 4),
             // 350; with 64 queries a block and one row block a warp 291, with 64 keys a block 249.
             (64, 32, 128, 2, 4, 8),
-            // (96, 64, 128, 1, 8, 12),
+            (96, 64, 128, 1, 8, 12),
             // 315; with 32 queries a block 277, with 64 keys a block 285.
             (128, 64, 128, 1, 8, 16),
         ],
@@ -59,7 +59,7 @@ const fn keys_and_values_config<
         (HEADDIM, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 1, 4, 4),
             (64, 32, 64, 1, 4, 8),
-            // (96, 32, 64, 1, 4, 12),
+            (96, 32, 64, 1, 4, 12),
             (128, 32, 64, 1, 4, 16),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
@@ -90,8 +90,7 @@ pub fn keys_and_values<
     let threads = const { threads(BLOCK_N, M) };
     let block = schedule::key_block(&a, BLOCK_N as u32);
     let KeyBlock { first_key, head_k, sequence } = block;
-    let rows = block.rows();
-    if rows == 0 {
+    if block.rows() == 0 {
         return;
     }
     let mask = Mask::of::<T, CAUSAL, GENERAL>(&a, &sequence);
@@ -99,18 +98,18 @@ pub fn keys_and_values<
 
     let k = SmemTile::<T, BLOCK_N, HEADDIM>::at(dynamic_shared());
     let v = SmemTile::<T, BLOCK_N, HEADDIM>::at(k.end());
-    let walk = QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M>::new(&p, &a, &block, blocks, threads, v.end());
 
-    let k_rows = sequence.keys(&a.k, head_k, first_key);
-    let v_rows = sequence.keys(&a.v, head_k, first_key);
-    TileStream::new(threads, k_rows, a.k.row_stride, rows).copy_async(k);
-    TileStream::new(threads, v_rows, a.v.row_stride, rows).copy_async(v);
+    let aligned = a.is_aligned::<GENERAL>();
+    let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, aligned);
+    TileStream::new(threads, rows_of(&a.k, a.headdim)).copy_async(k);
+    TileStream::new(threads, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
+    let mut walk = QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, GENERAL>::new(&p, &a, &block, blocks, threads, v.end());
 
     let own_row = warp_id() * 16 * M as u32;
     let mut d_k = Accumulator::<M, D_COLUMNS>::zero();
     let mut d_v = Accumulator::<M, D_COLUMNS>::zero();
-    walk.each_step(|step| {
+    while let Some(step) = walk.advance() {
         let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
         let place = (first_key + own_row, step.first_row);
 
@@ -142,16 +141,13 @@ pub fn keys_and_values<
         for depth in 0..BLOCK_M / T::DEPTH {
             d_k.add_product(&d_s.operand::<T>(depth), step.q, depth, 0);
         }
-    });
+    }
 
     // K and V are read by nobody any more, and their tiles become dK's and dV's, each warp's rows its own.
     d_k.map(|_, _, d_k| d_k * a.softmax_scale);
-    let write = |sum: Accumulator<M, D_COLUMNS>, tile: SmemTile<T, BLOCK_N, HEADDIM>, gradient: Tensor<T>| {
-        sum.store(tile, own_row);
-        sync_warp(ALL);
-        let to = sequence.keys(&gradient, head_k, first_key);
-        tile.store_rows(own_row, 16 * M as u32, to, gradient.row_stride, rows);
-    };
-    write(d_k, k, p.d_k.cast());
-    write(d_v, v, p.d_v.cast());
+    d_k.store(k, own_row);
+    d_v.store(v, own_row);
+    sync_warp(ALL);
+    k.store_rows(own_row, 16 * M as u32, rows_of(&p.d_k.cast(), a.headdim));
+    v.store_rows(own_row, 16 * M as u32, rows_of(&p.d_v.cast(), a.headdim_v));
 }

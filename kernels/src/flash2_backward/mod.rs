@@ -27,17 +27,12 @@ mod row_sums;
 mod sinks;
 mod wide_keys_and_values;
 
-pub use bias::bias;
-pub use keys_and_values::keys_and_values;
-pub use queries::queries;
-pub use row_sums::row_sums;
-pub use sinks::sinks;
-pub use wide_keys_and_values::wide_keys_and_values;
-#[cfg(not(target_arch = "nvptx64"))]
-pub use {
-    bias::BIAS, keys_and_values::KEYS_AND_VALUES, queries::QUERIES, row_sums::ROW_SUMS, sinks::SINKS,
-    wide_keys_and_values::WIDE_KEYS_AND_VALUES,
-};
+pub use bias::{BIAS, bias};
+pub use keys_and_values::{KEYS_AND_VALUES, keys_and_values};
+pub use queries::{QUERIES, queries};
+pub use row_sums::{ROW_SUMS, row_sums};
+pub use sinks::{SINKS, sinks};
+pub use wide_keys_and_values::{WIDE_KEYS_AND_VALUES, wide_keys_and_values};
 
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;

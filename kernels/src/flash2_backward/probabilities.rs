@@ -96,11 +96,7 @@ impl<T: Element> Probabilities<T> {
 
     /// Drops elements of P or dP, and scales the others.
     #[inline(always)]
-    pub fn drop<const M: usize, const N: usize>(
-        &self,
-        x: &mut Accumulator<M, N>,
-        (first_row, first_key): (u32, u32),
-    ) {
+    pub fn drop<const M: usize, const N: usize>(&self, x: &mut Accumulator<M, N>, (first_row, first_key): (u32, u32)) {
         if self.dropout.is_on() {
             self.dropout.apply(x, self.head, first_row, first_key);
         }

@@ -1,7 +1,6 @@
 //! dQ.
 use super::probabilities::{Probabilities, exponent_base};
 use super::{Params, STAGES, config};
-use crate::attention::Tensor;
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
@@ -49,7 +48,7 @@ const fn queries_config<
             (32, 32, 128, 64, 2, 8, 4),
             // 422; with 32 keys a block 394, with 64 queries and one row block a warp 326.
             (64, 64, 128, 64, 2, 8, 8),
-            // (96, 96, 128, 32, 2, 4, 12),
+            (96, 96, 128, 32, 2, 4, 12),
             // 392; with 64 keys a block and one row block a warp 335, with 64 queries so 312.
             (128, 128, 128, 32, 2, 4, 16),
             (192, 192, 128, 32, 1, 4, 24),
@@ -61,7 +60,7 @@ const fn queries_config<
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 32, 1, 4, 4),
             (64, 64, 64, 32, 1, 4, 8),
-            // (96, 96, 64, 32, 1, 4, 12),
+            (96, 96, 64, 32, 1, 4, 12),
             (128, 128, 64, 32, 1, 4, 16),
             (192, 192, 64, 32, 1, 4, 24),
             (192, 128, 64, 32, 1, 4, 24),
@@ -111,13 +110,13 @@ pub fn queries<
     let v = SmemTile::<T, BLOCK_N, HEADDIM_V>::at(k.stage(STAGES - 1).end());
 
     let (head_k, first_key) = (a.head_k(head), key_blocks.begin * BLOCK_N as u32);
-    let (k_rows, v_rows) = (sequence.keys(&a.k, head_k, first_key), sequence.keys(&a.v, head_k, first_key));
-    let keys_left = sequence.seqlen_k.saturating_sub(first_key);
-    let mut keys = TileStream::new(threads, k_rows, a.k.row_stride, keys_left);
-    let mut values = TileStream::new(threads, v_rows, a.v.row_stride, keys_left);
-    let of_block = |tensor: &Tensor<T>| sequence.queries(tensor, head, first_row);
-    TileStream::new(threads, of_block(&a.q), a.q.row_stride, rows).copy_async(q);
-    TileStream::new(threads, of_block(&d_o), d_o.row_stride, rows).copy_async(d_o_tile);
+    let aligned = a.is_aligned::<GENERAL>();
+    let keys_of = |tensor, columns| sequence.key_matrix(tensor, head_k, first_key, columns, aligned);
+    let mut keys = TileStream::new(threads, keys_of(&a.k, a.headdim));
+    let mut values = TileStream::new(threads, keys_of(&a.v, a.headdim_v));
+    let rows_of = |tensor, columns| sequence.query_matrix(tensor, head, first_row, columns, aligned);
+    TileStream::new(threads, rows_of(&a.q, a.headdim)).copy_async(q);
+    TileStream::new(threads, rows_of(&d_o, a.headdim_v)).copy_async(d_o_tile);
     if key_blocks.count() > 0 {
         keys.copy_async(k.stage(key_blocks.begin % STAGES));
         values.copy_async(v.stage(key_blocks.begin % STAGES));
@@ -174,5 +173,5 @@ pub fn queries<
     d_q_sum.map(|_, _, d_q| d_q * a.softmax_scale);
     d_q_sum.store(q, own_row);
     sync_warp(ALL);
-    q.store_rows(own_row, 16 * M as u32, of_block(&d_q), d_q.row_stride, rows);
+    q.store_rows(own_row, 16 * M as u32, rows_of(&d_q, a.headdim));
 }

@@ -11,7 +11,14 @@ use cuda_std::{Global, SmemTile, TileStream, copy};
 
 /// The blocks of Q and dO that a block of keys needs, of all heads of Q that share the head of K and V, one after the other;
 /// with what P and dS need of each row: the base of its exponents and D.
-pub(super) struct QueryWalk<'a, T, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize> {
+pub(super) struct QueryWalk<
+    'a,
+    T,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const BLOCK_M: usize,
+    const GENERAL: bool,
+> {
     a: &'a Attention<T>,
     d_o: Tensor<T>,
     row_sums: Global<f32>,
@@ -25,6 +32,10 @@ pub(super) struct QueryWalk<'a, T, const HEADDIM: usize, const HEADDIM_V: usize,
     d_o_tile: SmemTile<T, BLOCK_M, HEADDIM_V>,
     bases: Shared<f32>,
     sums: Shared<f32>,
+    /// The step that comes next.
+    step: u32,
+    /// This thread's row of that step.
+    row: (f32, f32),
 }
 
 /// One step of the walk: a block of queries that has come in.
@@ -42,29 +53,21 @@ pub(super) struct Step<T, const HEADDIM: usize, const HEADDIM_V: usize, const BL
     pub partial: bool,
 }
 
-impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize>
-    QueryWalk<'a, T, HEADDIM, HEADDIM_V, BLOCK_M>
+impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize, const GENERAL: bool>
+    QueryWalk<'a, T, HEADDIM, HEADDIM_V, BLOCK_M, GENERAL>
 {
     /// What [`new`](Self::new) takes of shared memory.
-    pub const BYTES: usize = STAGES as usize
-        * BLOCK_M
-        * ((HEADDIM + HEADDIM_V) * size_of::<T>() + 2 * size_of::<f32>());
+    pub const BYTES: usize =
+        STAGES as usize * BLOCK_M * ((HEADDIM + HEADDIM_V) * size_of::<T>() + 2 * size_of::<f32>());
 
-    /// The walk over `blocks`, by all `threads` of the block, through shared memory from `at` on.
+    /// Begins the walk over `blocks`, by all `threads` of the block, through shared memory from `at` on.
     #[inline(always)]
-    pub fn new(
-        p: &Params,
-        a: &'a Attention<T>,
-        block: &KeyBlock,
-        blocks: Blocks,
-        threads: u32,
-        at: Shared<T>,
-    ) -> Self {
+    pub fn new(p: &Params, a: &'a Attention<T>, block: &KeyBlock, blocks: Blocks, threads: u32, at: Shared<T>) -> Self {
         let heads = a.nheads / divisor(a.nheads_k);
         let q_tile = SmemTile::at(at);
         let d_o_tile = SmemTile::at(q_tile.stage(STAGES - 1).end());
         let bases = d_o_tile.stage(STAGES - 1).end();
-        QueryWalk {
+        let mut walk = QueryWalk {
             a,
             d_o: p.d_o.cast(),
             row_sums: p.row_sums,
@@ -77,37 +80,39 @@ impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const B
             d_o_tile,
             bases,
             sums: bases.offset(STAGES * BLOCK_M as u32),
+            step: 0,
+            row: (f32::INFINITY, 0.0),
+        };
+        if walk.steps() > 0 {
+            walk.load(0);
         }
+        walk
     }
 
-    /// Walks. At each step the block before is no longer read by any warp, and all that the thread copied is in; so it is
-    /// after the last.
+    #[inline(always)]
+    fn steps(&self) -> u32 {
+        self.blocks.count() * self.heads
+    }
+
+    /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
+    /// takes. After the last step it waits too: nothing that a thread has copied is then read or under way.
     #[inline(always)]
     #[track_caller]
-    pub fn each_step(&self, mut take: impl FnMut(Step<T, HEADDIM, HEADDIM_V, BLOCK_M>)) {
-        let steps = self.blocks.count() * self.heads;
-        if steps > 0 {
-            self.copy_async(0);
-            self.store_statistics(0, self.load_statistics(0));
+    pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
+        let step = self.step;
+        if step < self.steps() {
+            self.store_statistics(step);
         }
-        let mut step = 0;
-        loop {
-            copy::wait::<0>();
-            sync_threads();
-            if step == steps {
-                break;
-            }
-            let mut next = (f32::INFINITY, 0.0);
-            if step + 1 < steps {
-                self.copy_async(step + 1);
-                next = self.load_statistics(step + 1);
-            }
-            take(self.step(step));
-            step += 1;
-            if step < steps {
-                self.store_statistics(step, next);
-            }
+        copy::wait::<0>();
+        sync_threads();
+        if step == self.steps() {
+            return None;
         }
+        self.step += 1;
+        if self.step < self.steps() {
+            self.load(self.step);
+        }
+        Some(self.step(step))
     }
 
     #[inline(always)]
@@ -134,37 +139,31 @@ impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const B
 
     #[inline(always)]
     #[track_caller]
-    fn copy_async(&self, step: u32) {
+    fn load(&mut self, step: u32) {
         let (head, first_row) = self.place(step);
         let rows = self.sequence.seqlen_q - first_row;
-        let q_rows = self.sequence.queries(&self.a.q, head, first_row);
-        let d_o_rows = self.sequence.queries(&self.d_o, head, first_row);
+        let aligned = self.a.is_aligned::<GENERAL>();
+        let q_rows = self.sequence.query_matrix(&self.a.q, head, first_row, self.a.headdim, aligned);
+        let d_o_rows = self.sequence.query_matrix(&self.d_o, head, first_row, self.a.headdim_v, aligned);
         let stage = step % STAGES;
-        TileStream::new(self.threads, q_rows, self.a.q.row_stride, rows).copy_async(self.q_tile.stage(stage));
-        TileStream::new(self.threads, d_o_rows, self.d_o.row_stride, rows).copy_async(self.d_o_tile.stage(stage));
+        TileStream::new(self.threads, q_rows).copy_async(self.q_tile.stage(stage));
+        TileStream::new(self.threads, d_o_rows).copy_async(self.d_o_tile.stage(stage));
         copy::commit();
-    }
-
-    /// This thread's row of a step: the base of its exponents, and D. A row that is not there has P = 0.
-    #[inline(always)]
-    #[track_caller]
-    fn load_statistics(&self, step: u32) -> (f32, f32) {
-        let (head, first_row) = self.place(step);
-        let row = first_row + thread_idx_x();
-        if thread_idx_x() >= BLOCK_M as u32 || row >= self.sequence.seqlen_q {
-            return (f32::INFINITY, 0.0);
+        // This thread's row: the base of its exponents, and D. A row that is not there has P = 0.
+        self.row = (f32::INFINITY, 0.0);
+        if thread_idx_x() < BLOCK_M as u32 && thread_idx_x() < rows {
+            let at = self.a.first_row(&self.sequence, head) + (first_row + thread_idx_x()) as usize;
+            self.row = (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at));
         }
-        let at = self.a.first_row(&self.sequence, head) + row as usize;
-        (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at))
     }
 
     #[inline(always)]
     #[track_caller]
-    fn store_statistics(&self, step: u32, (base, sum): (f32, f32)) {
+    fn store_statistics(&self, step: u32) {
         if thread_idx_x() < BLOCK_M as u32 {
             let at = step % STAGES * BLOCK_M as u32 + thread_idx_x();
-            self.bases.store(at, base);
-            self.sums.store(at, sum);
+            self.bases.store(at, self.row.0);
+            self.sums.store(at, self.row.1);
         }
     }
 }

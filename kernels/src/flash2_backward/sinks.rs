@@ -38,12 +38,14 @@ pub fn sinks(p: Params) {
     let head = block_idx_x();
     let sink = a.sinks.load(head as usize) * LOG2_E;
     let Rows { batches, tokens } = Rows::of(&a);
+    let rows = batches * tokens;
+    let tokens = divisor(tokens);
     let of_warps = shared_array![f32; WARPS];
 
     let (mut sum, mut excess) = (0.0, 0.0);
     let mut index = thread_idx_x();
-    while index < batches * tokens {
-        let (batch, token) = (index / divisor(tokens), index % divisor(tokens));
+    while index < rows {
+        let (batch, token) = (index / tokens, index % tokens);
         let at = (batch as u64 * a.lse_batch_stride + head as u64 * a.lse_head_stride + token as u64) as usize;
         let lse = a.softmax_lse.load(at);
         // A row of neither keys nor sink has no softmax.

@@ -5,6 +5,7 @@
 use super::probabilities::Probabilities;
 use super::query_walk::QueryWalk;
 use super::{Params, config};
+use crate::attention::Tensor;
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
@@ -39,7 +40,7 @@ const fn wide_keys_and_values_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: 2 * threads(BLOCK_N, 1),
-        shared_bytes: (tiles + weights + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M>::BYTES) as u32,
+        shared_bytes: (tiles + weights + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, GENERAL>::BYTES) as u32,
         barriers: 4,
         ..config::<T>(HEADDIM, HEADDIM_V, CAUSAL, GENERAL)
     }
@@ -88,8 +89,7 @@ pub fn wide_keys_and_values<
     let threads = const { 2 * threads(BLOCK_N, 1) };
     let block = schedule::key_block(&a, BLOCK_N as u32);
     let KeyBlock { first_key, head_k, sequence } = block;
-    let rows = block.rows();
-    if rows == 0 {
+    if block.rows() == 0 {
         return;
     }
     let mask = Mask::of::<T, CAUSAL, GENERAL>(&a, &sequence);
@@ -98,14 +98,14 @@ pub fn wide_keys_and_values<
     let k = SmemTile::<T, BLOCK_N, HEADDIM>::at(dynamic_shared());
     let v = SmemTile::<T, BLOCK_N, HEADDIM_V>::at(k.end());
     let weights: Shared<f32> = v.end();
-    let at = weights.offset((BLOCK_N * BLOCK_M) as u32).cast();
-    let walk = QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M>::new(&p, &a, &block, blocks, threads, at);
 
-    let k_rows = sequence.keys(&a.k, head_k, first_key);
-    let v_rows = sequence.keys(&a.v, head_k, first_key);
-    TileStream::new(threads, k_rows, a.k.row_stride, rows).copy_async(k);
-    TileStream::new(threads, v_rows, a.v.row_stride, rows).copy_async(v);
+    let aligned = a.is_aligned::<GENERAL>();
+    let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, aligned);
+    TileStream::new(threads, rows_of(&a.k, a.headdim)).copy_async(k);
+    TileStream::new(threads, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
+    let at = weights.offset((BLOCK_N * BLOCK_M) as u32).cast();
+    let mut walk = QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, GENERAL>::new(&p, &a, &block, blocks, threads, at);
 
     let pairs = const { (BLOCK_N / KEYS) as u32 };
     let pair = warp_id() % pairs;
@@ -113,7 +113,7 @@ pub fn wide_keys_and_values<
     let weights = weights.offset(pair * (KEYS * BLOCK_M) as u32);
     if warp_id() < pairs {
         let mut d_v = Accumulator::<1, V_COLUMNS>::zero();
-        walk.each_step(|step| {
+        while let Some(step) = walk.advance() {
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
 
@@ -132,15 +132,14 @@ pub fn wide_keys_and_values<
             for depth in 0..BLOCK_M / T::DEPTH {
                 d_v.add_product(&p.operand::<T>(depth), step.d_o, depth, 0);
             }
-        });
+        }
         // K and V are read by nobody any more, and their tiles become dK's and dV's, each warp's rows its own.
         d_v.store(v, own_row);
         sync_warp(ALL);
-        let d_v = p.d_v.cast();
-        v.store_rows(own_row, KEYS as u32, sequence.keys(&d_v, head_k, first_key), d_v.row_stride, rows);
+        v.store_rows(own_row, KEYS as u32, rows_of(&p.d_v.cast(), a.headdim_v));
     } else {
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
-        walk.each_step(|step| {
+        while let Some(step) = walk.advance() {
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
 
@@ -158,12 +157,11 @@ pub fn wide_keys_and_values<
             for depth in 0..BLOCK_M / T::DEPTH {
                 d_k.add_product(&d_s.operand::<T>(depth), step.q, depth, 0);
             }
-        });
+        }
         d_k.map(|_, _, d_k| d_k * a.softmax_scale);
         d_k.store(k, own_row);
         sync_warp(ALL);
-        let d_k = p.d_k.cast();
-        k.store_rows(own_row, KEYS as u32, sequence.keys(&d_k, head_k, first_key), d_k.row_stride, rows);
+        k.store_rows(own_row, KEYS as u32, rows_of(&p.d_k.cast(), a.headdim));
     }
 }
 

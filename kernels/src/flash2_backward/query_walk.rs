@@ -23,19 +23,21 @@ pub(super) struct QueryWalk<
     d_o: Tensor<T>,
     row_sums: Global<f32>,
     sequence: Sequence,
-    /// The first of the heads, and how many.
-    first_head: u32,
-    heads: u32,
     blocks: Blocks,
+    /// The step that comes next: a head and a block of it.
+    head: u32,
+    block: u32,
+    /// One past the last head.
+    end_head: u32,
+    /// Where in shared memory that step is.
+    stage: u32,
+    /// This thread's row of that step: the base of its exponents, and D.
+    row: (f32, f32),
     threads: u32,
     q_tile: SmemTile<T, BLOCK_M, HEADDIM>,
     d_o_tile: SmemTile<T, BLOCK_M, HEADDIM_V>,
     bases: Shared<f32>,
     sums: Shared<f32>,
-    /// The step that comes next.
-    step: u32,
-    /// This thread's row of that step.
-    row: (f32, f32),
 }
 
 /// One step of the walk: a block of queries that has come in.
@@ -72,26 +74,20 @@ impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const B
             d_o: p.d_o.cast(),
             row_sums: p.row_sums,
             sequence: block.sequence,
-            first_head: block.head_k * heads,
-            heads,
             blocks,
+            head: if blocks.count() > 0 { block.head_k * heads } else { (block.head_k + 1) * heads },
+            block: blocks.begin,
+            end_head: (block.head_k + 1) * heads,
+            stage: 0,
+            row: (f32::INFINITY, 0.0),
             threads,
             q_tile,
             d_o_tile,
             bases,
             sums: bases.offset(STAGES * BLOCK_M as u32),
-            step: 0,
-            row: (f32::INFINITY, 0.0),
         };
-        if walk.steps() > 0 {
-            walk.load(0);
-        }
+        walk.load();
         walk
-    }
-
-    #[inline(always)]
-    fn steps(&self) -> u32 {
-        self.blocks.count() * self.heads
     }
 
     /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
@@ -99,69 +95,59 @@ impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const B
     #[inline(always)]
     #[track_caller]
     pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
-        let step = self.step;
-        if step < self.steps() {
-            self.store_statistics(step);
-        }
+        self.store_statistics();
         copy::wait::<0>();
         sync_threads();
-        if step == self.steps() {
+        if self.head == self.end_head {
             return None;
         }
-        self.step += 1;
-        if self.step < self.steps() {
-            self.load(self.step);
+        let first_of_stage = self.stage * BLOCK_M as u32;
+        let step = Step {
+            q: self.q_tile.stage(self.stage),
+            d_o: self.d_o_tile.stage(self.stage),
+            bases: self.bases.offset(first_of_stage),
+            sums: self.sums.offset(first_of_stage),
+            head: self.head,
+            first_row: self.block * BLOCK_M as u32,
+            partial: self.blocks.is_partial(self.block),
+        };
+        self.stage = (self.stage + 1) % STAGES;
+        self.block += 1;
+        if self.block == self.blocks.end {
+            self.block = self.blocks.begin;
+            self.head += 1;
         }
-        Some(self.step(step))
-    }
-
-    #[inline(always)]
-    fn step(&self, step: u32) -> Step<T, HEADDIM, HEADDIM_V, BLOCK_M> {
-        let (head, first_row) = self.place(step);
-        let stage = step % STAGES;
-        Step {
-            q: self.q_tile.stage(stage),
-            d_o: self.d_o_tile.stage(stage),
-            bases: self.bases.offset(stage * BLOCK_M as u32),
-            sums: self.sums.offset(stage * BLOCK_M as u32),
-            head,
-            first_row,
-            partial: self.blocks.is_partial(first_row / BLOCK_M as u32),
-        }
-    }
-
-    /// The head of Q and the first row of a step.
-    #[inline(always)]
-    fn place(&self, step: u32) -> (u32, u32) {
-        let count = divisor(self.blocks.count());
-        (self.first_head + step / count, (self.blocks.begin + step % count) * BLOCK_M as u32)
+        self.load();
+        Some(step)
     }
 
     #[inline(always)]
     #[track_caller]
-    fn load(&mut self, step: u32) {
-        let (head, first_row) = self.place(step);
-        let rows = self.sequence.seqlen_q - first_row;
+    fn load(&mut self) {
+        if self.head == self.end_head {
+            return;
+        }
+        let (head, first_row) = (self.head, self.block * BLOCK_M as u32);
         let aligned = self.a.is_aligned::<GENERAL>();
         let q_rows = self.sequence.query_matrix(&self.a.q, head, first_row, self.a.headdim, aligned);
         let d_o_rows = self.sequence.query_matrix(&self.d_o, head, first_row, self.a.headdim_v, aligned);
-        let stage = step % STAGES;
-        TileStream::new(self.threads, q_rows).copy_async(self.q_tile.stage(stage));
-        TileStream::new(self.threads, d_o_rows).copy_async(self.d_o_tile.stage(stage));
+        TileStream::new(self.threads, q_rows).copy_async(self.q_tile.stage(self.stage));
+        TileStream::new(self.threads, d_o_rows).copy_async(self.d_o_tile.stage(self.stage));
         copy::commit();
-        // This thread's row: the base of its exponents, and D. A row that is not there has P = 0.
+        // A row that is not there has P = 0.
         self.row = (f32::INFINITY, 0.0);
-        if thread_idx_x() < BLOCK_M as u32 && thread_idx_x() < rows {
-            let at = self.a.first_row(&self.sequence, head) + (first_row + thread_idx_x()) as usize;
+        let row = first_row + thread_idx_x();
+        if thread_idx_x() < BLOCK_M as u32 && row < self.sequence.seqlen_q {
+            let at = self.a.first_row(&self.sequence, head) + row as usize;
             self.row = (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at));
         }
     }
 
     #[inline(always)]
     #[track_caller]
-    fn store_statistics(&self, step: u32) {
-        if thread_idx_x() < BLOCK_M as u32 {
-            let at = step % STAGES * BLOCK_M as u32 + thread_idx_x();
+    fn store_statistics(&self) {
+        if thread_idx_x() < BLOCK_M as u32 && self.head < self.end_head {
+            let at = self.stage * BLOCK_M as u32 + thread_idx_x();
             self.bases.store(at, self.row.0);
             self.sums.store(at, self.row.1);
         }

@@ -73,6 +73,15 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
         self.base.offset(chunks * Self::CHUNK)
     }
 
+    /// How many elements lie between any chunk and the one `rows` rows down and `chunks` chunks on, if it is the same for
+    /// all: whole swizzles down, and whole panels on.
+    #[inline(always)]
+    fn distance(self, rows: u32, chunks: u32) -> Option<u32> {
+        let panels = chunks / Self::PANEL_CHUNKS;
+        let is_same = rows.is_multiple_of(8) && chunks.is_multiple_of(Self::PANEL_CHUNKS);
+        is_same.then_some((panels * ROWS as u32 + rows) * Self::PANEL_CHUNKS * Self::CHUNK)
+    }
+
     /// Element (`row`, `col`).
     #[inline(always)]
     pub fn element(self, row: u32, col: u32) -> Shared<T> {
@@ -185,10 +194,16 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         let (own_row, own_chunk) = Self::place();
         let rows_at_once = threads / Self::SLAB_CHUNKS;
         assert!(rows_at_once * Self::SLAB_CHUNKS == threads && (ROWS as u32).is_multiple_of(rows_at_once));
+        let first = tile.chunk(own_row, own_chunk);
         for i in 0..ROWS as u32 / rows_at_once {
             let row = i * rows_at_once;
             for slab in 0..Self::SLABS {
-                f(tile.chunk(row + own_row, slab * Self::SLAB_CHUNKS + own_chunk), row as i32, slab);
+                let chunk = slab * Self::SLAB_CHUNKS;
+                let at = match tile.distance(row, chunk) {
+                    Some(distance) => first.offset(distance),
+                    None => tile.chunk(row + own_row, chunk + own_chunk),
+                };
+                f(at, row as i32, slab);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The problem that every attention kernel solves: O = softmax(softmax_scale · Q Kᵀ + bias + mask) V, a batch and a head at a time.
 use crate::dropout::Dropout;
+use cuda_std::math::LOG2_E;
 use cuda_std::{Element, Global, GlobalMatrix};
 
 /// A tensor of shape (batch, seqlen, nheads, headdim), the last dimension contiguous. Strides count elements.
@@ -182,6 +183,13 @@ impl<T> Attention<T> {
         let (first_q, seqlen_q) = span(self.cu_seqlens_q, self.seqlen_q);
         let (first_k, seqlen_k) = span(self.cu_seqlens_k, self.seqlen_k);
         Sequence { batch, first_q, seqlen_q, first_k, seqlen_k }
+    }
+
+    /// The sink of a head in log2 units; -inf if there is none.
+    #[inline(always)]
+    #[track_caller]
+    pub fn sink(&self, head: u32) -> f32 {
+        if self.sinks.is_null() { f32::NEG_INFINITY } else { self.sinks.load(head as usize) * LOG2_E }
     }
 
     /// Whether the rows of all tensors of T are aligned; kernels that are not `GENERAL` take no others.

@@ -87,15 +87,26 @@ pub(super) fn add_product<T: TensorCoreElement, const M: usize>(
         }
     }
     matrix::mma::<T, M, 2>(d, &kept, &finite);
-    for (like, unlike, infinity) in [(&plus, &minus, f32::INFINITY), (&minus, &plus, f32::NEG_INFINITY)] {
-        let mut count = [[[0.0; 4]; 2]; M];
-        matrix::mma::<T, M, 2>(&mut count, &positive, like);
-        matrix::mma::<T, M, 2>(&mut count, &negative, unlike);
-        for m in 0..M {
-            for n in 0..2 {
-                for i in 0..4 {
-                    d[m][n][i] += if count[m][n][i] > 0.0 { infinity } else { 0.0 };
-                }
+    add_infinities::<T, M>(d, [&positive, &negative], [&plus, &minus], f32::INFINITY);
+    add_infinities::<T, M>(d, [&positive, &negative], [&minus, &plus], f32::NEG_INFINITY);
+}
+
+/// Adds `infinity` where one of the products A B has a term.
+#[inline(always)]
+#[track_caller]
+fn add_infinities<T: TensorCoreElement, const M: usize>(
+    d: &mut [[[f32; 4]; 2]; M],
+    a: [&[[u32; 4]; M]; 2],
+    b: [&[[u32; 2]; 2]; 2],
+    infinity: f32,
+) {
+    let mut count = [[[0.0; 4]; 2]; M];
+    matrix::mma::<T, M, 2>(&mut count, a[0], b[0]);
+    matrix::mma::<T, M, 2>(&mut count, a[1], b[1]);
+    for m in 0..M {
+        for n in 0..2 {
+            for i in 0..4 {
+                d[m][n][i] += if count[m][n][i] > 0.0 { infinity } else { 0.0 };
             }
         }
     }

@@ -241,6 +241,9 @@ pub trait MatrixElement: Element {
     /// Columns of A and rows of B in one step of a product.
     const DEPTH: usize;
 
+    /// Whether products round it to TF32.
+    const TF32: bool = false;
+
     /// A lane's part of 16 rows and `DEPTH` columns of a left operand.
     type Left: Copy;
 

@@ -137,6 +137,7 @@ packed!(f16, bf16);
 /// blocks of an accumulator serve as they are.
 impl MatrixElement for tf32 {
     const DEPTH: usize = 8;
+    const TF32: bool = true;
     type Left = Fragment;
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 /// Compares a result of attention with f64 arithmetic.
 pub fn check(inputs: &Inputs<TensorRef>, options: &AttentionOptions, result: &Attention) -> Result<Accuracy> {
-    Ok(accuracy::check(&inputs.q, &inputs.k, &inputs.v, options, result)?)
+    Ok(accuracy::check_with(inputs, options, result)?)
 }
 
 /// Compares gradients with f64 arithmetic.
@@ -15,8 +15,8 @@ pub fn check_backward(
     options: &AttentionOptions,
     gradients: &Gradients,
 ) -> Result<BackwardAccuracy> {
-    let Inputs { q, k, v, .. } = &inputs.forward;
-    Ok(accuracy::check_backward(q, k, v, &inputs.dout, options, gradients)?)
+    let BackwardInputs { forward, dout, dlse, .. } = inputs;
+    Ok(accuracy::check_backward_with(forward, dout, dlse.as_ref(), options, gradients)?)
 }
 
 /// Numbers beside their bounds, for a program.

@@ -2,7 +2,7 @@
 use cuda_std::{DType, Global, Kernel as EntryPoint};
 use kernels::Config;
 use kernels::attention::Untyped;
-use kernels::flash2_backward::{KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS};
+use kernels::flash2_backward::{BIAS, KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS, SINKS};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -12,11 +12,6 @@ use crate::inputs::GradientOutputs;
 use crate::launch::{Launch, Workspace};
 use crate::options::Kernel;
 use crate::problem::Problem;
-
-/// The kernels of the gradient of the bias: there are none yet.
-const BIAS: &[EntryPoint<Params, Config>] = &[];
-/// The kernels of the gradient of the sinks: there are none yet.
-const SINKS: &[EntryPoint<Params, Config>] = &[];
 
 /// The gradients that not every backward pass has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,8 +96,8 @@ impl BackwardPlan {
             steps.push(step(Grid::Bias, "flash2 backward, the gradient of the bias", BIAS, Feature::PLAIN)?);
         }
         if optional.dsinks {
-            let name = "flash2 backward, the gradient of the sinks";
-            steps.push(step(Grid::Heads, name, SINKS, Feature::WITHOUT_SCORES)?);
+            // One kernel for all: it reads the LSE and D, which are f32 whatever Q is.
+            steps.extend(SINKS.iter().map(|kernel| Step { kernel, grid: Grid::Heads }));
         }
         Ok(steps)
     }

@@ -9,7 +9,7 @@ use crate::attention::{Attention, divisor};
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement, RowVector};
 use cuda_std::shared::{Shared, dynamic_shared};
 use cuda_std::thread::{WARP, block_idx_x, lane_id, sync_threads, thread_idx_x, warp_id};
@@ -108,7 +108,7 @@ impl Tile {
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V) in [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)],
         (BLOCK_M, BLOCK_N, S_COLUMNS) in [(64, 64, 8)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, HEADDIM_V) in [(32, 32), (64, 64), (128, 128), (256, 256)],
         (BLOCK_M, BLOCK_N, S_COLUMNS) in [(32, 32, 4)],
     config = bias_config,

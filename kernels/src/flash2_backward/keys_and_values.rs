@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, MatrixElement};
 use cuda_std::kernel;
 use cuda_std::shared::dynamic_shared;
@@ -61,7 +61,7 @@ const fn keys_and_values_config<
             (128, 32, 64, 1, 4, 16),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 1, 4, 4),
             (64, 32, 64, 1, 4, 8),

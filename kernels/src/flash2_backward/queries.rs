@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule::{self, QueryBlock};
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement, RowVector};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{sync_threads, sync_threads_or, warp_id};
@@ -67,7 +67,7 @@ const fn queries_config<
             (256, 256, 64, 32, 1, 4, 32),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 32, 1, 4, 4),
             (64, 64, 64, 32, 1, 4, 8),

@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, MatrixElement};
 use cuda_std::kernel;
 use cuda_std::shared::{Shared, dynamic_shared};
@@ -63,7 +63,7 @@ const fn wide_keys_and_values_config<
             (256, 256, 32, 64, 4, 32, 32),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 32, 2, 32, 32)],
         (CAUSAL, GENERAL) in [(false, true)],
     config = wide_keys_and_values_config,

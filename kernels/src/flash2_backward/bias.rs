@@ -9,11 +9,11 @@ use crate::attention::{Attention, divisor};
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement, RowVector};
 use cuda_std::shared::{Shared, dynamic_shared};
 use cuda_std::thread::{WARP, block_idx_x, lane_id, sync_threads, thread_idx_x, warp_id};
-use cuda_std::warp::{ALL, shuffle_xor};
+use cuda_std::warp::{ALL, any, shuffle_xor};
 use cuda_std::{Global, SmemTile, TileStream, copy, kernel};
 
 /// Rows of a warp.
@@ -108,7 +108,7 @@ impl Tile {
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V) in [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)],
         (BLOCK_M, BLOCK_N, S_COLUMNS) in [(64, 64, 8)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, HEADDIM_V) in [(32, 32), (64, 64), (128, 128), (256, 256)],
         (BLOCK_M, BLOCK_N, S_COLUMNS) in [(32, 32, 4)],
     config = bias_config,
@@ -183,6 +183,12 @@ pub fn bias<
         probabilities.drop(&mut d_s, place);
         d_s.zip_rows(&sums, |d_p, sum| d_p - sum);
         d_s.zip(&p, |d_p, p| d_p * p);
+        // What is hidden is 0, even 0 · NaN.
+        let nonfinite = |half| d_s.fold_row(0, half, |x, y| x * 0.0 + y * 0.0) != 0.0;
+        if any(ALL, nonfinite(0) || nonfinite(1)) {
+            let sees = |row, column| probabilities.sees(place.0 + row, place.1 + column);
+            d_s.map(|row, column, d_s| if sees(row, column) { d_s } else { 0.0 });
+        }
         sum.zip(&d_s, |sum, d_s| sum + d_s);
     }
 

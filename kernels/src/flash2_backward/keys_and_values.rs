@@ -2,17 +2,16 @@
 use super::probabilities::Probabilities;
 use super::query_walk::QueryWalk;
 use super::{Params, config};
-use crate::attention::Tensor;
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, MatrixElement};
+use cuda_std::kernel;
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::warp_id;
 use cuda_std::warp::{ALL, sync_warp};
-use cuda_std::{SmemTile, TileStream, copy, kernel};
 
 const fn keys_and_values_config<
     T: MatrixElement,
@@ -26,14 +25,13 @@ const fn keys_and_values_config<
     const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_M && D_COLUMNS * 8 == HEADDIM && BLOCK_N.is_multiple_of(16 * M));
-    let tiles = 2 * BLOCK_N * HEADDIM * size_of::<T>();
     Config {
         family: "flash2.keys_and_values",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: threads(BLOCK_N, M),
-        shared_bytes: (tiles + QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, GENERAL>::BYTES) as u32,
-        barriers: 1,
+        shared_bytes: (QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES) as u32,
+        barriers: QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS,
         ..config::<T>(HEADDIM, HEADDIM, CAUSAL, GENERAL)
     }
 }
@@ -63,7 +61,7 @@ const fn keys_and_values_config<
             (128, 32, 64, 1, 4, 16),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 1, 4, 4),
             (64, 32, 64, 1, 4, 8),
@@ -89,22 +87,22 @@ pub fn keys_and_values<
     let a = p.attention.of::<T>();
     let threads = const { threads(BLOCK_N, M) };
     let block = schedule::key_block(&a, BLOCK_N as u32);
-    let KeyBlock { first_key, head_k, sequence } = block;
+    let KeyBlock { first_key, sequence, .. } = block;
     if block.rows() == 0 {
         return;
     }
     let mask = Mask::of::<T, CAUSAL, GENERAL>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
 
-    let k = SmemTile::<T, BLOCK_N, HEADDIM>::at(dynamic_shared());
-    let v = SmemTile::<T, BLOCK_N, HEADDIM>::at(k.end());
-
-    let aligned = a.is_aligned::<GENERAL>();
-    let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, aligned);
-    TileStream::new(threads, rows_of(&a.k, a.headdim)).copy_async(k);
-    TileStream::new(threads, rows_of(&a.v, a.headdim_v)).copy_async(v);
-    copy::commit();
-    let mut walk = QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, GENERAL>::new(&p, &a, &block, blocks, threads, v.end());
+    let mut walk = QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::new(
+        &p,
+        &a,
+        block,
+        blocks,
+        threads,
+        dynamic_shared(),
+    );
+    let (k, v) = (walk.k, walk.v);
 
     let own_row = warp_id() * 16 * M as u32;
     let mut d_k = Accumulator::<M, D_COLUMNS>::zero();
@@ -112,6 +110,7 @@ pub fn keys_and_values<
     while let Some(step) = walk.advance() {
         let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
         let place = (first_key + own_row, step.first_row);
+        let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);
 
         // Pᵀ = 2^(scale · K Qᵀ - LSE)
         let mut s = Accumulator::<M, S_COLUMNS>::zero();
@@ -124,8 +123,12 @@ pub fn keys_and_values<
 
         // dV += Pᵀ dO
         probabilities.drop_transposed(&mut p, place);
-        for depth in 0..BLOCK_M / T::DEPTH {
-            d_v.add_product(&p.operand::<T>(depth), step.d_o, depth, 0);
+        if step.poisonous {
+            d_v.add_kept_product(&p, sees, step.d_o, 0);
+        } else {
+            for depth in 0..BLOCK_M / T::DEPTH {
+                d_v.add_product(&p.operand::<T>(depth), step.d_o, depth, 0);
+            }
         }
 
         // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
@@ -138,8 +141,12 @@ pub fn keys_and_values<
         d_s.zip(&weights, |d_p, weight| d_p * weight);
 
         // dK += dSᵀ Q
-        for depth in 0..BLOCK_M / T::DEPTH {
-            d_k.add_product(&d_s.operand::<T>(depth), step.q, depth, 0);
+        if step.poisonous {
+            d_k.add_kept_product(&d_s, sees, step.q, 0);
+        } else {
+            for depth in 0..BLOCK_M / T::DEPTH {
+                d_k.add_product(&d_s.operand::<T>(depth), step.q, depth, 0);
+            }
         }
     }
 
@@ -148,6 +155,6 @@ pub fn keys_and_values<
     d_k.store(k, own_row);
     d_v.store(v, own_row);
     sync_warp(ALL);
-    k.store_rows(own_row, 16 * M as u32, rows_of(&p.d_k.cast(), a.headdim));
-    v.store_rows(own_row, 16 * M as u32, rows_of(&p.d_v.cast(), a.headdim_v));
+    k.store_rows(own_row, 16 * M as u32, walk.keys(&p.d_k.cast(), a.headdim));
+    v.store_rows(own_row, 16 * M as u32, walk.keys(&p.d_v.cast(), a.headdim_v));
 }

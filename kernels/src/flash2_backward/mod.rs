@@ -18,6 +18,10 @@
 //! blocks of K and V, and sums dQ. [`bias()`] owns a tile of the bias, and [`sinks()`] a sink. S and dP are so computed twice,
 //! thrice with a bias; in return there is no atomic addition and no accumulator in HBM: the gradients are the same bits in
 //! every run and in every batch, and the extra memory is D.
+//!
+//! What a query does not see must not reach its gradient, nor it theirs, even if it is NaN: 0 · NaN is NaN. So blocks of
+//! which a part is hidden are searched for what is not finite, and if something is found, their products leave out what is
+//! hidden.
 mod bias;
 mod keys_and_values;
 mod probabilities;
@@ -36,7 +40,8 @@ pub use wide_keys_and_values::{WIDE_KEYS_AND_VALUES, wide_keys_and_values};
 
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
-use cuda_std::{Element, Global};
+use cuda_std::Global;
+use cuda_std::fragment::MatrixElement;
 
 /// Stages of what a block of threads walks over: one is computed on while the next comes in.
 const STAGES: u32 = 2;
@@ -73,11 +78,11 @@ pub struct Params {
 
 /// What the configurations of kernels that compute S and dP have in common. Tiles, threads and shared memory are each
 /// kernel's own.
-const fn config<T: Element>(headdim: usize, headdim_v: usize, causal: bool, general: bool) -> Config {
+const fn config<T: MatrixElement>(headdim: usize, headdim_v: usize, causal: bool, general: bool) -> Config {
     Config {
         family: "flash2",
         dtype: T::DTYPE,
-        tf32: false,
+        tf32: T::TF32,
         headdim: headdim as u32,
         headdim_v: headdim_v as u32,
         causal: if general { None } else { Some(causal) },

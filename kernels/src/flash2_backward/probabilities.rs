@@ -27,6 +27,12 @@ pub(super) fn exponent_base(lse: f32) -> f32 {
     if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse * LOG2_E }
 }
 
+/// Whether anything may be hidden in a block, of which the window hides a part if it is `partial`.
+#[inline(always)]
+pub(super) fn hides<T, const GENERAL: bool>(a: &Attention<T>, partial: bool) -> bool {
+    partial || GENERAL && !(a.bias.data.is_null() && a.mask.data.is_null())
+}
+
 impl<T: Element> Probabilities<T> {
     /// Those of `head`.
     #[inline(always)]
@@ -61,7 +67,11 @@ impl<T: Element> Probabilities<T> {
         };
         scores.cap(s);
         let capped = *s;
-        scores.finish(s, first_row, first_key);
+        if partial || scores.depend_on_place() {
+            scores.finish(s, first_row, first_key);
+        } else {
+            scores.finish_whole(s);
+        }
         s.zip_rows(bases, |s, base| ex2(s - base));
         let mut weights = *s;
         scores.cap_gradient(&mut weights, &capped);
@@ -87,11 +97,26 @@ impl<T: Element> Probabilities<T> {
         };
         scores.cap(s);
         let capped = *s;
-        scores.finish_transposed(s, first_key, first_row);
+        if partial || scores.depend_on_place() {
+            scores.finish_transposed(s, first_key, first_row);
+        } else {
+            scores.finish_whole(s);
+        }
         s.zip_columns(bases, |s, base| ex2(s - base));
         let mut weights = *s;
         scores.cap_gradient(&mut weights, &capped);
         weights
+    }
+
+    /// Whether query `row`, if there is one, sees key `key`.
+    #[inline(always)]
+    #[track_caller]
+    pub fn sees(&self, row: u32, key: u32) -> bool {
+        row < self.mask.seqlen_q
+            && match &self.scores {
+                Some(scores) => scores.sees(row, key),
+                None => self.mask.sees(row, key),
+            }
     }
 
     /// Drops elements of P or dP, and scales the others.

@@ -1,14 +1,14 @@
 //! dQ.
-use super::probabilities::{Probabilities, exponent_base};
+use super::probabilities::{Probabilities, exponent_base, hides};
 use super::{Params, STAGES, config};
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule::{self, QueryBlock};
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement, RowVector};
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{sync_threads, warp_id};
+use cuda_std::thread::{sync_threads, sync_threads_or, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
 use cuda_std::{Global, SmemTile, TileStream, copy, kernel};
 
@@ -32,7 +32,7 @@ const fn queries_config<
         block_n: BLOCK_N as u32,
         threads: threads(BLOCK_M, M),
         shared_bytes: (rows * (HEADDIM + HEADDIM_V) * size_of::<T>()) as u32,
-        barriers: 2,
+        barriers: if CAUSAL || GENERAL { 3 } else { 2 },
         ..config::<T>(HEADDIM, HEADDIM_V, CAUSAL, GENERAL)
     }
 }
@@ -67,7 +67,7 @@ const fn queries_config<
             (256, 256, 64, 32, 1, 4, 32),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 32, 1, 4, 4),
             (64, 64, 64, 32, 1, 4, 8),
@@ -115,8 +115,10 @@ pub fn queries<
     let mut keys = TileStream::new(threads, keys_of(&a.k, a.headdim));
     let mut values = TileStream::new(threads, keys_of(&a.v, a.headdim_v));
     let rows_of = |tensor, columns| sequence.query_matrix(tensor, head, first_row, columns, aligned);
-    TileStream::new(threads, rows_of(&a.q, a.headdim)).copy_async(q);
-    TileStream::new(threads, rows_of(&d_o, a.headdim_v)).copy_async(d_o_tile);
+    let (mut q_rows, mut d_o_rows) =
+        (TileStream::new(threads, rows_of(&a.q, a.headdim)), TileStream::new(threads, rows_of(&d_o, a.headdim_v)));
+    q_rows.copy_async(q);
+    d_o_rows.copy_async(d_o_tile);
     if key_blocks.count() > 0 {
         keys.copy_async(k.stage(key_blocks.begin % STAGES));
         values.copy_async(v.stage(key_blocks.begin % STAGES));
@@ -133,10 +135,25 @@ pub fn queries<
 
     let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, head, mask);
     let mut d_q_sum = Accumulator::<M, D_COLUMNS>::zero();
+    // Whether what this thread copied of Q and dO is not finite; not known yet at first.
+    let mut rows_nonfinite = None;
     for j in key_blocks.begin..key_blocks.end {
         // Block j is here, and no warp reads block j - 1 any more, whose stage block j + 1 takes.
         copy::wait::<0>();
-        sync_threads();
+        let partial = key_blocks.is_partial(j);
+        // Whether a part of the block is hidden, and something is not finite: then the product must leave out what is hidden.
+        let poisonous = if (CAUSAL || GENERAL) && hides::<T, GENERAL>(&a, partial) {
+            let of_rows = match rows_nonfinite {
+                Some(nonfinite) => nonfinite,
+                None => q_rows.copied_nonfinite(q) | d_o_rows.copied_nonfinite(d_o_tile),
+            };
+            rows_nonfinite = Some(of_rows);
+            let (k, v) = (k.stage(j % STAGES), v.stage(j % STAGES));
+            sync_threads_or(of_rows | keys.copied_nonfinite(k) | values.copied_nonfinite(v))
+        } else {
+            sync_threads();
+            false
+        };
         if j + 1 < key_blocks.end {
             keys.copy_async(k.stage((j + 1) % STAGES));
             values.copy_async(v.stage((j + 1) % STAGES));
@@ -150,7 +167,7 @@ pub fn queries<
         for depth in 0..HEADDIM / T::DEPTH {
             s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, depth), k, 0, depth);
         }
-        let weights = probabilities.of_scores(&mut s, &bases, place, key_blocks.is_partial(j));
+        let weights = probabilities.of_scores(&mut s, &bases, place, partial);
 
         // dS = P ∘ (dO Vᵀ - D)
         let mut d_s = Accumulator::<M, S_COLUMNS>::zero();
@@ -162,8 +179,13 @@ pub fn queries<
         d_s.zip(&weights, |d_p, weight| d_p * weight);
 
         // dQ += dS K
-        for depth in 0..BLOCK_N / T::DEPTH {
-            d_q_sum.add_product(&d_s.operand::<T>(depth), k, depth, 0);
+        if poisonous {
+            let sees = |row, key| probabilities.sees(place.0 + row, place.1 + key);
+            d_q_sum.add_kept_product(&d_s, sees, k, 0);
+        } else {
+            for depth in 0..BLOCK_N / T::DEPTH {
+                d_q_sum.add_product(&d_s.operand::<T>(depth), k, depth, 0);
+            }
         }
     }
 

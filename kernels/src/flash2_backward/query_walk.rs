@@ -1,29 +1,40 @@
-//! The walk over the queries that see a block of keys.
-use super::probabilities::exponent_base;
+//! The walk of a block of keys over the queries that see it.
+use super::probabilities::{exponent_base, hides};
 use super::{Params, STAGES};
-use crate::attention::{Attention, Sequence, Tensor, divisor};
+use crate::attention::{Attention, Tensor, divisor};
 use crate::mask::Blocks;
 use crate::schedule::KeyBlock;
 use cuda_std::fragment::MatrixElement;
 use cuda_std::shared::Shared;
-use cuda_std::thread::{sync_threads, thread_idx_x};
-use cuda_std::{Global, SmemTile, TileStream, copy};
+use cuda_std::thread::{sync_threads, sync_threads_or, thread_idx_x};
+use cuda_std::{Global, GlobalMatrix, SmemTile, TileStream, copy};
 
-/// The blocks of Q and dO that a block of keys needs, of all heads of Q that share the head of K and V, one after the other;
-/// with what P and dS need of each row: the base of its exponents and D.
+/// A block of K and V, and the walk over the blocks of Q and dO that it needs: of all heads of Q that share its head, one
+/// after the other; with what P and dS need of each row, the base of its exponents and D.
 pub(super) struct QueryWalk<
     'a,
     T,
     const HEADDIM: usize,
     const HEADDIM_V: usize,
     const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CAUSAL: bool,
     const GENERAL: bool,
 > {
     a: &'a Attention<T>,
     d_o: Tensor<T>,
     row_sums: Global<f32>,
-    sequence: Sequence,
+    key_block: KeyBlock,
     blocks: Blocks,
+    threads: u32,
+    /// K, dK in the end.
+    pub k: SmemTile<T, BLOCK_N, HEADDIM>,
+    /// V, dV in the end.
+    pub v: SmemTile<T, BLOCK_N, HEADDIM_V>,
+    q: SmemTile<T, BLOCK_M, HEADDIM>,
+    d_o_tile: SmemTile<T, BLOCK_M, HEADDIM_V>,
+    bases: Shared<f32>,
+    sums: Shared<f32>,
     /// The step that comes next: a head and a block of it.
     head: u32,
     block: u32,
@@ -33,11 +44,8 @@ pub(super) struct QueryWalk<
     stage: u32,
     /// This thread's row of that step: the base of its exponents, and D.
     row: (f32, f32),
-    threads: u32,
-    q_tile: SmemTile<T, BLOCK_M, HEADDIM>,
-    d_o_tile: SmemTile<T, BLOCK_M, HEADDIM_V>,
-    bases: Shared<f32>,
-    sums: Shared<f32>,
+    /// Whether what this thread copied of K and V is not finite; not known yet at first.
+    keys_nonfinite: Option<bool>,
 }
 
 /// One step of the walk: a block of queries that has come in.
@@ -51,43 +59,87 @@ pub(super) struct Step<T, const HEADDIM: usize, const HEADDIM_V: usize, const BL
     /// The head of Q.
     pub head: u32,
     pub first_row: u32,
-    /// Whether the mask hides a part of it.
+    /// Whether the window hides a part of it.
     pub partial: bool,
+    /// Whether a part is hidden, and something is NaN or infinite: then products must leave out what is hidden.
+    pub poisonous: bool,
 }
 
-impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize, const GENERAL: bool>
-    QueryWalk<'a, T, HEADDIM, HEADDIM_V, BLOCK_M, GENERAL>
+impl<
+    'a,
+    T: MatrixElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CAUSAL: bool,
+    const GENERAL: bool,
+> QueryWalk<'a, T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>
 {
     /// What [`new`](Self::new) takes of shared memory.
-    pub const BYTES: usize =
-        STAGES as usize * BLOCK_M * ((HEADDIM + HEADDIM_V) * size_of::<T>() + 2 * size_of::<f32>());
+    pub const BYTES: usize = (BLOCK_N + STAGES as usize * BLOCK_M) * (HEADDIM + HEADDIM_V) * size_of::<T>()
+        + STAGES as usize * BLOCK_M * 2 * size_of::<f32>();
 
-    /// Begins the walk over `blocks`, by all `threads` of the block, through shared memory from `at` on.
+    /// Barriers where [`advance`](Self::advance) is said once.
+    pub const BARRIERS: u32 = if CAUSAL || GENERAL { 2 } else { 1 };
+
+    /// Begins the walk of a block of keys over `blocks`, by all `threads` of the block, through shared memory from `at` on.
     #[inline(always)]
-    pub fn new(p: &Params, a: &'a Attention<T>, block: &KeyBlock, blocks: Blocks, threads: u32, at: Shared<T>) -> Self {
+    #[track_caller]
+    pub fn new(
+        p: &Params,
+        a: &'a Attention<T>,
+        key_block: KeyBlock,
+        blocks: Blocks,
+        threads: u32,
+        at: Shared<T>,
+    ) -> Self {
         let heads = a.nheads / divisor(a.nheads_k);
-        let q_tile = SmemTile::at(at);
-        let d_o_tile = SmemTile::at(q_tile.stage(STAGES - 1).end());
+        let first_head = key_block.head_k * heads;
+        let k = SmemTile::at(at);
+        let v = SmemTile::at(k.end());
+        let q = SmemTile::at(v.end());
+        let d_o_tile = SmemTile::at(q.stage(STAGES - 1).end());
         let bases = d_o_tile.stage(STAGES - 1).end();
         let mut walk = QueryWalk {
             a,
             d_o: p.d_o.cast(),
             row_sums: p.row_sums,
-            sequence: block.sequence,
+            key_block,
             blocks,
-            head: if blocks.count() > 0 { block.head_k * heads } else { (block.head_k + 1) * heads },
-            block: blocks.begin,
-            end_head: (block.head_k + 1) * heads,
-            stage: 0,
-            row: (f32::INFINITY, 0.0),
             threads,
-            q_tile,
+            k,
+            v,
+            q,
             d_o_tile,
             bases,
             sums: bases.offset(STAGES * BLOCK_M as u32),
+            head: if blocks.count() > 0 { first_head } else { first_head + heads },
+            block: blocks.begin,
+            end_head: first_head + heads,
+            stage: 0,
+            row: (f32::INFINITY, 0.0),
+            keys_nonfinite: None,
         };
+        TileStream::new(threads, walk.keys(&a.k, a.headdim)).copy_async(k);
+        TileStream::new(threads, walk.keys(&a.v, a.headdim_v)).copy_async(v);
+        copy::commit();
         walk.load();
         walk
+    }
+
+    /// The block's rows of a tensor that is shaped like K or V.
+    #[inline(always)]
+    pub fn keys(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
+        let KeyBlock { first_key, head_k, sequence } = self.key_block;
+        sequence.key_matrix(tensor, head_k, first_key, columns, self.a.is_aligned::<GENERAL>())
+    }
+
+    /// The next step's rows of a tensor that is shaped like Q or O.
+    #[inline(always)]
+    fn queries(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
+        let first_row = self.block * BLOCK_M as u32;
+        self.key_block.sequence.query_matrix(tensor, self.head, first_row, columns, self.a.is_aligned::<GENERAL>())
     }
 
     /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
@@ -97,19 +149,26 @@ impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const B
     pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
         self.store_statistics();
         copy::wait::<0>();
-        sync_threads();
+        let partial = self.blocks.is_partial(self.block);
+        let poisonous = if (CAUSAL || GENERAL) && self.head < self.end_head && hides::<T, GENERAL>(self.a, partial) {
+            sync_threads_or(self.copied_nonfinite())
+        } else {
+            sync_threads();
+            false
+        };
         if self.head == self.end_head {
             return None;
         }
         let first_of_stage = self.stage * BLOCK_M as u32;
         let step = Step {
-            q: self.q_tile.stage(self.stage),
+            q: self.q.stage(self.stage),
             d_o: self.d_o_tile.stage(self.stage),
             bases: self.bases.offset(first_of_stage),
             sums: self.sums.offset(first_of_stage),
             head: self.head,
             first_row: self.block * BLOCK_M as u32,
-            partial: self.blocks.is_partial(self.block),
+            partial,
+            poisonous,
         };
         self.stage = (self.stage + 1) % STAGES;
         self.block += 1;
@@ -121,25 +180,45 @@ impl<'a, T: MatrixElement, const HEADDIM: usize, const HEADDIM_V: usize, const B
         Some(step)
     }
 
+    /// Whether what this thread has copied or loaded for the next step is not finite.
+    #[inline(always)]
+    #[track_caller]
+    fn copied_nonfinite(&mut self) -> bool {
+        let (a, threads) = (self.a, self.threads);
+        let of_keys = match self.keys_nonfinite {
+            Some(nonfinite) => nonfinite,
+            None => {
+                TileStream::new(threads, self.keys(&a.k, a.headdim)).copied_nonfinite(self.k)
+                    | TileStream::new(threads, self.keys(&a.v, a.headdim_v)).copied_nonfinite(self.v)
+            }
+        };
+        self.keys_nonfinite = Some(of_keys);
+        let q_rows = TileStream::new(threads, self.queries(&a.q, a.headdim));
+        let d_o_rows = TileStream::new(threads, self.queries(&self.d_o, a.headdim_v));
+        of_keys
+            | q_rows.copied_nonfinite(self.q.stage(self.stage))
+            | d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
+            | self.row.0.is_nan()
+            | !self.row.1.is_finite()
+    }
+
     #[inline(always)]
     #[track_caller]
     fn load(&mut self) {
         if self.head == self.end_head {
             return;
         }
-        let (head, first_row) = (self.head, self.block * BLOCK_M as u32);
-        let aligned = self.a.is_aligned::<GENERAL>();
-        let q_rows = self.sequence.query_matrix(&self.a.q, head, first_row, self.a.headdim, aligned);
-        let d_o_rows = self.sequence.query_matrix(&self.d_o, head, first_row, self.a.headdim_v, aligned);
-        TileStream::new(self.threads, q_rows).copy_async(self.q_tile.stage(self.stage));
-        TileStream::new(self.threads, d_o_rows).copy_async(self.d_o_tile.stage(self.stage));
+        let a = self.a;
+        TileStream::new(self.threads, self.queries(&a.q, a.headdim)).copy_async(self.q.stage(self.stage));
+        TileStream::new(self.threads, self.queries(&self.d_o, a.headdim_v)).copy_async(self.d_o_tile.stage(self.stage));
         copy::commit();
         // A row that is not there has P = 0.
         self.row = (f32::INFINITY, 0.0);
-        let row = first_row + thread_idx_x();
-        if thread_idx_x() < BLOCK_M as u32 && row < self.sequence.seqlen_q {
-            let at = self.a.first_row(&self.sequence, head) + row as usize;
-            self.row = (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at));
+        let sequence = &self.key_block.sequence;
+        let row = self.block * BLOCK_M as u32 + thread_idx_x();
+        if thread_idx_x() < BLOCK_M as u32 && row < sequence.seqlen_q {
+            let at = a.first_row(sequence, self.head) + row as usize;
+            self.row = (exponent_base(a.softmax_lse.load(at)), self.row_sums.load(at));
         }
     }
 

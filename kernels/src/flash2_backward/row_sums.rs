@@ -6,6 +6,7 @@ use crate::attention::divisor;
 use crate::config::Config;
 use crate::schedule::head_of;
 use cuda_std::element::{bf16, f16};
+use cuda_std::fragment::MatrixElement;
 use cuda_std::math::fma;
 use cuda_std::thread::{block_idx_x, thread_idx_x};
 use cuda_std::warp::reduce;
@@ -16,7 +17,7 @@ const THREADS: u32 = 128;
 const LANES: u32 = 8;
 const ELEMENTS: u32 = 4;
 
-const fn row_sums_config<T: Element>() -> Config {
+const fn row_sums_config<T: MatrixElement>() -> Config {
     Config {
         family: "flash2.row_sums",
         causal: None,
@@ -35,7 +36,7 @@ const fn row_sums_config<T: Element>() -> Config {
     config = row_sums_config,
     table = ROW_SUMS,
 )]
-pub fn row_sums<T: Element>(p: Params) {
+pub fn row_sums<T: MatrixElement>(p: Params) {
     let a = p.attention.of::<T>();
     let d_o = p.d_o.cast::<T>();
     let Rows { batches, tokens } = Rows::of(&a);

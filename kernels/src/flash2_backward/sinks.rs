@@ -49,8 +49,8 @@ pub fn sinks(p: Params) {
         let at = (batch as u64 * a.lse_batch_stride + head as u64 * a.lse_head_stride + token as u64) as usize;
         let lse = a.softmax_lse.load(at);
         // A row of neither keys nor sink has no softmax.
-        let p_sink = if lse == f32::NEG_INFINITY { 0.0 } else { ex2(sink - lse * LOG2_E) };
-        let x = p_sink * p.row_sums.load(at) - excess;
+        let of_row = if lse == f32::NEG_INFINITY { 0.0 } else { ex2(sink - lse * LOG2_E) * p.row_sums.load(at) };
+        let x = of_row - excess;
         let raised = sum + x;
         excess = (raised - sum) - x;
         sum = raised;

@@ -5,17 +5,16 @@
 use super::probabilities::Probabilities;
 use super::query_walk::QueryWalk;
 use super::{Params, config};
-use crate::attention::Tensor;
 use crate::config::Config;
 use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, MatrixElement};
+use cuda_std::kernel;
 use cuda_std::shared::{Shared, dynamic_shared};
 use cuda_std::thread::{WARP, lane_id, sync_threads, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
-use cuda_std::{SmemTile, TileStream, copy, kernel};
 
 /// Keys of a warp.
 const KEYS: usize = 16;
@@ -33,15 +32,14 @@ const fn wide_keys_and_values_config<
     const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_M && D_COLUMNS * 8 == HEADDIM && V_COLUMNS * 8 == HEADDIM_V);
-    let tiles = BLOCK_N * (HEADDIM + HEADDIM_V) * size_of::<T>();
     let weights = BLOCK_N * BLOCK_M * size_of::<f32>();
     Config {
         family: "flash2.keys_and_values",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: 2 * threads(BLOCK_N, 1),
-        shared_bytes: (tiles + weights + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, GENERAL>::BYTES) as u32,
-        barriers: 4,
+        shared_bytes: (weights + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES) as u32,
+        barriers: 2 * QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS + 2,
         ..config::<T>(HEADDIM, HEADDIM_V, CAUSAL, GENERAL)
     }
 }
@@ -65,7 +63,7 @@ const fn wide_keys_and_values_config<
             (256, 256, 32, 64, 4, 32, 32),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
-    for T in [f32],
+    for T in [f32, tf32],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 32, 2, 32, 32)],
         (CAUSAL, GENERAL) in [(false, true)],
     config = wide_keys_and_values_config,
@@ -88,24 +86,18 @@ pub fn wide_keys_and_values<
     let a = p.attention.of::<T>();
     let threads = const { 2 * threads(BLOCK_N, 1) };
     let block = schedule::key_block(&a, BLOCK_N as u32);
-    let KeyBlock { first_key, head_k, sequence } = block;
+    let KeyBlock { first_key, sequence, .. } = block;
     if block.rows() == 0 {
         return;
     }
     let mask = Mask::of::<T, CAUSAL, GENERAL>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
 
-    let k = SmemTile::<T, BLOCK_N, HEADDIM>::at(dynamic_shared());
-    let v = SmemTile::<T, BLOCK_N, HEADDIM_V>::at(k.end());
-    let weights: Shared<f32> = v.end();
-
-    let aligned = a.is_aligned::<GENERAL>();
-    let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, aligned);
-    TileStream::new(threads, rows_of(&a.k, a.headdim)).copy_async(k);
-    TileStream::new(threads, rows_of(&a.v, a.headdim_v)).copy_async(v);
-    copy::commit();
+    let weights = dynamic_shared();
     let at = weights.offset((BLOCK_N * BLOCK_M) as u32).cast();
-    let mut walk = QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, GENERAL>::new(&p, &a, &block, blocks, threads, at);
+    let mut walk =
+        QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::new(&p, &a, block, blocks, threads, at);
+    let (k, v) = (walk.k, walk.v);
 
     let pairs = const { (BLOCK_N / KEYS) as u32 };
     let pair = warp_id() % pairs;
@@ -116,6 +108,7 @@ pub fn wide_keys_and_values<
         while let Some(step) = walk.advance() {
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
+            let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);
 
             // Pᵀ = 2^(scale · K Qᵀ - LSE)
             let mut s = Accumulator::<1, S_COLUMNS>::zero();
@@ -129,19 +122,24 @@ pub fn wide_keys_and_values<
 
             // dV += Pᵀ dO
             probabilities.drop_transposed(&mut p, place);
-            for depth in 0..BLOCK_M / T::DEPTH {
-                d_v.add_product(&p.operand::<T>(depth), step.d_o, depth, 0);
+            if step.poisonous {
+                d_v.add_kept_product(&p, sees, step.d_o, 0);
+            } else {
+                for depth in 0..BLOCK_M / T::DEPTH {
+                    d_v.add_product(&p.operand::<T>(depth), step.d_o, depth, 0);
+                }
             }
         }
         // K and V are read by nobody any more, and their tiles become dK's and dV's, each warp's rows its own.
         d_v.store(v, own_row);
         sync_warp(ALL);
-        v.store_rows(own_row, KEYS as u32, rows_of(&p.d_v.cast(), a.headdim_v));
+        v.store_rows(own_row, KEYS as u32, walk.keys(&p.d_v.cast(), a.headdim_v));
     } else {
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
         while let Some(step) = walk.advance() {
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
+            let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);
 
             // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
             let mut d_s = Accumulator::<1, S_COLUMNS>::zero();
@@ -154,14 +152,18 @@ pub fn wide_keys_and_values<
             d_s.zip(&take(weights), |d_p, weight| d_p * weight);
 
             // dK += dSᵀ Q
-            for depth in 0..BLOCK_M / T::DEPTH {
-                d_k.add_product(&d_s.operand::<T>(depth), step.q, depth, 0);
+            if step.poisonous {
+                d_k.add_kept_product(&d_s, sees, step.q, 0);
+            } else {
+                for depth in 0..BLOCK_M / T::DEPTH {
+                    d_k.add_product(&d_s.operand::<T>(depth), step.q, depth, 0);
+                }
             }
         }
         d_k.map(|_, _, d_k| d_k * a.softmax_scale);
         d_k.store(k, own_row);
         sync_warp(ALL);
-        k.store_rows(own_row, KEYS as u32, rows_of(&p.d_k.cast(), a.headdim));
+        k.store_rows(own_row, KEYS as u32, walk.keys(&p.d_k.cast(), a.headdim));
     }
 }
 

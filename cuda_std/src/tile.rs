@@ -1,5 +1,6 @@
 //! Tiles of matrices in shared memory.
 use crate::element::Element;
+use crate::math::unknown;
 use crate::shared::Shared;
 use crate::{Global, GlobalMatrix, copy, thread};
 use core::marker::PhantomData;
@@ -95,16 +96,34 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
     pub fn store_rows(self, row: u32, count: u32, to: GlobalMatrix<T>) {
         let rows_at_once = thread::WARP / Self::SLAB_CHUNKS;
         assert!(count.is_multiple_of(rows_at_once));
+        let times = count / rows_at_once;
+        if to.aligned {
+            self.each_chunk_of_rows(row, times, to, |from, to, columns| {
+                // Loaded by all lanes, so that they load together.
+                let bits = from.cast::<u32>().load_vector::<4>(0);
+                if columns > 0 {
+                    to.cast::<u32>().store_vector(0, bits);
+                }
+            });
+        } else {
+            // Rare, and little code as a loop.
+            self.each_chunk_of_rows(row, unknown(times), to, store_elements);
+        }
+    }
+
+    /// Calls `store(from, to, columns)` for each chunk of this lane, of which the matrix has so many columns.
+    #[inline(always)]
+    #[track_caller]
+    fn each_chunk_of_rows(self, row: u32, times: u32, to: GlobalMatrix<T>, store: impl Fn(Shared<T>, Global<T>, u32)) {
         let (own_row, own_chunk) = (thread::lane_id() / Self::SLAB_CHUNKS, thread::lane_id() % Self::SLAB_CHUNKS);
-        for i in 0..count / rows_at_once {
-            let row = row + i * rows_at_once + own_row;
+        for i in 0..times {
+            let row = row + i * (thread::WARP / Self::SLAB_CHUNKS) + own_row;
             for slab in 0..Self::SLABS {
                 let chunk = slab * Self::SLAB_CHUNKS + own_chunk;
                 let column = chunk * Self::CHUNK;
-                if row < to.rows && column < to.columns {
-                    let at = to.data.offset((row as u64 * to.row_stride + column as u64) as usize);
-                    store_chunk(self.chunk(row, chunk), at, to.columns - column, to.aligned);
-                }
+                let columns = if row < to.rows { to.columns.saturating_sub(column) } else { 0 };
+                let at = to.data.offset((row as u64 * to.row_stride + column as u64) as usize);
+                store(self.chunk(row, chunk), at, columns);
             }
         }
     }
@@ -154,21 +173,32 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     #[inline(always)]
     #[track_caller]
     pub fn copy_async(&mut self, to: SmemTile<T, ROWS, COLS>) {
-        Self::each_chunk(self.threads, to, |to, row, slab| {
+        let count = Self::rows_of_a_thread(self.threads);
+        if self.aligned {
+            self.copy_rows(to, count, |to, from, _, valid| copy::copy_async(to, from, valid));
+        } else {
+            // Rare, and little code as a loop.
+            self.copy_rows(to, unknown(count), |to, from, columns, valid| {
+                load_elements(from, to, if valid { columns } else { 0 });
+            });
+        }
+        self.rows -= ROWS as i32;
+    }
+
+    /// Calls `copy(to, from, columns, valid)` for each chunk of this thread's `count` rows: `columns` are there from the
+    /// chunk's first on, if it is valid.
+    #[inline(always)]
+    #[track_caller]
+    fn copy_rows(&mut self, to: SmemTile<T, ROWS, COLS>, count: u32, copy: impl Fn(Shared<T>, Global<T>, u32, bool)) {
+        Self::each_chunk(self.threads, to, count, |to, row, slab| {
             let column = slab * Self::SLAB_COLUMNS;
             let columns = self.columns - column as i32;
             let valid = row < self.rows && (slab == 0 || columns > 0);
-            let from = self.from.offset(column as usize);
-            if self.aligned {
-                copy::copy_async(to, from, valid);
-            } else {
-                load_chunk(from, to, if valid { columns as u32 } else { 0 });
-            }
+            copy(to, self.from.offset(column as usize), columns as u32, valid);
             if slab + 1 == Self::SLABS {
                 self.from = self.from.offset(self.step);
             }
         });
-        self.rows -= ROWS as i32;
     }
 
     /// Whether there is a NaN or an infinity among what this thread has copied to a tile. To be asked after the wait: a
@@ -178,7 +208,7 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     pub fn copied_nonfinite(&self, tile: SmemTile<T, ROWS, COLS>) -> bool {
         let signs = const { T::INFINITIES << 1 & !T::INFINITIES };
         let mut found = 0;
-        Self::each_chunk(self.threads, tile, |chunk, _, _| {
+        Self::each_chunk(self.threads, tile, Self::rows_of_a_thread(self.threads), |chunk, _, _| {
             for word in chunk.cast::<u32>().load_vector::<4>(0) {
                 // A magnitude of infinity or more carries into the sign.
                 found |= (word & !signs) + (signs - T::INFINITIES);
@@ -187,16 +217,22 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         found & signs != 0
     }
 
-    /// Calls `f(chunk, row, slab)` for each chunk of a tile that this thread copies; rows count from its first.
+    /// How many rows of a tile each of so many threads copies a chunk of, in each slab.
     #[inline(always)]
-    #[track_caller]
-    fn each_chunk(threads: u32, tile: SmemTile<T, ROWS, COLS>, mut f: impl FnMut(Shared<T>, i32, u32)) {
-        let (own_row, own_chunk) = Self::place();
+    fn rows_of_a_thread(threads: u32) -> u32 {
         let rows_at_once = threads / Self::SLAB_CHUNKS;
         assert!(rows_at_once * Self::SLAB_CHUNKS == threads && (ROWS as u32).is_multiple_of(rows_at_once));
+        ROWS as u32 / rows_at_once
+    }
+
+    /// Calls `f(chunk, row, slab)` for each chunk of this thread's first `count` rows of a tile; rows count from its first.
+    #[inline(always)]
+    #[track_caller]
+    fn each_chunk(threads: u32, tile: SmemTile<T, ROWS, COLS>, count: u32, mut f: impl FnMut(Shared<T>, i32, u32)) {
+        let (own_row, own_chunk) = Self::place();
         let first = tile.chunk(own_row, own_chunk);
-        for i in 0..ROWS as u32 / rows_at_once {
-            let row = i * rows_at_once;
+        for i in 0..count {
+            let row = i * (threads / Self::SLAB_CHUNKS);
             for slab in 0..Self::SLABS {
                 let chunk = slab * Self::SLAB_CHUNKS;
                 let at = match tile.distance(row, chunk) {
@@ -218,22 +254,18 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
 /// Writes a chunk, or as much of it as `columns` are there for, to global memory.
 #[inline(always)]
 #[track_caller]
-fn store_chunk<T: Element>(from: Shared<T>, to: Global<T>, columns: u32, aligned: bool) {
-    if aligned {
-        to.cast::<u32>().store_vector(0, from.cast::<u32>().load_vector::<4>(0));
-    } else {
-        for i in 0..16 / size_of::<T>() as u32 {
-            if i < columns {
-                to.store(i as usize, from.load(i));
-            }
+fn store_elements<T: Element>(from: Shared<T>, to: Global<T>, columns: u32) {
+    for i in 0..16 / size_of::<T>() as u32 {
+        if i < columns {
+            to.store(i as usize, from.load(i));
         }
     }
 }
 
-/// The reverse of [`store_chunk`]; the rest of the chunk becomes 0.
+/// The reverse of [`store_elements`]; the rest of the chunk becomes 0.
 #[inline(always)]
 #[track_caller]
-fn load_chunk<T: Element>(from: Global<T>, to: Shared<T>, columns: u32) {
+fn load_elements<T: Element>(from: Global<T>, to: Shared<T>, columns: u32) {
     for i in 0..16 / size_of::<T>() as u32 {
         to.store(i, if i < columns { from.load(i as usize) } else { T::from_f32(0.0) });
     }

@@ -167,6 +167,8 @@ pub fn forward<
     }
     copy::commit();
 
+    // Without tensor cores a step is long, and as a loop it stays in the instruction cache.
+    let steps = (HEADDIM / T::DEPTH) as u32;
     let logits = Logits::new::<GENERAL>(&a, &sequence, head, mask);
     let own_row = warp_id() * 16 * M as u32;
     let mut softmax = RowSoftmax::<M>::EMPTY;
@@ -192,13 +194,13 @@ pub fn forward<
         let mut s = Accumulator::<M, S_COLUMNS>::zero();
         if poisonous {
             // All on its own, and small: the usual way has no branch between the softmax and P V, which overlap.
-            for step in 0..unknown((HEADDIM / T::DEPTH) as u32) as usize {
+            for step in 0..unknown(steps) as usize {
                 s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
             }
             let p = logits.weights(s, row, key, partial, &mut softmax, &mut o);
             o.add_kept_product(&p, |i, j| logits.sees(row + i, key + j), v, 0);
         } else {
-            for step in 0..HEADDIM / T::DEPTH {
+            for step in 0..(if const { T::TENSOR_CORES } { steps } else { unknown(steps) }) as usize {
                 s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
             }
             let p = logits.weights(s, row, key, partial, &mut softmax, &mut o);

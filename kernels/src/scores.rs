@@ -80,11 +80,12 @@ impl<T: Element> Scores<T> {
         !self.bias.is_null() || !self.visible.is_null()
     }
 
-    /// Whether query `row`, which there is, sees key `key`. A bias of -inf hides it.
+    /// Whether query `row` sees key `key`; a bias of -inf hides it. Rows beyond the last query see nothing.
     #[inline(always)]
     #[track_caller]
     pub fn sees(&self, row: u32, key: u32) -> bool {
-        self.mask.sees(row, key)
+        row < self.mask.seqlen_q
+            && self.mask.sees(row, key)
             && (self.bias.is_null() || self.bias_of(row, key) != f32::NEG_INFINITY)
             && (self.visible.is_null() || self.is_visible(row, key))
     }
@@ -116,8 +117,8 @@ impl<T: Element> Scores<T> {
         self.finish_at(s, |row, column| (first_row + column, first_key + row));
     }
 
-    /// A pass for each thing that there may be. What is hidden stays so: neither bias nor mask are in memory for rows beyond
-    /// the last query, nor count where they are not seen.
+    /// A pass for each thing that there may be. What is hidden stays so. Beyond the last query and the last key neither bias
+    /// nor mask are in memory: there the last ones' are loaded, since a branch would make each load wait for the one before.
     #[inline(always)]
     #[track_caller]
     fn finish_at<const M: usize, const N: usize>(
@@ -127,6 +128,8 @@ impl<T: Element> Scores<T> {
     ) {
         const HIDDEN: f32 = f32::NEG_INFINITY;
         let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+        let last = |x: u32, count: u32| if x < count { x } else { count - 1 };
+        let stored = |(row, key): (u32, u32)| (last(row, seqlen_q), last(key, seqlen_k));
         s.map(|row, column, s| {
             let (row, key) = place(row, column);
             if row < seqlen_q && self.mask.sees(row, key) { s * LOG2_E } else { HIDDEN }
@@ -141,14 +144,15 @@ impl<T: Element> Scores<T> {
         }
         if !self.bias.is_null() {
             s.map(|row, column, s| {
-                let (row, key) = place(row, column);
-                if s == HIDDEN { s } else { s + self.bias_of(row, key) * LOG2_E }
+                let (row, key) = stored(place(row, column));
+                let bias = self.bias_of(row, key);
+                if s == HIDDEN { s } else { s + bias * LOG2_E }
             });
         }
         if !self.visible.is_null() {
             s.map(|row, column, s| {
-                let (row, key) = place(row, column);
-                if s != HIDDEN && self.is_visible(row, key) { s } else { HIDDEN }
+                let (row, key) = stored(place(row, column));
+                if self.is_visible(row, key) { s } else { HIDDEN }
             });
         }
     }

@@ -53,7 +53,10 @@ fn every_module_of_the_kernels_is_looked_at() {
             let Some(module) = line.trim_start_matches("pub ").strip_prefix("mod ") else { continue };
             let module = format!("{folder}{}", module.trim_end_matches(';'));
             let is_listed = |file: &str| file == module || file.strip_suffix("/mod") == Some(&module);
-            assert!(SOURCES.iter().any(|(file, _)| is_listed(file)), "`{module}` is missing from the list of this test");
+            assert!(
+                SOURCES.iter().any(|(file, _)| is_listed(file)),
+                "`{module}` is missing from the list of this test"
+            );
         }
     }
 }

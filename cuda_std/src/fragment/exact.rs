@@ -6,6 +6,7 @@ use crate::{SmemTile, math, thread};
 /// Eight columns a step. `Left` holds rows g and g + 8 whole: every lane of a quad has the same.
 impl MatrixElement for f32 {
     const DEPTH: usize = 8;
+    const TENSOR_CORES: bool = false;
     type Left = [[f32; 8]; 2];
 
     #[inline(always)]

@@ -241,6 +241,9 @@ pub trait MatrixElement: Element {
     /// Columns of A and rows of B in one step of a product.
     const DEPTH: usize;
 
+    /// Whether the tensor cores multiply it.
+    const TENSOR_CORES: bool;
+
     /// Whether products round it to TF32.
     const TF32: bool = false;
 

@@ -64,6 +64,7 @@ macro_rules! packed {
     ($($t:ty),*) => {$(
         impl MatrixElement for $t {
             const DEPTH: usize = 16;
+            const TENSOR_CORES: bool = true;
             type Left = Fragment;
 
             #[inline(always)]
@@ -137,6 +138,7 @@ packed!(f16, bf16);
 /// blocks of an accumulator serve as they are.
 impl MatrixElement for tf32 {
     const DEPTH: usize = 8;
+    const TENSOR_CORES: bool = true;
     const TF32: bool = true;
     type Left = Fragment;
 

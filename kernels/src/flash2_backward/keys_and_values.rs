@@ -48,6 +48,7 @@ const fn keys_and_values_config<
             (32, 64, 128, 2, 8, 4),
             // 350; with 64 queries a block and one row block a warp 291, with 64 keys a block 249.
             (64, 32, 128, 2, 4, 8),
+            // 309.
             (96, 64, 128, 1, 8, 12),
             // 315; with 32 queries a block 277, with 64 keys a block 285.
             (128, 64, 128, 1, 8, 16),

@@ -48,11 +48,15 @@ const fn queries_config<
             (32, 32, 128, 64, 2, 8, 4),
             // 422; with 32 keys a block 394, with 64 queries and one row block a warp 326.
             (64, 64, 128, 64, 2, 8, 8),
+            // 400; with 64 queries and keys and one row block a warp 335.
             (96, 96, 128, 32, 2, 4, 12),
             // 392; with 64 keys a block and one row block a warp 335, with 64 queries so 312.
             (128, 128, 128, 32, 2, 4, 16),
-            (192, 192, 128, 32, 1, 4, 24),
-            (192, 128, 128, 32, 1, 4, 24),
+            // 317; with 128 queries and 32 keys 306.
+            (192, 192, 64, 64, 1, 8, 24),
+            // 309; with 128 queries and 32 keys 308.
+            (192, 128, 64, 64, 1, 8, 24),
+            // 282.
             (256, 256, 64, 32, 1, 4, 32),
         ],
         (CAUSAL, GENERAL) in [(false, false), (true, false)],

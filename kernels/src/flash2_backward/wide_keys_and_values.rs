@@ -51,8 +51,11 @@ const fn wide_keys_and_values_config<
     name = "flash2_bwd_dkdv_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}",
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
+            // On an H100, TFLOP/s of this kernel alone (four products) at 4k tokens, not causal: 292; with 32 queries 252.
             (192, 192, 64, 64, 8, 24, 24),
+            // 277; with 32 queries 234.
             (192, 128, 64, 64, 8, 24, 16),
+            // 262.
             (256, 256, 32, 64, 4, 32, 32),
         ],
         (CAUSAL, GENERAL) in [(false, false), (true, false)],

@@ -26,27 +26,28 @@ impl<'a> Wanted<'a> {
 }
 
 /// Entry points that compute the same.
-pub(crate) struct Table<P: 'static> {
+pub(crate) struct Table<'a, P: 'static> {
     /// What reasons call them.
     pub name: &'static str,
-    pub kernels: &'static [Kernel<P, Config>],
+    pub kernels: &'a [&'static [Kernel<P, Config>]],
     /// What those know that are not `general`; these know everything.
     pub plain: &'static [Feature],
     /// Whether they take shorter heads than they are built for.
     pub pads: bool,
 }
 
-impl<P> Table<P> {
+impl<P> Table<'_, P> {
     /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in
     /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, and the
     /// smallest.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
         let Wanted { problem, features } = wanted;
         let Problem { headdim, headdim_v, .. } = **problem;
-        let dtypes = || self.kernels.iter().map(|kernel| kernel.config.dtype.name());
+        let all = || self.kernels.iter().copied().flatten();
+        let dtypes = || all().map(|kernel| kernel.config.dtype.name());
         let of_dtype = || {
             let allowed = |config: &Config| problem.allow_tf32 || !config.tf32;
-            self.kernels.iter().filter(move |Kernel { config, .. }| config.dtype == problem.dtype && allowed(config))
+            all().filter(move |Kernel { config, .. }| config.dtype == problem.dtype && allowed(config))
         };
         if of_dtype().next().is_none() {
             return Err(format!("{}: dtype {}; allowed: {}", self.name, problem.dtype.name(), listed(dtypes())));
@@ -116,23 +117,24 @@ pub(crate) enum Family {
 impl Family {
     /// Standard attention for this problem, or why there is none.
     pub fn standard(wanted: &Wanted) -> Result<Self, String> {
-        let find = |kernels| Table { name: "standard", kernels, plain: Feature::OF_ELDERS, pads: false }.find(wanted);
+        let find =
+            |kernels: &[_]| Table { name: "standard", kernels, plain: Feature::OF_ELDERS, pads: false }.find(wanted);
         Ok(Family::Standard {
-            scores: find(standard::SCORES)?,
-            probabilities: find(standard::PROBABILITIES)?,
-            output: find(standard::OUTPUT)?,
+            scores: find(&[standard::SCORES])?,
+            probabilities: find(&[standard::PROBABILITIES])?,
+            output: find(&[standard::OUTPUT])?,
         })
     }
 
     /// FlashAttention for this problem, or why there is none.
     pub fn flash1(wanted: &Wanted) -> Result<Self, String> {
-        let table = Table { name: "flash1", kernels: flash1::FORWARD, plain: Feature::OF_ELDERS, pads: false };
+        let table = Table { name: "flash1", kernels: &[flash1::FORWARD], plain: Feature::OF_ELDERS, pads: false };
         table.find(wanted).map(Family::Flash1)
     }
 
     /// FlashAttention-2 for this problem, or why there is none.
     pub fn flash2(wanted: &Wanted) -> Result<Self, String> {
-        let table = Table { name: "flash2", kernels: flash2::FORWARD, plain: Feature::PLAIN, pads: true };
+        let table = Table { name: "flash2", kernels: &[flash2::FORWARD], plain: Feature::PLAIN, pads: true };
         table.find(wanted).map(Family::Flash2)
     }
 
@@ -260,7 +262,7 @@ mod tests {
         let layout = |headdim| Layout::contiguous(dtype, &[1, 8, 1, headdim]).expect("small");
         let (q, v) = (layout(headdims[0]), layout(headdims[1]));
         let problem = Problem::new(&q, &q, &v, options).expect("valid");
-        let table = Table { name: "test", kernels: &KERNELS, plain: Feature::PLAIN, pads: true };
+        let table = Table { name: "test", kernels: &[&KERNELS], plain: Feature::PLAIN, pads: true };
         table.find(&Wanted::new(&problem, aligned)).map(|kernel| kernel.name)
     }
 

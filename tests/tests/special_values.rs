@@ -93,8 +93,9 @@ fn what_a_row_does_not_see_does_not_reach_its_gradients() {
             let [q, k, v, dout] = &tensors;
             for session in backends_of_flash2() {
                 let forward = session.attention(q, k, v, &options).expect("valid");
-                let gradients =
-                    session.attention_backward(q, k, v, &forward.out, &forward.softmax_lse, dout, &options).expect("valid");
+                let gradients = session
+                    .attention_backward(q, k, v, &forward.out, &forward.softmax_lse, dout, &options)
+                    .expect("valid");
                 let accuracy = accuracy::check_backward(q, k, v, dout, &options, &gradients).expect("valid");
                 assert!(accuracy.passed(), "{}, {value} in tensor {spoiled}: {accuracy}", session.backend());
             }

@@ -2,7 +2,7 @@
 use cuda_std::{DType, Global, Kernel as EntryPoint};
 use kernels::Config;
 use kernels::attention::Untyped;
-use kernels::flash2_backward::{BIAS, KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS, SINKS};
+use kernels::flash2_backward::{BIAS, KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS, SINKS, WIDE_KEYS_AND_VALUES};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -83,17 +83,17 @@ impl BackwardPlan {
 
     /// The passes that compute each gradient where it is owned: the same bits in every run.
     fn flash2(wanted: &Wanted, optional: Optional) -> Result<Vec<Step>, String> {
-        let step = |grid, name, kernels, plain| {
+        let step = |grid, name, kernels: &[_], plain| {
             let kernel = Table { name, kernels, plain, pads: true }.find(wanted)?;
             Ok::<_, String>(Step { kernel, grid })
         };
         let mut steps = vec![
-            step(Grid::Rows, "flash2 backward", ROW_SUMS, Feature::WITHOUT_SCORES)?,
-            step(Grid::Keys, "flash2 backward", KEYS_AND_VALUES, Feature::PLAIN)?,
-            step(Grid::Queries, "flash2 backward", QUERIES, Feature::PLAIN)?,
+            step(Grid::Rows, "flash2 backward", &[ROW_SUMS], Feature::WITHOUT_SCORES)?,
+            step(Grid::Keys, "flash2 backward", &[KEYS_AND_VALUES, WIDE_KEYS_AND_VALUES], Feature::PLAIN)?,
+            step(Grid::Queries, "flash2 backward", &[QUERIES], Feature::PLAIN)?,
         ];
         if optional.dbias {
-            steps.push(step(Grid::Bias, "flash2 backward, the gradient of the bias", BIAS, Feature::PLAIN)?);
+            steps.push(step(Grid::Bias, "flash2 backward, the gradient of the bias", &[BIAS], Feature::PLAIN)?);
         }
         if optional.dsinks {
             // One kernel for all: it reads the LSE and D, which are f32 whatever Q is.

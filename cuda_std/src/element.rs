@@ -53,6 +53,8 @@ pub trait Scalar: Copy + 'static {
 pub trait Element: Scalar + Send + Sync {
     /// Which one it is.
     const DTYPE: DType;
+    /// The bits of infinity, in each element of a word of 32 bits.
+    const INFINITIES: u32;
     /// Exact.
     fn to_f32(self) -> f32;
     /// Rounds to nearest, ties to even.
@@ -89,6 +91,7 @@ float_scalar!(f32: u32, f64: u64, f16: u16, bf16: u16);
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
+    const INFINITIES: u32 = 0x7f80_0000;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -103,8 +106,44 @@ impl Element for f32 {
     }
 }
 
+/// An f32 that products may round to TF32, 10 bits of mantissa; sums are in f32. Tensors of it are tensors of f32.
+#[allow(non_camel_case_types)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(transparent)]
+pub struct tf32(f32);
+
+impl Scalar for tf32 {
+    type Bits = u32;
+    #[inline(always)]
+    fn to_bits(self) -> u32 {
+        self.0.to_bits()
+    }
+    #[inline(always)]
+    fn from_bits(bits: u32) -> Self {
+        tf32(f32::from_bits(bits))
+    }
+}
+
+impl Element for tf32 {
+    const DTYPE: DType = DType::F32;
+    const INFINITIES: u32 = f32::INFINITIES;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self.0
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        tf32(x)
+    }
+    #[inline(always)]
+    fn from_f32_pair(pair: [f32; 2]) -> [Self; 2] {
+        pair.map(tf32)
+    }
+}
+
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
+    const INFINITIES: u32 = 0x7c00_7c00;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         machine::f16_to_f32(self.to_bits())
@@ -121,6 +160,7 @@ impl Element for f16 {
 
 impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
+    const INFINITIES: u32 = 0x7f80_7f80;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)

@@ -44,3 +44,16 @@ pub fn tanh(x: f32) -> f32 {
     let exponential = 1.0 - 2.0 * rcp(1.0 + ex2(x * (2.0 * LOG2_E)));
     if square < 0.0625 { series } else { exponential }
 }
+
+/// The TF32 number nearest to x, ties away from 0: 10 bits of mantissa, as the tensor cores multiply f32. NaN stays NaN.
+/// PTX ISA: `cvt.rna.tf32.f32`. sm_80.
+#[inline(always)]
+pub fn round_to_tf32(x: f32) -> f32 {
+    machine::round_to_tf32(x)
+}
+
+/// `n`, which the compiler does not know: a loop that runs so often stays a loop.
+#[inline(always)]
+pub fn unknown(n: u32) -> u32 {
+    machine::unknown(n)
+}

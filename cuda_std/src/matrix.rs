@@ -4,8 +4,8 @@
 //! Kernels speak of [`SmemTile`](crate::SmemTile) and [`Accumulator`](crate::fragment::Accumulator), which say these
 //! words for whole tiles. Each word takes several matrices, so that one rendezvous of the simulated warp serves them all;
 //! the device code is the same.
+use crate::element::{bf16, f16, tf32};
 use crate::machine;
-use half::{bf16, f16};
 
 /// Loads `N` times four 8 x 8 matrices: lane `l` gives the address of row `l % 8` of matrix `l / 8`, aligned to 16
 /// bytes, and gets the elements 2(l%4) and 2(l%4)+1 of row l/4 of each. PTX ISA: `ldmatrix.sync.aligned.m8n8.x4`.
@@ -36,17 +36,37 @@ pub fn stmatrix_trans<const N: usize>(rows: [u32; N], matrices: [[u32; 4]; N]) {
     machine::stmatrix::<N, true>(rows, matrices);
 }
 
-/// The 16-bit dtypes that the tensor cores multiply.
-pub trait TensorCoreElement: crate::Element<Bits = u16> {
-    /// Whether it is bfloat16 (else binary16).
-    const BF16: bool;
+/// What the tensor cores take an operand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// IEEE 754 binary16.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// The upper 19 bits of a binary32; the others are ignored.
+    TF32,
+}
 
+/// The elements that the tensor cores multiply.
+pub trait TensorCoreElement: crate::Element {
+    /// What the tensor cores take it for.
+    const FORMAT: Format;
+    /// The bits of 1, in each element of a word of 32 bits.
+    const ONES: u32;
+}
+
+/// Those of 16 bits: two a register.
+pub trait PackedElement: TensorCoreElement {
     /// Two values, rounded to nearest, in one register: `low` in the lower half. PTX ISA: `cvt.rn.f16x2.f32`.
     fn pack(low: f32, high: f32) -> u32;
 }
 
 impl TensorCoreElement for f16 {
-    const BF16: bool = false;
+    const FORMAT: Format = Format::F16;
+    const ONES: u32 = 0x3c00_3c00;
+}
+
+impl PackedElement for f16 {
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         machine::pack_f16(low, high)
@@ -54,16 +74,26 @@ impl TensorCoreElement for f16 {
 }
 
 impl TensorCoreElement for bf16 {
-    const BF16: bool = true;
+    const FORMAT: Format = Format::BF16;
+    const ONES: u32 = 0x3f80_3f80;
+}
+
+impl PackedElement for bf16 {
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         machine::pack_bf16(low, high)
     }
 }
 
-/// D += A B for `M` times `N` products of 16 x 16 by 16 x 8, accumulated in f32. With g = lane / 4 and q = lane % 4 a lane
-/// holds: of A the rows g and g + 8 at columns 2q, 2q+1 and 2q+8, 2q+9; of B the column g at rows 2q, 2q+1 and 2q+8, 2q+9;
-/// of D the rows g and g + 8 at columns 2q, 2q+1. PTX ISA: `mma.sync.aligned.m16n8k16.row.col.f32`.
+impl TensorCoreElement for tf32 {
+    const FORMAT: Format = Format::TF32;
+    const ONES: u32 = 0x3f80_0000;
+}
+
+/// D += A B for `M` times `N` products of 16 rows and 32 bytes of A by 32 bytes of B and 8 columns, accumulated in f32. With
+/// g = lane / 4 and q = lane % 4 a lane holds: of A the rows g and g + 8, of them bytes 4q to 4q + 4 of both chunks of 16
+/// bytes; of B the column g, the same bytes; of D the rows g and g + 8 at columns 2q, 2q + 1.
+/// PTX ISA: `mma.sync.aligned.m16n8k16.row.col.f32`; for tf32 `m16n8k8`.
 #[inline(always)]
 #[track_caller]
 pub fn mma<T: TensorCoreElement, const M: usize, const N: usize>(
@@ -76,7 +106,7 @@ pub fn mma<T: TensorCoreElement, const M: usize, const N: usize>(
 
 /// [`mma`] with the right operands from shared memory, two a `ldmatrix.x4`: `row(i)` is the address that this lane gives
 /// for operands 2i and 2i + 1 (`N` is even), with `TRANS` as for [`ldmatrix_trans`]. Each pair is multiplied as soon as it
-/// is loaded, so that few registers hold operands.
+/// is loaded, so that few registers hold operands; tf32 is rounded before.
 #[inline(always)]
 #[track_caller]
 pub fn mma_shared<T: TensorCoreElement, const M: usize, const N: usize, const TRANS: bool>(
@@ -85,6 +115,7 @@ pub fn mma_shared<T: TensorCoreElement, const M: usize, const N: usize, const TR
     row: impl Fn(u32) -> u32,
 ) {
     const { assert!(N.is_multiple_of(2), "ldmatrix.x4 loads operands two by two") };
+    const { assert!(!TRANS || size_of::<T>() == 2, "ldmatrix transposes elements of 16 bits") };
     let mut rows = [0; N];
     for i in 0..N / 2 {
         rows[i] = row(i as u32);

@@ -55,3 +55,10 @@ pub fn warp_id() -> u32 {
 pub fn sync_threads() {
     machine::sync_threads();
 }
+
+/// As [`sync_threads`]; and whether `predicate` holds for any thread of the block. PTX ISA: `bar.red.or.pred`.
+#[inline(always)]
+#[track_caller]
+pub fn sync_threads_or(predicate: bool) -> bool {
+    machine::sync_threads_or(predicate)
+}

@@ -1,7 +1,7 @@
 //! Tiles of matrices in shared memory.
 use crate::element::Element;
 use crate::shared::Shared;
-use crate::{Global, copy, thread};
+use crate::{Global, GlobalMatrix, copy, thread};
 use core::marker::PhantomData;
 
 /// A `ROWS` x `COLS` tile of T in shared memory.
@@ -32,11 +32,18 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
     pub const ELEMENTS: u32 = (ROWS * COLS) as u32;
 
     const ROW_CHUNKS: u32 = COLS as u32 / Self::CHUNK;
-    const PANEL_CHUNKS: u32 = if Self::ROW_CHUNKS < 8 { Self::ROW_CHUNKS } else { 8 };
+    const PANEL_CHUNKS: u32 =
+        if Self::ROW_CHUNKS.trailing_zeros() < 3 { 1 << Self::ROW_CHUNKS.trailing_zeros() } else { 8 };
     const VALID: () = assert!(
-        matches!(Self::PANEL_CHUNKS, 2 | 4 | 8) && Self::ROW_CHUNKS % Self::PANEL_CHUNKS == 0 && ROWS.is_multiple_of(8),
-        "rows of 32, 64, 128 or a multiple of 128 bytes, eight by eight"
+        matches!(Self::PANEL_CHUNKS, 2 | 4 | 8) && ROWS.is_multiple_of(8),
+        "rows of a multiple of 32 bytes, eight by eight"
     );
+
+    /// Chunks of a row that as many threads copy at once: narrow rows whole, wide ones a panel after the other, so that
+    /// the swizzle is the same for all rows that a thread copies.
+    const SLAB_CHUNKS: u32 =
+        if matches!(Self::ROW_CHUNKS, 2 | 4 | 8 | 16) { Self::ROW_CHUNKS } else { Self::PANEL_CHUNKS };
+    const SLABS: u32 = Self::ROW_CHUNKS / Self::SLAB_CHUNKS;
 
     /// The tile that begins at `base`, aligned to 1024 bytes.
     #[inline(always)]
@@ -66,26 +73,38 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
         self.base.offset(chunks * Self::CHUNK)
     }
 
+    /// How many elements lie between any chunk and the one `rows` rows down and `chunks` chunks on, if it is the same for
+    /// all: whole swizzles down, and whole panels on.
+    #[inline(always)]
+    fn distance(self, rows: u32, chunks: u32) -> Option<u32> {
+        let panels = chunks / Self::PANEL_CHUNKS;
+        let is_same = rows.is_multiple_of(8) && chunks.is_multiple_of(Self::PANEL_CHUNKS);
+        is_same.then_some((panels * ROWS as u32 + rows) * Self::PANEL_CHUNKS * Self::CHUNK)
+    }
+
     /// Element (`row`, `col`).
     #[inline(always)]
     pub fn element(self, row: u32, col: u32) -> Shared<T> {
         self.chunk(row, col / Self::CHUNK).offset(col % Self::CHUNK)
     }
 
-    /// Writes the tile's rows from `row` on, `count` of them, to a matrix whose rows are `row_stride` elements apart, by
-    /// one warp. Rows of the tile from `rows` on are left out. `to` is where row 0 of the tile goes.
+    /// Writes the tile's rows from `row` on, `count` of them, to a matrix, by one warp. What the matrix does not have is
+    /// left out.
     #[inline(always)]
     #[track_caller]
-    pub fn store_rows(self, row: u32, count: u32, to: Global<T>, row_stride: u64, rows: u32) {
-        let rows_at_once = thread::WARP / Self::ROW_CHUNKS;
-        assert!(rows_at_once * Self::ROW_CHUNKS == thread::WARP && count.is_multiple_of(rows_at_once));
-        let (own_row, chunk) = (thread::lane_id() / Self::ROW_CHUNKS, thread::lane_id() % Self::ROW_CHUNKS);
+    pub fn store_rows(self, row: u32, count: u32, to: GlobalMatrix<T>) {
+        let rows_at_once = thread::WARP / Self::SLAB_CHUNKS;
+        assert!(count.is_multiple_of(rows_at_once));
+        let (own_row, own_chunk) = (thread::lane_id() / Self::SLAB_CHUNKS, thread::lane_id() % Self::SLAB_CHUNKS);
         for i in 0..count / rows_at_once {
             let row = row + i * rows_at_once + own_row;
-            if row < rows {
-                let bits = self.chunk(row, chunk).cast::<u32>().load_vector::<4>(0);
-                let to = to.offset((row as u64 * row_stride + (chunk * Self::CHUNK) as u64) as usize);
-                to.cast::<u32>().store_vector(0, bits);
+            for slab in 0..Self::SLABS {
+                let chunk = slab * Self::SLAB_CHUNKS + own_chunk;
+                let column = chunk * Self::CHUNK;
+                if row < to.rows && column < to.columns {
+                    let at = to.data.offset((row as u64 * to.row_stride + column as u64) as usize);
+                    store_chunk(self.chunk(row, chunk), at, to.columns - column, to.aligned);
+                }
             }
         }
     }
@@ -98,43 +117,124 @@ pub struct TileStream<T, const ROWS: usize, const COLS: usize> {
     from: Global<T>,
     /// From one of its rows to the next, in elements.
     step: usize,
-    /// Rows that are left, counted from this thread's first row of the next tile.
+    /// Rows that are left, counted from this thread's first row of the next tile; none if its columns are not there.
     rows: i32,
+    /// Columns that are left, counted from this thread's first.
+    columns: i32,
     threads: u32,
+    aligned: bool,
     of: PhantomData<SmemTile<T, ROWS, COLS>>,
 }
 
 impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS> {
-    /// The `rows` rows from `from` on, `row_stride` elements apart, copied by the first `threads` threads of the block (a
-    /// constant, when all is inlined). They take whole rows at a time, a chunk each, and `ROWS` is a multiple of these.
+    const SLAB_CHUNKS: u32 = SmemTile::<T, ROWS, COLS>::SLAB_CHUNKS;
+    const SLAB_COLUMNS: u32 = Self::SLAB_CHUNKS * SmemTile::<T, ROWS, COLS>::CHUNK;
+    const SLABS: u32 = SmemTile::<T, ROWS, COLS>::SLABS;
+
+    /// A matrix of at most `COLS` columns, copied by the first `threads` threads of the block (a constant, when all is
+    /// inlined). They take slabs of whole rows at a time, a chunk each, and `ROWS` is a multiple of these.
     #[inline(always)]
-    pub fn new(threads: u32, from: Global<T>, row_stride: u64, rows: u32) -> Self {
-        let chunks = SmemTile::<T, ROWS, COLS>::ROW_CHUNKS;
-        let (row, chunk) = (thread::thread_idx_x() / chunks, thread::thread_idx_x() % chunks);
-        let first = row as u64 * row_stride + (chunk * SmemTile::<T, ROWS, COLS>::CHUNK) as u64;
+    pub fn new(threads: u32, matrix: GlobalMatrix<T>) -> Self {
+        let (row, chunk) = Self::place();
+        let column = chunk * SmemTile::<T, ROWS, COLS>::CHUNK;
+        let first = row as u64 * matrix.row_stride + column as u64;
         TileStream {
-            from: from.offset(first as usize),
-            step: ((threads / chunks) as u64 * row_stride) as usize,
-            rows: rows as i32 - row as i32,
+            from: matrix.data.offset(first as usize),
+            step: ((threads / Self::SLAB_CHUNKS) as u64 * matrix.row_stride) as usize,
+            rows: if column < matrix.columns { matrix.rows as i32 - row as i32 } else { 0 },
+            columns: matrix.columns as i32 - column as i32,
             threads,
+            aligned: matrix.aligned,
             of: PhantomData,
         }
     }
 
-    /// Starts to copy the next tile. Rows beyond the last are filled with zeros, not read. The caller commits and waits
-    /// ([`copy::commit`], [`copy::wait`]).
+    /// Starts to copy the next tile; a matrix that is not aligned is copied at once. Rows and columns that the matrix does
+    /// not have are filled with zeros, not read. The caller commits and waits ([`copy::commit`], [`copy::wait`]).
     #[inline(always)]
     #[track_caller]
     pub fn copy_async(&mut self, to: SmemTile<T, ROWS, COLS>) {
-        let chunks = SmemTile::<T, ROWS, COLS>::ROW_CHUNKS;
-        let (row, chunk) = (thread::thread_idx_x() / chunks, thread::thread_idx_x() % chunks);
-        let rows_at_once = self.threads / chunks;
-        assert!(rows_at_once * chunks == self.threads && (ROWS as u32).is_multiple_of(rows_at_once));
-        for i in 0..ROWS as u32 / rows_at_once {
-            let first = i * rows_at_once;
-            copy::copy_async(to.chunk(first + row, chunk), self.from, (first as i32) < self.rows);
-            self.from = self.from.offset(self.step);
-        }
+        Self::each_chunk(self.threads, to, |to, row, slab| {
+            let column = slab * Self::SLAB_COLUMNS;
+            let columns = self.columns - column as i32;
+            let valid = row < self.rows && (slab == 0 || columns > 0);
+            let from = self.from.offset(column as usize);
+            if self.aligned {
+                copy::copy_async(to, from, valid);
+            } else {
+                load_chunk(from, to, if valid { columns as u32 } else { 0 });
+            }
+            if slab + 1 == Self::SLABS {
+                self.from = self.from.offset(self.step);
+            }
+        });
         self.rows -= ROWS as i32;
+    }
+
+    /// Whether there is a NaN or an infinity among what this thread has copied to a tile. To be asked after the wait: a
+    /// thread sees its own copies without a barrier.
+    #[inline(always)]
+    #[track_caller]
+    pub fn copied_nonfinite(&self, tile: SmemTile<T, ROWS, COLS>) -> bool {
+        let signs = const { T::INFINITIES << 1 & !T::INFINITIES };
+        let mut found = 0;
+        Self::each_chunk(self.threads, tile, |chunk, _, _| {
+            for word in chunk.cast::<u32>().load_vector::<4>(0) {
+                // A magnitude of infinity or more carries into the sign.
+                found |= (word & !signs) + (signs - T::INFINITIES);
+            }
+        });
+        found & signs != 0
+    }
+
+    /// Calls `f(chunk, row, slab)` for each chunk of a tile that this thread copies; rows count from its first.
+    #[inline(always)]
+    #[track_caller]
+    fn each_chunk(threads: u32, tile: SmemTile<T, ROWS, COLS>, mut f: impl FnMut(Shared<T>, i32, u32)) {
+        let (own_row, own_chunk) = Self::place();
+        let rows_at_once = threads / Self::SLAB_CHUNKS;
+        assert!(rows_at_once * Self::SLAB_CHUNKS == threads && (ROWS as u32).is_multiple_of(rows_at_once));
+        let first = tile.chunk(own_row, own_chunk);
+        for i in 0..ROWS as u32 / rows_at_once {
+            let row = i * rows_at_once;
+            for slab in 0..Self::SLABS {
+                let chunk = slab * Self::SLAB_CHUNKS;
+                let at = match tile.distance(row, chunk) {
+                    Some(distance) => first.offset(distance),
+                    None => tile.chunk(row + own_row, chunk + own_chunk),
+                };
+                f(at, row as i32, slab);
+            }
+        }
+    }
+
+    /// This thread's first row and chunk.
+    #[inline(always)]
+    fn place() -> (u32, u32) {
+        (thread::thread_idx_x() / Self::SLAB_CHUNKS, thread::thread_idx_x() % Self::SLAB_CHUNKS)
+    }
+}
+
+/// Writes a chunk, or as much of it as `columns` are there for, to global memory.
+#[inline(always)]
+#[track_caller]
+fn store_chunk<T: Element>(from: Shared<T>, to: Global<T>, columns: u32, aligned: bool) {
+    if aligned {
+        to.cast::<u32>().store_vector(0, from.cast::<u32>().load_vector::<4>(0));
+    } else {
+        for i in 0..16 / size_of::<T>() as u32 {
+            if i < columns {
+                to.store(i as usize, from.load(i));
+            }
+        }
+    }
+}
+
+/// The reverse of [`store_chunk`]; the rest of the chunk becomes 0.
+#[inline(always)]
+#[track_caller]
+fn load_chunk<T: Element>(from: Global<T>, to: Shared<T>, columns: u32) {
+    for i in 0..16 / size_of::<T>() as u32 {
+        to.store(i, if i < columns { from.load(i as usize) } else { T::from_f32(0.0) });
     }
 }

@@ -1,6 +1,7 @@
 //! The problem that every attention kernel solves: O = softmax(softmax_scale · Q Kᵀ + bias + mask) V, a batch and a head at a time.
 use crate::dropout::Dropout;
-use cuda_std::{Element, Global};
+use cuda_std::math::LOG2_E;
+use cuda_std::{Element, Global, GlobalMatrix};
 
 /// A tensor of shape (batch, seqlen, nheads, headdim), the last dimension contiguous. Strides count elements.
 #[repr(C)]
@@ -184,6 +185,19 @@ impl<T> Attention<T> {
         Sequence { batch, first_q, seqlen_q, first_k, seqlen_k }
     }
 
+    /// The sink of a head in log2 units; -inf if there is none.
+    #[inline(always)]
+    #[track_caller]
+    pub fn sink(&self, head: u32) -> f32 {
+        if self.sinks.is_null() { f32::NEG_INFINITY } else { self.sinks.load(head as usize) * LOG2_E }
+    }
+
+    /// Whether the rows of all tensors of T are aligned; kernels that are not `GENERAL` take no others.
+    #[inline(always)]
+    pub fn is_aligned<const GENERAL: bool>(&self) -> bool {
+        !GENERAL || self.aligned != 0
+    }
+
     /// Where the LSE of one head of a sequence begins, and whatever else is kept for each row of S in the same order.
     #[inline(always)]
     pub fn first_row(&self, sequence: &Sequence, head: u32) -> usize {
@@ -212,6 +226,34 @@ impl Sequence {
     #[inline(always)]
     pub fn queries<T>(&self, tensor: &Tensor<T>, head: u32, row: u32) -> Global<T> {
         tensor.row(self.batch, head, self.first_q as u64 + row as u64)
+    }
+
+    /// The rows from `row` on of one head of a tensor that is shaped like Q or O.
+    #[inline(always)]
+    pub fn query_matrix<T>(
+        &self,
+        tensor: &Tensor<T>,
+        head: u32,
+        row: u32,
+        columns: u32,
+        aligned: bool,
+    ) -> GlobalMatrix<T> {
+        let (data, rows) = (self.queries(tensor, head, row), self.seqlen_q.saturating_sub(row));
+        GlobalMatrix { data, row_stride: tensor.row_stride, rows, columns, aligned }
+    }
+
+    /// The rows from `row` on of one head of a tensor that is shaped like K or V.
+    #[inline(always)]
+    pub fn key_matrix<T>(
+        &self,
+        tensor: &Tensor<T>,
+        head: u32,
+        row: u32,
+        columns: u32,
+        aligned: bool,
+    ) -> GlobalMatrix<T> {
+        let (data, rows) = (self.keys(tensor, head, row), self.seqlen_k.saturating_sub(row));
+        GlobalMatrix { data, row_stride: tensor.row_stride, rows, columns, aligned }
     }
 
     /// Row `row` of one head of a tensor that is shaped like K.

@@ -71,7 +71,7 @@ impl Dropout {
     }
 
     /// Drops elements of P, or of dP, and scales the others. The matrix begins at query `first_row`, a multiple of 16, and key
-    /// `first_key`, a multiple of 32.
+    /// `first_key`, a multiple of 32; of 16 if it is no wider than that.
     #[inline(always)]
     pub fn apply<const M: usize, const N: usize>(
         &self,
@@ -86,10 +86,13 @@ impl Dropout {
                     let row = first_row + Accumulator::<M, N>::row(m, 0);
                     let key = first_key + Accumulator::<M, N>::column(4 * group, i);
                     let bits = self.bits(head, row, key);
+                    let upper = N <= 2 && key / 16 % 2 == 1;
                     for half in 0..2 {
                         for n in 0..4 {
                             if 4 * group + n < N {
-                                let keeps = half_word(&bits, 4 * half + n) < self.keep_below;
+                                let index = 4 * half + n;
+                                let bits = if upper { half_word(&bits, index + 2) } else { half_word(&bits, index) };
+                                let keeps = bits < self.keep_below;
                                 let x = p.element_mut(m, 4 * group + n, half, i);
                                 *x = if keeps { *x * self.scale } else { 0.0 };
                             }

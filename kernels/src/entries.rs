@@ -25,7 +25,10 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash2::FORWARD))
         .chain(info(flash2_backward::ROW_SUMS))
         .chain(info(flash2_backward::KEYS_AND_VALUES))
+        .chain(info(flash2_backward::WIDE_KEYS_AND_VALUES))
         .chain(info(flash2_backward::QUERIES))
+        .chain(info(flash2_backward::BIAS))
+        .chain(info(flash2_backward::SINKS))
 }
 
 fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {

@@ -73,8 +73,9 @@ pub fn forward<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p
     let (head, batch) = head_of(block_idx_x(), a.nheads);
     let (head_k, sequence) = (a.head_k(head), a.sequence(batch));
     let mask = Mask::of::<T, false, true>(&a, &sequence);
-    let (q_rows, o_rows) = (sequence.queries(&a.q, head, 0), sequence.queries(&a.o, head, 0));
-    let (k_rows, v_rows) = (sequence.keys(&a.k, head_k, 0), sequence.keys(&a.v, head_k, 0));
+    let o_rows = sequence.queries(&a.o, head, 0);
+    let k_rows = sequence.key_matrix(&a.k, head_k, 0, HEADDIM as u32, true);
+    let v_rows = sequence.key_matrix(&a.v, head_k, 0, HEADDIM as u32, true);
     let first = a.first_row(&sequence, head);
 
     let q = SmemTile::<T, BLOCK, HEADDIM>::at(dynamic_shared());
@@ -82,8 +83,8 @@ pub fn forward<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p
     let v = SmemTile::<T, BLOCK, HEADDIM>::at(k.end());
     let scale = a.softmax_scale * LOG2_E;
 
-    let mut keys = TileStream::new(THREADS, k_rows, a.k.row_stride, a.seqlen_k);
-    let mut values = TileStream::new(THREADS, v_rows, a.v.row_stride, a.seqlen_k);
+    let mut keys = TileStream::new(THREADS, k_rows);
+    let mut values = TileStream::new(THREADS, v_rows);
     // 5: for each block j of K and V
     for j in 0..a.seqlen_k.div_ceil(BLOCK as u32) {
         let first_key = j * BLOCK as u32;
@@ -103,8 +104,8 @@ pub fn forward<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p
             }
 
             // 8: load Q_i; O_i, l_i and m_i below, where they are needed.
-            let q_block = q_rows.offset((first_row as u64 * a.q.row_stride) as usize);
-            TileStream::new(THREADS, q_block, a.q.row_stride, a.seqlen_q - first_row).copy_async(q);
+            let q_block = sequence.query_matrix(&a.q, head, first_row, HEADDIM as u32, true);
+            TileStream::new(THREADS, q_block).copy_async(q);
             copy::commit();
             copy::wait::<0>();
             sync_threads();

@@ -44,15 +44,18 @@ impl<const M: usize> RowSoftmax<M> {
         rescale
     }
 
-    /// O = diag(l)⁻¹ O, and gives each row with its final state to `row_state`.
+    /// O = diag(l)⁻¹ O, and gives each row with its final state to `row_state`. `sink` is one more element of each row, with
+    /// a weight but no value, in log2 units; -inf if there is none.
     #[inline(always)]
     #[track_caller]
-    pub fn finish<const N: usize>(self, o: &mut Accumulator<M, N>, row_state: impl Fn(u32, OnlineSoftmax)) {
+    pub fn finish<const N: usize>(self, o: &mut Accumulator<M, N>, sink: f32, row_state: impl Fn(u32, OnlineSoftmax)) {
         for m in 0..M {
             for half in 0..2 {
-                let state = self.sum(m, half);
-                let inverse = state.inverse();
-                o.map_row(m, half, |o| o * inverse);
+                let mut state = self.sum(m, half);
+                let alpha = state.raise(sink);
+                state.l += state.weight(sink);
+                let factor = alpha * state.inverse();
+                o.map_row(m, half, |o| o * factor);
                 row_state(Accumulator::<M, N>::row(m, half), state);
             }
         }

@@ -68,12 +68,40 @@ impl<T: Element> Scores<T> {
         }
     }
 
+    /// Whether a capped score and what the softmax takes for it differ by where it is, in a block that the window shows whole.
+    #[inline(always)]
+    pub fn depend_on_place(&self) -> bool {
+        self.slope != 0.0 || self.may_hide()
+    }
+
+    /// Whether keys may be hidden in a block that the window shows whole.
+    #[inline(always)]
+    pub fn may_hide(&self) -> bool {
+        !self.bias.is_null() || !self.visible.is_null()
+    }
+
+    /// Whether query `row`, which there is, sees key `key`. A bias of -inf hides it.
+    #[inline(always)]
+    #[track_caller]
+    pub fn sees(&self, row: u32, key: u32) -> bool {
+        self.mask.sees(row, key)
+            && (self.bias.is_null() || self.bias_of(row, key) != f32::NEG_INFINITY)
+            && (self.visible.is_null() || self.is_visible(row, key))
+    }
+
+    /// Capped scores become those of the softmax, in log2 units, in a block that is seen whole, if they do not
+    /// [depend on their place](Self::depend_on_place).
+    #[inline(always)]
+    pub fn finish_whole<const M: usize, const N: usize>(&self, s: &mut Accumulator<M, N>) {
+        s.map(|_, _, s| s * LOG2_E);
+    }
+
     /// Capped scores become those of the softmax, in log2 units: with ALiBi and bias added, and -inf where the key is hidden.
     /// The matrix begins at row `first_row` and key `first_key`.
     #[inline(always)]
     #[track_caller]
     pub fn finish<const M: usize, const N: usize>(&self, s: &mut Accumulator<M, N>, first_row: u32, first_key: u32) {
-        s.map(|row, column, s| self.finished(first_row + row, first_key + column, s));
+        self.finish_at(s, |row, column| (first_row + row, first_key + column));
     }
 
     /// As [`finish`](Self::finish) for a transposed matrix, whose rows are keys and whose columns are queries.
@@ -85,26 +113,55 @@ impl<T: Element> Scores<T> {
         first_key: u32,
         first_row: u32,
     ) {
-        s.map(|row, column, s| self.finished(first_row + column, first_key + row, s));
+        self.finish_at(s, |row, column| (first_row + column, first_key + row));
+    }
+
+    /// A pass for each thing that there may be. What is hidden stays so: neither bias nor mask are in memory for rows beyond
+    /// the last query, nor count where they are not seen.
+    #[inline(always)]
+    #[track_caller]
+    fn finish_at<const M: usize, const N: usize>(
+        &self,
+        s: &mut Accumulator<M, N>,
+        place: impl Fn(u32, u32) -> (u32, u32),
+    ) {
+        const HIDDEN: f32 = f32::NEG_INFINITY;
+        let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+        s.map(|row, column, s| {
+            let (row, key) = place(row, column);
+            if row < seqlen_q && self.mask.sees(row, key) { s * LOG2_E } else { HIDDEN }
+        });
+        if self.slope != 0.0 {
+            let slope = self.slope * LOG2_E;
+            s.map(|row, column, s| {
+                let (row, key) = place(row, column);
+                let distance = (row + seqlen_k) as i32 - (seqlen_q + key) as i32;
+                s - slope * distance.unsigned_abs() as f32
+            });
+        }
+        if !self.bias.is_null() {
+            s.map(|row, column, s| {
+                let (row, key) = place(row, column);
+                if s == HIDDEN { s } else { s + self.bias_of(row, key) * LOG2_E }
+            });
+        }
+        if !self.visible.is_null() {
+            s.map(|row, column, s| {
+                let (row, key) = place(row, column);
+                if s != HIDDEN && self.is_visible(row, key) { s } else { HIDDEN }
+            });
+        }
     }
 
     #[inline(always)]
     #[track_caller]
-    fn finished(&self, row: u32, key: u32, capped: f32) -> f32 {
-        let Mask { seqlen_q, seqlen_k, .. } = self.mask;
-        // Rows beyond the last query have neither bias nor mask in memory.
-        if row >= seqlen_q || !self.mask.sees(row, key) {
-            return f32::NEG_INFINITY;
-        }
-        let mut s = capped;
-        let distance = (row + seqlen_k) as i32 - (seqlen_q + key) as i32;
-        s -= self.slope * distance.unsigned_abs() as f32;
-        if !self.bias.is_null() {
-            s += self.bias.load((row as u64 * self.bias_stride + key as u64) as usize).to_f32();
-        }
-        if !self.visible.is_null() && self.visible.load((row as u64 * self.visible_stride + key as u64) as usize) == 0 {
-            s = f32::NEG_INFINITY;
-        }
-        s * LOG2_E
+    fn bias_of(&self, row: u32, key: u32) -> f32 {
+        self.bias.load((row as u64 * self.bias_stride + key as u64) as usize).to_f32()
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn is_visible(&self, row: u32, key: u32) -> bool {
+        self.visible.load((row as u64 * self.visible_stride + key as u64) as usize) != 0
     }
 }

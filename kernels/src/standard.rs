@@ -14,7 +14,7 @@ use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{WARP, block_idx_x, lane_id, sync_threads, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
-use cuda_std::{Element, Global, SmemTile, TileStream, copy, kernel};
+use cuda_std::{Element, Global, GlobalMatrix, SmemTile, TileStream, copy, kernel};
 
 /// Rows and columns of the tiles of S and P.
 pub const BLOCK: usize = 64;
@@ -92,10 +92,10 @@ pub fn scores<T: MatrixElement, const HEADDIM: usize>(p: Params) {
     let q = SmemTile::<T, BLOCK, HEADDIM>::at(dynamic_shared());
     let k = SmemTile::<T, BLOCK, HEADDIM>::at(q.end());
     let s_tile = SmemTile::<T, BLOCK, BLOCK>::at(k.end());
-    let q_rows = sequence.queries(&a.q, head, first_row);
-    let k_rows = sequence.keys(&a.k, a.head_k(head), first_key);
-    TileStream::new(THREADS, q_rows, a.q.row_stride, a.seqlen_q - first_row).copy_async(q);
-    TileStream::new(THREADS, k_rows, a.k.row_stride, a.seqlen_k - first_key).copy_async(k);
+    let q_rows = sequence.query_matrix(&a.q, head, first_row, HEADDIM as u32, true);
+    let k_rows = sequence.key_matrix(&a.k, a.head_k(head), first_key, HEADDIM as u32, true);
+    TileStream::new(THREADS, q_rows).copy_async(q);
+    TileStream::new(THREADS, k_rows).copy_async(k);
     copy::commit();
     copy::wait::<0>();
     sync_threads();
@@ -110,9 +110,11 @@ pub fn scores<T: MatrixElement, const HEADDIM: usize>(p: Params) {
     // Through shared memory, so that rows are written in whole lines.
     s.store(s_tile, own_row);
     sync_warp(ALL);
-    let stride = columns(a.seqlen_k) as u64;
-    let s_rows = p.head(&a, &sequence, head).0.offset((first_row as u64 * stride) as usize + first_key as usize);
-    s_tile.store_rows(own_row, ROWS_A_WARP, s_rows, stride, a.seqlen_q - first_row);
+    let row_stride = columns(a.seqlen_k) as u64;
+    let data = p.head(&a, &sequence, head).0.offset((first_row as u64 * row_stride) as usize + first_key as usize);
+    let rows = a.seqlen_q - first_row;
+    let s_rows = GlobalMatrix { data, row_stride, rows, columns: BLOCK as u32, aligned: true };
+    s_tile.store_rows(own_row, ROWS_A_WARP, s_rows);
 }
 
 const fn probabilities_config<T: MatrixElement>() -> Config {
@@ -167,18 +169,20 @@ pub fn output<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p:
     let a = p.attention.of::<T>();
     let block = schedule::query_block(&a, BLOCK as u32);
     let (sequence, rows) = (block.sequence, block.rows());
-    let stride = columns(a.seqlen_k) as u64;
-    let p_rows = p.head(&a, &sequence, block.head).1.offset((block.first_row as u64 * stride) as usize);
-    let v_rows = sequence.keys(&a.v, a.head_k(block.head), 0);
+    let row_stride = columns(a.seqlen_k) as u64;
+    let p_rows = p.head(&a, &sequence, block.head).1.offset((block.first_row as u64 * row_stride) as usize);
+    let v_rows = sequence.key_matrix(&a.v, a.head_k(block.head), 0, HEADDIM as u32, true);
 
     let p = SmemTile::<T, BLOCK, BLOCK>::at(dynamic_shared());
     let v = SmemTile::<T, BLOCK, HEADDIM>::at(p.end());
     let o_tile = SmemTile::<T, BLOCK, HEADDIM>::at(v.end());
     let own_row = warp_id() * ROWS_A_WARP;
     let mut o = Accumulator::<1, O_COLUMNS>::zero();
-    let mut values = TileStream::new(THREADS, v_rows, a.v.row_stride, a.seqlen_k);
+    let mut values = TileStream::new(THREADS, v_rows);
     for j in 0..a.seqlen_k.div_ceil(BLOCK as u32) {
-        TileStream::new(THREADS, p_rows.offset((j * BLOCK as u32) as usize), stride, rows).copy_async(p);
+        let data = p_rows.offset((j * BLOCK as u32) as usize);
+        let p_block = GlobalMatrix { data, row_stride, rows, columns: BLOCK as u32, aligned: true };
+        TileStream::new(THREADS, p_block).copy_async(p);
         values.copy_async(v);
         copy::commit();
         copy::wait::<0>();
@@ -192,6 +196,6 @@ pub fn output<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(p:
 
     o.store(o_tile, own_row);
     sync_warp(ALL);
-    let o_rows = sequence.queries(&a.o, block.head, block.first_row);
-    o_tile.store_rows(own_row, ROWS_A_WARP, o_rows, a.o.row_stride, rows);
+    let o_rows = sequence.query_matrix(&a.o, block.head, block.first_row, HEADDIM as u32, true);
+    o_tile.store_rows(own_row, ROWS_A_WARP, o_rows);
 }

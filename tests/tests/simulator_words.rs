@@ -1,6 +1,7 @@
 //! What the words of the device do on the simulated GPU, against plain Rust.
-use cuda_std::element::{bf16, f16};
-use cuda_std::matrix::{self, TensorCoreElement};
+use cuda_std::element::{bf16, f16, tf32};
+use cuda_std::math::round_to_tf32;
+use cuda_std::matrix::{self, PackedElement};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::sim::{Launch, Memory, Options, launch};
 use cuda_std::thread::*;
@@ -159,7 +160,7 @@ fn matrix_of<const R: usize, const C: usize>(seed: usize) -> [[f32; C]; R] {
 }
 
 /// A warp multiplies A (16 M x 16) by B (16 x 8 N), in each way in which B can come to its registers.
-fn product_is_right<T: TensorCoreElement, const M: usize, const N: usize, const ROWS: usize, const COLUMNS: usize>() {
+fn product_is_right<T: PackedElement, const M: usize, const N: usize, const ROWS: usize, const COLUMNS: usize>() {
     assert!(ROWS == 16 * M && COLUMNS == 8 * N);
     let (a, b) = (matrix_of::<ROWS, 16>(1), matrix_of::<16, COLUMNS>(2));
     run([1; 3], [32, 1, 1], &Memory::new(), || {
@@ -211,6 +212,47 @@ fn products() {
     product_is_right::<bf16, 1, 8, 16, 64>();
     product_is_right::<f16, 2, 4, 32, 32>();
     product_is_right::<bf16, 4, 2, 64, 16>();
+}
+
+#[test]
+fn products_of_tf32_are_rounded() {
+    // 11 bits of mantissa are one too many: to even and away from 0 differ here.
+    let (x, y) = (1.0 + 2f32.powi(-11), 3.0);
+    let rounded = 1.0 + 2f32.powi(-10);
+    run([1; 3], [32, 1, 1], &Memory::new(), || {
+        assert_eq!(round_to_tf32(x), rounded);
+        assert_eq!(round_to_tf32(-f32::MAX), f32::NEG_INFINITY);
+        assert_eq!(round_to_tf32(f32::INFINITY), f32::INFINITY);
+        assert!(round_to_tf32(f32::from_bits(0x7fff_ffff)).is_nan());
+
+        let shared = dynamic_shared::<tf32>();
+        for i in 0..4 {
+            shared.store(4 * lane_id() + i, tf32::from_f32(x));
+        }
+        warp::sync_warp(ALL);
+        let row = shared.offset(4 * lane_id()).address();
+        // Registers are cut, operands from shared memory rounded.
+        for (of_a, a) in [(x, 1.0), (rounded, rounded)] {
+            let mut d = [[[0.0; 4]; 2]];
+            matrix::mma_shared::<tf32, 1, 2, false>(&mut d, &[[of_a.to_bits(); 4]], |_| row);
+            assert_eq!(d, [[[8.0 * a * rounded; 4]; 2]]);
+            matrix::mma::<tf32, 1, 2>(&mut d, &[[of_a.to_bits(); 4]], &[[y.to_bits(); 2]; 2]);
+            assert_eq!(d, [[[8.0 * a * (rounded + y); 4]; 2]]);
+        }
+    });
+}
+
+#[test]
+fn a_block_votes() {
+    let memory = Memory::new();
+    let outcomes = memory.upload("outcomes", &[0u32; 96]);
+    let at = outcomes.global();
+    run([1; 3], [96, 1, 1], &memory, || {
+        let thread = thread_idx_x();
+        let votes = [sync_threads_or(thread == 70), sync_threads_or(false), sync_threads_or(thread != 70)];
+        at.store(thread as usize, votes.iter().fold(0, |bits, &vote| bits << 1 | vote as u32));
+    });
+    assert_eq!(memory.read(&outcomes), [0b101; 96]);
 }
 
 #[test]

@@ -9,8 +9,8 @@ use syn::{bracketed, parenthesized, parse_quote, token};
 pub struct Arguments {
     /// The template of the entry points' names.
     pub name: Option<LitStr>,
-    /// The lists after `for`.
-    pub lists: Vec<List>,
+    /// For each `for`, the lists after it.
+    pub groups: Vec<Vec<List>>,
     /// Where the launch bounds come from.
     pub bounds: Bounds,
     /// The table for the host.
@@ -50,11 +50,12 @@ impl Parse for Arguments {
         while !input.is_empty() {
             if input.peek(Token![for]) {
                 input.parse::<Token![for]>()?;
-                arguments.lists.push(input.parse()?);
+                let mut group = vec![input.parse()?];
                 while begins_list(input) {
                     input.parse::<Token![,]>()?;
-                    arguments.lists.push(input.parse()?);
+                    group.push(input.parse()?);
                 }
+                arguments.groups.push(group);
             } else {
                 let key: Ident = input.parse()?;
                 input.parse::<Token![=]>()?;
@@ -165,11 +166,13 @@ mod tests {
     #[test]
     fn everything_in_any_order() {
         let text = "table = ALL: host::Config, for T in [f16, bf16,], (D, N) in [(64, 128), (-1, { 2 + 2 })],
-            config = Self::config, name = \"f_{T}\", for CAUSAL in [true]";
+            config = Self::config, name = \"f_{T}\", for T in [f32], (D, N) in [(32, 64)]";
         let arguments: Arguments = syn::parse_str(text).unwrap();
-        let names: Vec<_> = arguments.lists.iter().flat_map(|list| &list.names).map(Ident::to_string).collect();
-        assert_eq!(names, ["T", "D", "N", "CAUSAL"]);
-        assert_eq!(arguments.lists[1].rows.len(), 2);
+        let names =
+            |group: &[List]| -> Vec<_> { group.iter().flat_map(|list| &list.names).map(Ident::to_string).collect() };
+        let groups: Vec<_> = arguments.groups.iter().map(|group| names(group)).collect();
+        assert_eq!(groups, [["T", "D", "N"], ["T", "D", "N"]]);
+        assert_eq!(arguments.groups[0][1].rows.len(), 2);
         assert_eq!(arguments.name.unwrap().value(), "f_{T}");
         assert_eq!(arguments.table.unwrap().name, "ALL");
         assert!(matches!(arguments.bounds, Bounds::Config(_)));

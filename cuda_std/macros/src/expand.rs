@@ -8,7 +8,7 @@ use syn::{Error, FnArg, ItemFn, LitStr, Result, Type, parse_quote};
 
 /// The function, and what `#[kernel(..)]` adds to it.
 pub fn expand(arguments: &Arguments, mut function: ItemFn) -> Result<TokenStream> {
-    check(&arguments.lists, &function.sig.generics)?;
+    check(&arguments.groups, &function.sig.generics)?;
     let entries = entries(arguments, &function)?;
     let on_device =
         entries.iter().map(|entry| on_device(entry, &arguments.bounds, &function)).collect::<Result<Vec<_>>>()?;
@@ -38,7 +38,7 @@ fn entries<'a>(arguments: &'a Arguments, function: &ItemFn) -> Result<Vec<Entry<
     let literal = arguments.name.as_ref().unwrap_or(&function_name);
     let template = Template::parse(literal)?;
     let mut entries: Vec<Entry> = Vec::new();
-    for combination in combinations(&arguments.lists) {
+    for combination in combinations(&arguments.groups) {
         let name = template.name(&combination)?;
         if entries.iter().any(|other| other.name == name) {
             let message =

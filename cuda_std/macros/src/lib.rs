@@ -46,10 +46,16 @@ use syn::parse_macro_input;
 /// ```
 ///
 /// makes eight entry points, `forward_f16_d64`, `forward_f16_d64_causal` and so on: one for each way to take a row from
-/// each list. Together the lists bind each generic parameter of the function once.
+/// each list. Together the lists bind each generic parameter of the function once. Another `for` begins other lists, which
+/// do the same on their own, and whose entry points follow those of the first:
+///
+/// ```text
+/// for T in [f16, bf16], HEAD_DIM in [64, 128], for T in [f32], HEAD_DIM in [32]
+/// ```
 ///
 /// - `name`: `{T}` is the last segment of a type's path, `{HEAD_DIM}` a number, and `{CAUSAL?text}` stands for `text`
-///   where `CAUSAL` is true. By default it is the name of the function.
+///   where `CAUSAL` is true; `{D_V!=D?text}` for `text` and the number `D_V` where that is not `D`. By default it is the
+///   name of the function.
 /// - `config`: a `const fn` with the generic parameters of the kernel. It returns the fields `threads: u32` and
 ///   `min_blocks_per_sm: u32`, which become the launch bounds, and whatever else a host wants to know.
 /// - `table`: the name of the `static` of type `&[cuda_std::Kernel<Params, Config>]` that lists the entry points where

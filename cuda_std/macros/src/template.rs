@@ -16,6 +16,8 @@ enum Part {
     Value(String),
     /// `{CAUSAL?text}`
     Choice(String, String),
+    /// `{D_V!=D?text}`
+    Unlike(String, String, String),
 }
 
 impl<'a> Template<'a> {
@@ -29,7 +31,10 @@ impl<'a> Template<'a> {
                 .ok_or_else(|| Error::new(literal.span(), format!("`{{{after}` is not closed by `}}`")))?;
             parts.push(Part::Text(before.to_owned()));
             parts.push(match inside.split_once('?') {
-                Some((name, text)) => Part::Choice(name.to_owned(), text.to_owned()),
+                Some((condition, text)) => match condition.split_once("!=") {
+                    Some((name, other)) => Part::Unlike(name.to_owned(), other.to_owned(), text.to_owned()),
+                    None => Part::Choice(condition.to_owned(), text.to_owned()),
+                },
                 None => Part::Value(inside.to_owned()),
             });
             rest = after;
@@ -45,6 +50,13 @@ impl<'a> Template<'a> {
             match part {
                 Part::Text(text) => name.push_str(text),
                 Part::Value(of) => name.push_str(&self.printed(of, combination)?),
+                Part::Unlike(of, other, text) => {
+                    let value = self.printed(of, combination)?;
+                    if value != self.printed(other, combination)? {
+                        name.push_str(text);
+                        name.push_str(&value);
+                    }
+                }
                 Part::Choice(of, text) => match self.value(of, combination)? {
                     GenericArgument::Const(Expr::Lit(value)) if matches!(value.lit, Lit::Bool(_)) => {
                         if matches!(&value.lit, Lit::Bool(on) if on.value) {
@@ -95,7 +107,7 @@ mod tests {
         let arguments: Arguments = syn::parse_str(lists)?;
         let literal = LitStr::new(template, Span::call_site());
         let template = Template::parse(&literal)?;
-        combinations(&arguments.lists).iter().map(|combination| template.name(combination)).collect()
+        combinations(&arguments.groups).iter().map(|combination| template.name(combination)).collect()
     }
 
     fn error(template: &str, lists: &str) -> String {
@@ -118,6 +130,13 @@ mod tests {
                 "f_bf16_d128x64_causal",
             ]
         );
+    }
+
+    #[test]
+    fn a_number_that_is_unlike_another() {
+        let lists = "for (D, D_V) in [(64, 64), (192, 128)], C in [true]";
+        assert_eq!(names("f_d{D}{D_V!=D?_v}{C?_c}", lists).unwrap(), ["f_d64_c", "f_d192_v128_c"]);
+        assert!(error("f{D!=E?_v}", "for D in [64]").contains("binds `E`"));
     }
 
     #[test]

@@ -19,6 +19,8 @@ instructions! {
     rcp(x: f32, reg32) -> f32, reg32 = "rcp.approx.ftz.f32 {y}, {x};";
     fma(a: f32, reg32, b: f32, reg32, c: f32, reg32) -> f32, reg32 = "fma.rn.ftz.f32 {y}, {a}, {b}, {c};";
     max(a: f32, reg32, b: f32, reg32) -> f32, reg32 = "max.ftz.f32 {y}, {a}, {b};";
+    round_to_tf32(x: f32, reg32) -> f32, reg32 = "cvt.rna.tf32.f32 {y}, {x};";
+    unknown(n: u32, reg32) -> u32, reg32 = "mov.b32 {y}, {n};";
     f16_to_f32(x: u16, reg16) -> f32, reg32 = "cvt.f32.f16 {y}, {x};";
     f32_to_f16(x: f32, reg32) -> u16, reg16 = "cvt.rn.f16.f32 {y}, {x};";
     f32_to_bf16(x: f32, reg32) -> u16, reg16 = "cvt.rn.bf16.f32 {y}, {x};";

@@ -1,5 +1,6 @@
 //! Matrices of a warp. PTX ISA: `ldmatrix`, `stmatrix`, `mma`.
-use crate::matrix::TensorCoreElement;
+use super::round_to_tf32;
+use crate::matrix::{Format, TensorCoreElement};
 use core::arch::asm;
 
 macro_rules! load_four {
@@ -54,10 +55,10 @@ pub fn stmatrix<const N: usize, const TRANS: bool>(rows: [u32; N], matrices: [[u
 }
 
 macro_rules! multiply {
-    ($dtype:literal, $d:expr, $a:expr, $b:expr) => {
+    ($shape:literal, $dtype:literal, $d:expr, $a:expr, $b:expr) => {
         // SAFETY: arithmetic on registers. Not `pure`: the warp says it together, so it must stay where it is.
         unsafe {
-            asm!(concat!("mma.sync.aligned.m16n8k16.row.col.f32.", $dtype, ".", $dtype, ".f32 ",
+            asm!(concat!("mma.sync.aligned.", $shape, ".row.col.f32.", $dtype, ".", $dtype, ".f32 ",
                 "{{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};"),
                 inout(reg32) $d[0], inout(reg32) $d[1], inout(reg32) $d[2], inout(reg32) $d[3],
                 in(reg32) $a[0], in(reg32) $a[1], in(reg32) $a[2], in(reg32) $a[3],
@@ -68,10 +69,18 @@ macro_rules! multiply {
 
 #[inline(always)]
 fn multiply<T: TensorCoreElement>(d: &mut [f32; 4], a: &[u32; 4], b: [u32; 2]) {
-    if T::BF16 {
-        multiply!("bf16", d, a, b);
-    } else {
-        multiply!("f16", d, a, b);
+    match T::FORMAT {
+        Format::F16 => multiply!("m16n8k16", "f16", d, a, b),
+        Format::BF16 => multiply!("m16n8k16", "bf16", d, a, b),
+        Format::TF32 => multiply!("m16n8k8", "tf32", d, a, b),
+    }
+}
+
+#[inline(always)]
+fn rounded<T: TensorCoreElement>(register: u32) -> u32 {
+    match T::FORMAT {
+        Format::TF32 => round_to_tf32(f32::from_bits(register)).to_bits(),
+        _ => register,
     }
 }
 
@@ -95,7 +104,7 @@ pub fn mma_shared<T: TensorCoreElement, const M: usize, const N: usize, const TR
     rows: [u32; N],
 ) {
     for i in 0..N / 2 {
-        let [x, y, z, w] = load_four::<TRANS>(rows[i]);
+        let [x, y, z, w] = load_four::<TRANS>(rows[i]).map(rounded::<T>);
         for m in 0..M {
             multiply::<T>(&mut d[m][2 * i], &a[m], [x, y]);
             multiply::<T>(&mut d[m][2 * i + 1], &a[m], [z, w]);

@@ -4,6 +4,8 @@
 unsafe extern "C" {
     #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.all"]
     fn barrier_all(id: u32);
+    #[link_name = "llvm.nvvm.barrier.cta.red.or.aligned.all"]
+    fn barrier_or(id: u32, predicate: bool) -> bool;
     #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.count"]
     fn barrier_count(id: u32, threads: u32);
     #[link_name = "llvm.nvvm.barrier.cta.arrive.aligned.count"]
@@ -38,6 +40,7 @@ macro_rules! words {
 
 words! {
     sync_threads() = barrier_all(0);
+    sync_threads_or(predicate: bool) -> bool = barrier_or(0, predicate);
     barrier_sync(id: u32, threads: u32) = barrier_count(id, threads);
     barrier_arrive(id: u32, threads: u32) = arrive_count(id, threads);
     sync_warp(members: u32) = warp_sync(members);

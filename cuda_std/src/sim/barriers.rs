@@ -15,6 +15,11 @@ pub(super) struct Barrier {
     waiting: Vec<u16>,
     /// By warp: where its first lane arrived, and which lanes have.
     warps: [(Option<Site>, u32); 32],
+    /// Whether its threads vote, as the first to come did; and whether one has voted yes.
+    votes: bool,
+    any: bool,
+    /// What the last phase's vote came to. Who waited there reads it before this phase can end.
+    outcome: bool,
 }
 
 impl Barrier {
@@ -36,11 +41,24 @@ pub(super) fn barrier(id: u32, threads: u32, waits: bool, site: Site) {
 pub(super) fn block_barrier(site: Site) {
     let must_wait = with(|block| {
         let threads = block.threads.len() as u32;
-        block.join_barrier(0, threads, true, site)
+        block.join_barrier(0, threads, true, None, site)
     });
     if unless_stopped(must_wait) {
         suspend();
     }
+}
+
+/// The running thread waits for all threads of the block, and learns whether one of them has voted yes.
+#[inline(always)]
+pub(super) fn block_vote(vote: bool, site: Site) -> bool {
+    let must_wait = with(|block| {
+        let threads = block.threads.len() as u32;
+        block.join_barrier(0, threads, true, Some(vote), site)
+    });
+    if unless_stopped(must_wait) {
+        suspend();
+    }
+    with(|block| block.barriers[0].outcome)
 }
 
 impl Block {
@@ -55,25 +73,35 @@ impl Block {
         } else if threads > most {
             format!("barrier {id} of {threads} threads, but the block has {most}")
         } else {
-            return self.join_barrier(id, threads, waits, site);
+            return self.join_barrier(id, threads, waits, None, site);
         };
         Err(self.fault(FindingKind::Barrier, site, None, message))
     }
 
     #[inline(always)]
-    fn join_barrier(&mut self, id: u32, threads: u32, waits: bool, site: Site) -> Result<bool, Stop> {
+    fn join_barrier(
+        &mut self,
+        id: u32,
+        threads: u32,
+        waits: bool,
+        vote: Option<bool>,
+        site: Site,
+    ) -> Result<bool, Stop> {
         let thread = self.current;
         let (warp, lane) = (thread / WARP, thread % WARP);
         let barrier = &mut self.barriers[id as usize];
         if barrier.arrived.is_empty() {
             barrier.threads = threads;
+            barrier.votes = vote.is_some();
         }
         let (place, lanes) = &mut barrier.warps[warp];
-        if barrier.threads != threads || *lanes >> lane & 1 == 1 || place.is_some_and(|place| place != site) {
+        let differs = barrier.threads != threads || barrier.votes != vote.is_some();
+        if differs || *lanes >> lane & 1 == 1 || place.is_some_and(|place| place != site) {
             return Err(self.misused_barrier(id, threads, site));
         }
         *place = Some(site);
         *lanes |= 1 << lane;
+        barrier.any |= vote == Some(true);
         barrier.arrived.push(thread as u16);
         let is_last = barrier.arrived.len() as u32 == threads;
         if waits {
@@ -116,6 +144,7 @@ impl Block {
         barrier.arrived.clear();
         barrier.waiting.clear();
         barrier.warps = Default::default();
+        barrier.outcome = std::mem::take(&mut barrier.any);
         self.barriers[id as usize] = barrier;
         Ok(())
     }
@@ -132,9 +161,12 @@ impl Block {
         } else if lanes >> lane & 1 == 1 {
             let message = format!("arrives at barrier {id} again, before the phase that it has arrived at is complete");
             (FindingKind::Barrier, self.current, message)
-        } else {
+        } else if place.is_some_and(|place| place != site) {
             let message = format!("the warp diverges: its lanes are at barrier {id} at two places");
             (FindingKind::Divergence, warp * WARP + lanes.trailing_zeros() as usize, message)
+        } else {
+            let message = format!("of the threads at barrier {id} some vote and some do not");
+            (FindingKind::Barrier, barrier.arrived[0] as usize, message)
         };
         let other_site = barrier.warps[other / WARP].0.or(place);
         let other = other_site.map(|site| self.party(other, site));

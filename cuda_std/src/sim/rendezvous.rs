@@ -4,6 +4,7 @@ use super::block::{Block, Stop, suspend, unless_stopped, with};
 use super::report::FindingKind;
 use super::scheduler::Waiting;
 use super::site::Site;
+use crate::matrix::Format;
 use std::fmt;
 
 /// A word that lanes say together, with all that must be equal for them to meet.
@@ -19,8 +20,8 @@ pub(super) enum Word {
     All,
     Ldmatrix { count: u8, trans: bool },
     Stmatrix { count: u8, trans: bool },
-    Mma { m: u8, n: u8, bf16: bool },
-    MmaShared { m: u8, n: u8, bf16: bool, trans: bool },
+    Mma { m: u8, n: u8, format: Format },
+    MmaShared { m: u8, n: u8, format: Format, trans: bool },
 }
 
 impl Word {

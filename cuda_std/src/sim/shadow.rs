@@ -126,7 +126,8 @@ impl Shadow {
         actor: Actor,
         clocks: &Clocks,
     ) -> Option<Rival> {
-        let whole = span.bytes == size;
+        // A pair of bytes is the smallest unit: one byte counts as its pair.
+        let whole = span.bytes == size || size == 2;
         if !self.units[unit].is_split() {
             if whole {
                 return self.units[unit].access(usage, actor, clocks, &mut self.more);

@@ -52,6 +52,18 @@ pub(crate) fn max(a: f32, b: f32) -> f32 {
     flush(a).max(flush(b))
 }
 
+#[inline(always)]
+pub(crate) fn round_to_tf32(x: f32) -> f32 {
+    const DROPPED: u32 = (1 << 13) - 1;
+    // Half of the last place that stays: a carry out of the mantissa is right, up to infinity.
+    if x.is_nan() { f32::from_bits(0x7fff_ffff) } else { f32::from_bits((x.to_bits() + DROPPED / 2 + 1) & !DROPPED) }
+}
+
+#[inline(always)]
+pub(crate) fn unknown(n: u32) -> u32 {
+    n
+}
+
 /// NaN, as conversions to 16 bits give it.
 const NAN_16: u16 = 0x7fff;
 

@@ -1,6 +1,6 @@
 //! Barriers, shuffles and votes.
 use super::super::WARP;
-use super::super::barriers::{barrier, block_barrier};
+use super::super::barriers::{barrier, block_barrier, block_vote};
 use super::super::block::{Block, Stop, here};
 use super::super::rendezvous::{Lanes, Meeting, Word, meet};
 use super::super::report::FindingKind;
@@ -10,6 +10,12 @@ use super::super::site::Site;
 #[track_caller]
 pub(crate) fn sync_threads() {
     block_barrier(here());
+}
+
+#[inline(always)]
+#[track_caller]
+pub(crate) fn sync_threads_or(predicate: bool) -> bool {
+    block_vote(predicate, here())
 }
 
 #[inline(always)]

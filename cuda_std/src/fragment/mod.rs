@@ -1,13 +1,14 @@
 //! Matrices in the registers of a warp, and their products with tiles in shared memory.
 //!
-//! f16 and bf16 are multiplied on the tensor cores (`mma.sync`), f32 exactly, with fused multiply-adds; a kernel is the same
-//! for all three. Positions follow the tensor cores: with g = lane / 4 and q = lane % 4, a lane holds of each 16 x 8
+//! f16, bf16 and tf32 are multiplied on the tensor cores (`mma.sync`), f32 exactly, with fused multiply-adds; a kernel is
+//! the same for all. Positions follow the tensor cores: with g = lane / 4 and q = lane % 4, a lane holds of each 16 x 8
 //! block of an accumulator the rows g and g + 8 at columns 2q and 2q + 1.
+mod exact;
+mod kept;
+mod tensor_cores;
+
 use crate::element::Element;
-use crate::matrix::{self, TensorCoreElement};
-use crate::warp::{self, ALL};
-use crate::{Shared, SmemTile, math, thread};
-use half::{bf16, f16};
+use crate::{Shared, SmemTile, thread};
 
 /// A matrix of f32 in the registers of one warp: 16 `M` rows, 8 `N` columns; 4 `M N` registers a lane.
 ///
@@ -240,6 +241,9 @@ pub trait MatrixElement: Element {
     /// Columns of A and rows of B in one step of a product.
     const DEPTH: usize;
 
+    /// Whether products round it to TF32.
+    const TF32: bool = false;
+
     /// A lane's part of 16 rows and `DEPTH` columns of a left operand.
     type Left: Copy;
 
@@ -270,169 +274,16 @@ pub trait MatrixElement: Element {
         step: usize,
         column: u32,
     );
-}
 
-/// 16-bit elements: `ldmatrix` and `mma.sync`, 16 columns a step, two chunks of 16 bytes.
-macro_rules! on_tensor_cores {
-    ($($t:ty),*) => {$(
-        impl MatrixElement for $t {
-            const DEPTH: usize = 16;
-            type Left = [u32; 4];
-
-            #[inline(always)]
-            #[track_caller]
-            fn load<const M: usize, const R: usize, const C: usize>(
-                tile: SmemTile<Self, R, C>,
-                row: u32,
-                step: usize,
-            ) -> LeftOperand<Self, M> {
-                // Matrices 0 to 3: the upper and lower eight rows of the first chunk, then of the second.
-                let lane = thread::lane_id();
-                let mut rows = [0; M];
-                for m in 0..M {
-                    rows[m] = tile.chunk(row + 16 * m as u32 + lane % 16, 2 * step as u32 + lane / 16).address();
-                }
-                LeftOperand(matrix::ldmatrix(rows))
-            }
-
-            #[inline(always)]
-            fn operand<const M: usize, const N: usize>(p: &[[[f32; 4]; N]; M], step: usize) -> LeftOperand<Self, M> {
-                // An accumulator's blocks lie in the lanes as the blocks of a left operand do.
-                let mut a = [[0; 4]; M];
-                for m in 0..M {
-                    for i in 0..4 {
-                        let block = &p[m][2 * step + i / 2];
-                        a[m][i] = Self::pack(block[2 * (i % 2)], block[2 * (i % 2) + 1]);
-                    }
-                }
-                LeftOperand(a)
-            }
-
-            #[inline(always)]
-            #[track_caller]
-            fn add_product_transposed<const M: usize, const N: usize, const R: usize, const C: usize>(
-                d: &mut [[[f32; 4]; N]; M],
-                a: &LeftOperand<Self, M>,
-                tile: SmemTile<Self, R, C>,
-                row: u32,
-                step: usize,
-            ) {
-                // Matrices 0 to 3: both chunks of eight rows of the tile, then of the next eight.
-                let lane = thread::lane_id();
-                matrix::mma_shared::<Self, M, N, false>(d, &a.0, |i| {
-                    let row = row + 16 * i + lane % 8 + lane / 16 * 8;
-                    tile.chunk(row, 2 * step as u32 + lane / 8 % 2).address()
-                });
-            }
-
-            #[inline(always)]
-            #[track_caller]
-            fn add_product<const M: usize, const N: usize, const R: usize, const C: usize>(
-                d: &mut [[[f32; 4]; N]; M],
-                a: &LeftOperand<Self, M>,
-                tile: SmemTile<Self, R, C>,
-                step: usize,
-                column: u32,
-            ) {
-                // Matrices 0 to 3: one chunk of both eights of rows, then the next chunk, each transposed on its way.
-                let lane = thread::lane_id();
-                matrix::mma_shared::<Self, M, N, true>(d, &a.0, |i| {
-                    tile.chunk(16 * step as u32 + lane % 16, column / 8 + 2 * i + lane / 16).address()
-                });
-            }
-        }
-    )*};
-}
-on_tensor_cores!(f16, bf16);
-
-/// Exact arithmetic, eight columns a step. `Left` holds rows g and g + 8 whole: every lane of a quad has the same.
-impl MatrixElement for f32 {
-    const DEPTH: usize = 8;
-    type Left = [[f32; 8]; 2];
-
-    #[inline(always)]
-    #[track_caller]
-    fn load<const M: usize, const R: usize, const C: usize>(
-        tile: SmemTile<Self, R, C>,
-        row: u32,
-        step: usize,
-    ) -> LeftOperand<Self, M> {
-        let mut a = [[[0.0; 8]; 2]; M];
-        for m in 0..M {
-            for half in 0..2 {
-                a[m][half] = eight(tile, row + Accumulator::<M, 1>::row(m, half), step);
-            }
-        }
-        LeftOperand(a)
-    }
-
-    #[inline(always)]
-    #[track_caller]
-    fn operand<const M: usize, const N: usize>(p: &[[[f32; 4]; N]; M], step: usize) -> LeftOperand<Self, M> {
-        let quad = thread::lane_id() & !3;
-        let mut a = [[[0.0; 8]; 2]; M];
-        for m in 0..M {
-            for i in 0..4 {
-                for q in 0..4 {
-                    a[m][i / 2][2 * q + i % 2] = warp::shuffle(ALL, p[m][step][i], quad + q as u32);
-                }
-            }
-        }
-        LeftOperand(a)
-    }
-
-    #[inline(always)]
-    #[track_caller]
-    fn add_product_transposed<const M: usize, const N: usize, const R: usize, const C: usize>(
-        d: &mut [[[f32; 4]; N]; M],
+    /// One step of [`Accumulator::add_kept_product`], two column blocks wide; `keep(row, k)` with k counted from the step's
+    /// first.
+    #[doc(hidden)]
+    fn add_kept_product<const M: usize, const R: usize, const C: usize>(
+        d: &mut [[[f32; 4]; 2]; M],
         a: &LeftOperand<Self, M>,
+        keep: impl Fn(u32, u32) -> bool,
         tile: SmemTile<Self, R, C>,
-        row: u32,
-        step: usize,
-    ) {
-        for n in 0..N {
-            for i in 0..2 {
-                let b = eight(tile, row + Accumulator::<M, N>::column(n, i), step);
-                for m in 0..M {
-                    for half in 0..2 {
-                        let x = &mut d[m][n][2 * half + i];
-                        for k in 0..8 {
-                            *x = math::fma(a.0[m][half][k], b[k], *x);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    #[track_caller]
-    fn add_product<const M: usize, const N: usize, const R: usize, const C: usize>(
-        d: &mut [[[f32; 4]; N]; M],
-        a: &LeftOperand<Self, M>,
-        tile: SmemTile<Self, R, C>,
-        step: usize,
+        step: u32,
         column: u32,
-    ) {
-        for k in 0..8 {
-            for n in 0..N {
-                let at = tile.element(8 * step as u32 + k as u32, column + Accumulator::<M, N>::column(n, 0));
-                let b = at.load_vector::<2>(0);
-                for m in 0..M {
-                    for i in 0..4 {
-                        d[m][n][i] = math::fma(a.0[m][i / 2][k], b[i % 2], d[m][n][i]);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Eight elements of a row of a tile: chunks `2 step` and `2 step + 1`.
-#[inline(always)]
-#[track_caller]
-fn eight<const R: usize, const C: usize>(tile: SmemTile<f32, R, C>, row: u32, step: usize) -> [f32; 8] {
-    let [a, b, c, d] = tile.chunk(row, 2 * step as u32).load_vector::<4>(0);
-    let [e, f, g, h] = tile.chunk(row, 2 * step as u32 + 1).load_vector::<4>(0);
-    [a, b, c, d, e, f, g, h]
+    );
 }

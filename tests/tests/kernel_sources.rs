@@ -10,7 +10,7 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 13] = sources![
+const SOURCES: [(&str, &str); 28] = sources![
     "lib",
     "attention",
     "config",
@@ -19,6 +19,13 @@ const SOURCES: [(&str, &str); 13] = sources![
     "flash2",
     "flash2_backward/mod",
     "flash2_backward/bias",
+    "flash2_backward/fused/mod",
+    "flash2_backward/fused/finish",
+    "flash2_backward/fused/places",
+    "flash2_backward/fused/prepare",
+    "flash2_backward/fused/query_stream",
+    "flash2_backward/fused/split",
+    "flash2_backward/fused/whole",
     "flash2_backward/keys_and_values",
     "flash2_backward/probabilities",
     "flash2_backward/queries",

@@ -28,10 +28,10 @@ const fn split_config<
 >() -> Config {
     assert!(BLOCK_M.is_multiple_of(8 * S_COLUMNS) && BLOCK_N.is_multiple_of(16 * M));
     assert!(BLOCK_N * HEADDIM == 4 * 16 * M * 8 * D_COLUMNS && BLOCK_M * HEADDIM == 8 * 16 * Q_ROWS * 8 * Q_COLUMNS);
-    // One for each part of a step, or two for the warps that share keys, beside the four for all.
+    // Beside the four for all, an arrival and a wait for each part of a step, and two for the warps that share keys.
     let is_shared = D_COLUMNS * 8 < HEADDIM;
     let parts = BLOCK_M * D_COLUMNS / (S_COLUMNS * HEADDIM);
-    let barriers = 4 + parts + if is_shared { 2 } else { 0 };
+    let barriers = 4 + 2 * parts + if is_shared { 2 } else { 0 };
     let scores = if is_shared { 3 } else { 2 };
     let tiles = BLOCK_N * (2 * HEADDIM + scores * BLOCK_M) * size_of::<T>();
     Config {

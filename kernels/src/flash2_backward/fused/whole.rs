@@ -45,9 +45,9 @@ const fn whole_config<
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so narrow that a warp can have
 /// the sums of both for all its 16 `M` keys. Grid: `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`.
 ///
-/// As in [`keys_and_values`](crate::flash2_backward::keys_and_values()), S and dP are transposed, so that Pᵀ and dSᵀ come out as left
-/// operands of the products that dV and dK are the sums of; dSᵀ also goes to shared memory, where all warps find dS for
-/// dQ. A warp takes `8 S_COLUMNS` queries at a time, of which S and dP leave room for the sums.
+/// As in [`keys_and_values`](crate::flash2_backward::keys_and_values()), S and dP are transposed, so that Pᵀ and dSᵀ come out
+/// as left operands of the products that dV and dK are the sums of; dSᵀ also goes to shared memory, where all warps find dS
+/// for dQ. A warp takes `8 S_COLUMNS` queries at a time, of which S and dP leave room for the sums.
 #[kernel(
     name = "flash2_bwd_fused_{T}_d{HEADDIM}{CAUSAL?_causal}",
     for T in [f16, bf16],

@@ -62,11 +62,10 @@ pub struct Limits {
 /// Any combination within limits.
 pub fn combinations(limits: Limits) -> impl Strategy<Value = Combination> {
     let Limits { dtypes, seqlen, batch, headdims } = limits;
-    let lengths =
-        (prop::collection::vec((seqlen.clone(), seqlen), batch), any::<bool>()).prop_map(|(lengths, varlen)| {
-            let alike = vec![lengths[0]; lengths.len()];
-            (if varlen { lengths } else { alike }, varlen)
-        });
+    let lengths = (prop::collection::vec((seqlen.clone(), seqlen), batch), any::<bool>()).prop_map(|(lengths, varlen)| {
+        let alike = vec![lengths[0]; lengths.len()];
+        (if varlen { lengths } else { alike }, varlen)
+    });
     let headdims = prop_oneof![
         2 => select(headdims).prop_map(|headdim| (headdim, headdim)),
         1 => (select(headdims), select(headdims)),

@@ -10,10 +10,10 @@ const DTYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
 /// Draws `cases` combinations, the same ones in every run, and shrinks the first that fails.
 fn check(session: &Session, cases: u32, limits: Limits) {
     let config = Config { cases, failure_persistence: None, ..Config::default() };
-    let mut runner =
-        TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
-    let result = runner
-        .run(&combinations(limits), |combination: Combination| combination.check(session).map_err(TestCaseError::fail));
+    let mut runner = TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
+    let result = runner.run(&combinations(limits), |combination: Combination| {
+        combination.check(session).map_err(TestCaseError::fail)
+    });
     result.unwrap_or_else(|failure| panic!("{failure}"));
 }
 

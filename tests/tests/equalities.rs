@@ -118,17 +118,11 @@ fn shared_heads_are_repeated_heads() {
         assert_eq!(shared.forward.out.bytes(), apart.forward.out.bytes(), "{}", session.backend());
         assert_eq!(shared.gradients.dq.bytes(), apart.gradients.dq.bytes(), "{}", session.backend());
         // The gradients of both copies add up to that of the one head, but for the rounding of each.
-        for (shared, apart) in
-            [(&shared.gradients.dk, &apart.gradients.dk), (&shared.gradients.dv, &apart.gradients.dv)]
-        {
+        for (shared, apart) in [(&shared.gradients.dk, &apart.gradients.dk), (&shared.gradients.dv, &apart.gradients.dv)] {
             let apart = apart.to_f32();
             let pairs = apart.chunks(2 * HEADDIM).flat_map(|pair| (0..HEADDIM).map(|i| pair[i] + pair[HEADDIM + i]));
             for (shared, apart) in shared.to_f32().into_iter().zip(pairs) {
-                assert!(
-                    (shared - apart).abs() <= 4e-3 * (1.0 + apart.abs()),
-                    "{}: {shared}, {apart}",
-                    session.backend()
-                );
+                assert!((shared - apart).abs() <= 4e-3 * (1.0 + apart.abs()), "{}: {shared}, {apart}", session.backend());
             }
         }
     }

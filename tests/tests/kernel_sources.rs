@@ -10,10 +10,11 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 28] = sources![
+const SOURCES: [(&str, &str); 30] = sources![
     "lib",
     "attention",
     "config",
+    "dropout",
     "entries",
     "flash1",
     "flash2",
@@ -37,6 +38,7 @@ const SOURCES: [(&str, &str); 28] = sources![
     "online_softmax",
     "row_softmax",
     "schedule",
+    "scores",
     "softmax",
     "standard",
 ];

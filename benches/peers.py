@@ -137,7 +137,15 @@ class BackwardParameters(ctypes.Structure):
         ("d_q", Tensor),
         ("d_k", Tensor),
         ("d_v", Tensor),
+        ("d_lse", ctypes.c_uint64),
         ("row_sums", ctypes.c_uint64),
+        ("d_bias", Tensor),
+        ("bias_batch", ctypes.c_uint32),
+        ("bias_heads", ctypes.c_uint32),
+        ("bias_rows", ctypes.c_uint32),
+        ("d_sinks", ctypes.c_uint64),
+        ("statistics", ctypes.c_uint64),
+        ("d_q_sums", ctypes.c_uint64),
     ]
 
 
@@ -208,34 +216,82 @@ class Flash2:
 
 
 class Flash2Backward:
-    """The three kernels of its backward pass."""
+    """Its backward pass: what is common to the two ways."""
 
     def __init__(self, driver, command, dtype, headdim, causal):
         self.forward = Flash2(driver, command, dtype, headdim, causal)
-        kernel = lambda **wanted: Kernel(driver, command, BackwardParameters, dtype=dtype, headdim=headdim, **wanted)
-        self.row_sums = kernel(family="flash2.row_sums")
-        self.keys_and_values = kernel(family="flash2.keys_and_values", causal=causal)
-        self.queries = kernel(family="flash2.queries", causal=causal)
+        self.headdim = headdim
+
+        def kernel(**wanted):
+            return Kernel(driver, command, BackwardParameters, **{"dtype": dtype, "headdim": headdim, **wanted})
+
+        self.load(kernel, causal)
 
     def __call__(self, q, k, v, d_o):
         """A call that computes and returns dQ, dK and dV, after the forward pass."""
         o, (batch, seqlen_q, nheads, _), (seqlen_k, nheads_k) = torch.empty_like(q), q.shape, k.shape[1:3]
-        lse, sums = (torch.empty(batch, nheads, seqlen_q, device=q.device, dtype=torch.float32) for _ in range(2))
+        lse = torch.empty(batch, nheads, seqlen_q, device=q.device, dtype=torch.float32)
         self.forward.launch(q, k, v, o, lse)
         # An element that is not written stays NaN, which is not within any bound.
         gradients = [torch.full_like(x, math.nan) for x in (q, k, v)]
-        tensors = (Tensor.of(x) for x in (d_o, *gradients))
-        parameters = BackwardParameters(self.forward.parameters(q, k, v, o, lse), *tensors, sums.data_ptr())
-        alive = (q, k, v, d_o, o, lse, sums)  # as long as the call
+        d_q, d_k, d_v = (Tensor.of(x) for x in gradients)
+        workspace = {
+            name: torch.empty(numbers, device=q.device, dtype=torch.float32)
+            for name, numbers in self.workspace(batch, seqlen_q, nheads).items()
+        }
+        parameters = BackwardParameters(
+            attention=self.forward.parameters(q, k, v, o, lse),
+            d_o=Tensor.of(d_o),
+            d_q=d_q,
+            d_k=d_k,
+            d_v=d_v,
+            **{name: numbers.data_ptr() for name, numbers in workspace.items()},
+        )
+        alive = (q, k, v, d_o, o, lse, workspace)  # as long as the call
 
         def call():
             assert alive
-            self.row_sums.launch(seqlen_q * nheads * batch, "block_m", 1, parameters)
-            self.keys_and_values.launch(seqlen_k, "block_n", nheads_k * batch, parameters)
-            self.queries.launch(seqlen_q, "block_m", nheads * batch, parameters)
+            self.launch((seqlen_q, nheads * batch), (seqlen_k, nheads_k * batch), parameters)
             return gradients
 
         return call
+
+
+class DeterministicBackward(Flash2Backward):
+    """Each gradient where it is owned: the same bits in every run."""
+
+    def load(self, kernel, causal):
+        self.row_sums = kernel(family="flash2.row_sums", headdim=0)
+        self.keys_and_values = kernel(family="flash2.keys_and_values", causal=causal)
+        self.queries = kernel(family="flash2.queries", causal=causal)
+
+    def workspace(self, batch, seqlen_q, nheads):
+        return {"row_sums": batch * nheads * seqlen_q}
+
+    def launch(self, queries, keys, parameters):
+        self.row_sums.launch(math.prod(queries), "block_m", 1, parameters)
+        self.keys_and_values.launch(keys[0], "block_n", keys[1], parameters)
+        self.queries.launch(queries[0], "block_m", queries[1], parameters)
+
+
+class FusedBackward(Flash2Backward):
+    """S and dP computed once, dQ summed by atomic additions."""
+
+    ROWS = 64  # that the places of a sequence are rounded up to
+
+    def load(self, kernel, causal):
+        self.prepare = kernel(family="flash2.fused.prepare")
+        self.fused = kernel(family="flash2.fused", causal=causal)
+        self.finish = kernel(family="flash2.fused.finish", block_m=self.fused.entry["block_m"])
+
+    def workspace(self, batch, seqlen_q, nheads):
+        places = batch * nheads * math.ceil(seqlen_q / self.ROWS) * self.ROWS
+        return {"statistics": 2 * places, "d_q_sums": self.headdim * places}
+
+    def launch(self, queries, keys, parameters):
+        self.prepare.launch(queries[0], "block_m", queries[1], parameters)
+        self.fused.launch(keys[0], "block_n", keys[1], parameters)
+        self.finish.launch(queries[0], "block_m", queries[1], parameters)
 
 
 def answer(command, *arguments):
@@ -409,7 +465,8 @@ def measure_all(options):
             say(f"headdim {headdim}{', causal' if causal else ''}")
             ours, peer, keeps_rule = Flash2, sdpa, check
             if options.backward:
-                ours, peer, keeps_rule = Flash2Backward, sdpa_backward, check_backward
+                ours = DeterministicBackward if options.deterministic else FusedBackward
+                peer, keeps_rule = sdpa_backward, check_backward
             attentions = {
                 OURS: ours(driver, options.ferroflash, options.dtype, headdim, causal),
                 FA2: peer(SDPBackend.FLASH_ATTENTION, causal),
@@ -523,6 +580,7 @@ def arguments():
     add("--hidden", metavar="N", type=positive, default=2048, help="heads x headdim [2048]")
     add("--causal", choices=masks, default="both", help="[both]")
     add("--backward", action="store_true", help="time the gradients")
+    add("--deterministic", action="store_true", help="ours the same bits in every run")
     add("--dtype", choices=DTYPES, default="bf16", help="[bf16]")
     add("--rounds", metavar="N", type=positive, default=3, help="[3]")
     add("--repetitions", metavar="N", type=positive, default=8, help="in each round [8]")

@@ -59,6 +59,12 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
         SmemTile { base: self.base.offset(index * Self::ELEMENTS) }
     }
 
+    /// The first address of the tile.
+    #[inline(always)]
+    pub fn start<U>(self) -> Shared<U> {
+        self.base.cast()
+    }
+
     /// The first address after the tile.
     #[inline(always)]
     pub fn end<U>(self) -> Shared<U> {

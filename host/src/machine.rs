@@ -37,6 +37,9 @@ pub(crate) trait Machine {
     /// Copies an allocation, all of it, to host memory.
     fn download<T: Datum>(&self, buffer: &Self::Buffer<T>, to: &mut [T]) -> Result<()>;
 
+    /// The most shared memory that a block may have, in bytes.
+    fn shared_memory(&self) -> u32;
+
     /// Runs launches one after the other, and waits for them: what came of each, and the seconds they took together.
     fn run(&self, launches: &[Launch]) -> Result<(Vec<LaunchReport>, f64)>;
 }
@@ -107,7 +110,7 @@ pub(crate) fn attention_backward<M: Machine>(
 
     let located = (inputs.map(|_, tensor| tensor.located()), placed.map(|_, gradient| gradient.located()));
     let parameters = parameters::backward(problem, &located.0, &located.1);
-    let launches = plan.launches(problem, parameters, &addresses)?;
+    let launches = plan.launches(problem, parameters, &addresses, machine.shared_memory())?;
     let done = repetitions.run(|| machine.run(&launches))?;
     placed.into_each().zip(gradients.into_each()).try_for_each(|(placed, to)| placed.download(to))?;
     Ok(done)

@@ -19,7 +19,8 @@ pub struct AttentionOptions {
     pub softcap: Option<f32>,
     /// Which part of P is dropped. `None`: nothing.
     pub dropout: Option<Dropout>,
-    /// Whether gradients must be the same bits in every run and in every batch. Else a faster order of additions may be taken.
+    /// Whether gradients must be the same bits in every run and in every batch, and no NaN or infinity may reach the gradients
+    /// of what does not see it. Else a faster way may be taken: dQ summed by atomic additions, S and dP computed once.
     pub deterministic: bool,
     /// Whether products of f32 tensors may be computed in tf32, with 10 bits of mantissa, on tensor cores. f16 and bf16 are
     /// not affected.

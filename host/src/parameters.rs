@@ -55,7 +55,7 @@ pub(crate) fn attention(problem: &Problem, inputs: &Inputs<RawTensor>, out: &Raw
     }
 }
 
-/// The arguments of a backward pass, but for the address of D.
+/// The arguments of a backward pass, but for the addresses of its workspace.
 pub(crate) fn backward(
     problem: &Problem,
     inputs: &BackwardInputs<RawTensor>,
@@ -79,6 +79,8 @@ pub(crate) fn backward(
         bias_heads,
         bias_rows,
         d_sinks: optional(dsinks),
+        statistics: Global::NULL,
+        d_q_sums: Global::NULL,
     }
 }
 

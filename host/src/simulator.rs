@@ -118,6 +118,10 @@ impl Machine for Simulator<'_> {
         Ok(())
     }
 
+    fn shared_memory(&self) -> u32 {
+        sim::MOST_SHARED_BYTES
+    }
+
     fn run(&self, launches: &[Launch]) -> Result<(Vec<LaunchReport>, f64)> {
         let start = Instant::now();
         let reports = launches.iter().map(|launch| self.launch(launch)).collect::<Result<_>>()?;

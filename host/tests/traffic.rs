@@ -55,7 +55,7 @@ fn of_the_backward_pass() {
                 let q = Tensor::zeros(dtype, &[batch, seqlen_q, nheads, headdim]).expect("small");
                 let k = Tensor::zeros(dtype, &[batch, seqlen_k, nheads_k, headdim]).expect("small");
                 let lse = Tensor::zeros(DType::F32, &[batch, nheads, seqlen_q]).expect("small");
-                let options = AttentionOptions::default().causal(causal);
+                let options = AttentionOptions::default().causal(causal).deterministic(true);
                 let (of_q, of_k) = (q.view(), k.view());
                 let problem = Problem::new(of_q.layout(), of_k.layout(), of_k.layout(), &options).expect("valid");
                 let gradients = session.attention_backward(&q, &k, &k, &q, &lse, &q, &options).expect("computed");

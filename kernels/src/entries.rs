@@ -29,6 +29,10 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash2_backward::QUERIES))
         .chain(info(flash2_backward::BIAS))
         .chain(info(flash2_backward::SINKS))
+        .chain(info(flash2_backward::fused::PREPARE))
+        .chain(info(flash2_backward::fused::WHOLE))
+        .chain(info(flash2_backward::fused::SPLIT))
+        .chain(info(flash2_backward::fused::FINISH))
 }
 
 fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {

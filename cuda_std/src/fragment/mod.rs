@@ -7,8 +7,10 @@ mod exact;
 mod kept;
 mod tensor_cores;
 
+pub use tensor_cores::PackedMatrixElement;
+
 use crate::element::Element;
-use crate::{Shared, SmemTile, thread};
+use crate::{Global, Shared, SmemTile, atomic, thread};
 
 /// A matrix of f32 in the registers of one warp: 16 `M` rows, 8 `N` columns; 4 `M N` registers a lane.
 ///
@@ -164,14 +166,79 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
     #[inline(always)]
     #[track_caller]
     pub fn store<T: Element, const R: usize, const C: usize>(&self, tile: SmemTile<T, R, C>, row: u32) {
+        self.store_at(tile, row, 0);
+    }
+
+    /// Writes the matrix, rounded to T, to the rows `row` to `row + 16 M` of a tile, at columns `column` to `column + 8 N`.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_at<T: Element, const R: usize, const C: usize>(&self, tile: SmemTile<T, R, C>, row: u32, column: u32) {
         for m in 0..M {
             for half in 0..2 {
                 for n in 0..N {
                     let pair = T::from_f32_pair([self.0[m][n][2 * half], self.0[m][n][2 * half + 1]]);
-                    tile.element(row + Self::row(m, half), Self::column(n, 0)).store_vector(0, pair);
+                    tile.element(row + Self::row(m, half), column + Self::column(n, 0)).store_vector(0, pair);
                 }
             }
         }
+    }
+
+    /// Replaces each element x by `f(x, y)`, with y the element that [`store_at`](Self::store_at) puts at the same place.
+    #[inline(always)]
+    #[track_caller]
+    pub fn zip_tile<T: Element, const R: usize, const C: usize>(
+        &mut self,
+        tile: SmemTile<T, R, C>,
+        row: u32,
+        column: u32,
+        f: impl Fn(f32, f32) -> f32,
+    ) {
+        for m in 0..M {
+            for half in 0..2 {
+                for n in 0..N {
+                    let at = tile.element(row + Self::row(m, half), column + Self::column(n, 0));
+                    let pair = at.load_vector::<2>(0);
+                    for i in 0..2 {
+                        let x = &mut self.0[m][n][2 * half + i];
+                        *x = f(*x, pair[i].to_f32());
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the matrix takes of memory in the order of the registers, in elements.
+    pub const ELEMENTS: usize = 16 * M * 8 * N;
+
+    /// Adds the matrix atomically to [`ELEMENTS`](Self::ELEMENTS) elements of global memory in the order of the registers:
+    /// each register of all lanes after the other, so that every addition of a warp fills whole sectors.
+    #[inline(always)]
+    #[track_caller]
+    pub fn add_to(&self, to: Global<f32>) {
+        let lane = to.offset(thread::lane_id() as usize);
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    atomic::global_add_f32(lane.offset(32 * (4 * (N * m + n) + i)), self.0[m][n][i]);
+                }
+            }
+        }
+    }
+
+    /// The matrix that was summed up by [`add_to`](Self::add_to).
+    #[inline(always)]
+    #[track_caller]
+    pub fn load(from: Global<f32>) -> Self {
+        let mut sum = Self::zero();
+        let lane = from.offset(thread::lane_id() as usize);
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    sum.0[m][n][i] = lane.load(32 * (4 * (N * m + n) + i));
+                }
+            }
+        }
+        sum
     }
 }
 

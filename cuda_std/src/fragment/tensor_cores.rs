@@ -22,7 +22,7 @@ where
     let lane = thread::lane_id();
     let mut rows = [0; M];
     for m in 0..M {
-        rows[m] = tile.chunk(row + 16 * m as u32 + lane % 16, 2 * step as u32 + lane / 16).address();
+        rows[m] = tile.chunk(row + 16 * m as u32 + lane % 16, 2 * step as u32 ^ lane / 16).address();
     }
     LeftOperand(matrix::ldmatrix(rows))
 }
@@ -42,7 +42,7 @@ fn add_product_transposed<T, const M: usize, const N: usize, const R: usize, con
     let lane = thread::lane_id();
     matrix::mma_shared::<T, M, N, false>(d, &a.0, |i| {
         let row = row + 16 * i + lane % 8 + lane / 16 * 8;
-        tile.chunk(row, 2 * step as u32 + lane / 8 % 2).address()
+        tile.chunk(row, 2 * step as u32 ^ lane / 8 % 2).address()
     });
 }
 
@@ -56,7 +56,28 @@ fn pair_of_columns<T: PackedElement, const R: usize, const C: usize>(
     pair: u32,
 ) -> u32 {
     let lane = thread::lane_id();
-    tile.chunk(16 * step + lane % 16, column / 8 + 2 * pair + lane / 16).address()
+    tile.chunk(16 * step + lane % 16, (column / 8 + 2 * pair) ^ lane / 16).address()
+}
+
+/// An element of 16 bits of such matrices: the transpose of a tile can be a left operand.
+pub trait PackedMatrixElement: PackedElement + MatrixElement<Left = Fragment> {}
+
+impl<T: PackedElement + MatrixElement<Left = Fragment>> PackedMatrixElement for T {}
+
+impl<T: PackedMatrixElement, const M: usize> LeftOperand<T, M> {
+    /// The transpose of columns `column` to `column + 16 M` of a tile, at rows `step * T::DEPTH` and on.
+    #[inline(always)]
+    #[track_caller]
+    pub fn load_transposed<const R: usize, const C: usize>(tile: SmemTile<T, R, C>, column: u32, step: usize) -> Self {
+        // Matrices 0 to 3: two chunks of eight rows, which become upper and lower, then of the next eight rows.
+        let lane = thread::lane_id();
+        let mut rows = [0; M];
+        for m in 0..M {
+            let row = 16 * step as u32 + lane % 8 + lane / 16 * 8;
+            rows[m] = tile.chunk(row, (column / 8 + 2 * m as u32) ^ lane / 8 % 2).address();
+        }
+        LeftOperand(matrix::ldmatrix_trans(rows))
+    }
 }
 
 /// 16-bit elements: 16 columns a step.

@@ -98,6 +98,7 @@ pub use counters::{ConflictSite, Counters, Flops, SharedTraffic, TensorTraffic};
 pub use launch::{Launch, Options, launch};
 pub use memory::{Buffer, Memory};
 pub use report::{Finding, FindingKind, Party, Report};
+pub use shared_memory::MOST_SHARED_BYTES;
 
 /// Lanes of a warp.
 const WARP: usize = 32;

@@ -3,7 +3,7 @@ use super::shadow::{GRANULE, Shadow};
 use super::site::Site;
 
 /// Shared memory that one block may have on an sm_90; 163 KiB on an sm_80.
-pub(super) const MOST_SHARED_BYTES: u32 = 227 << 10;
+pub const MOST_SHARED_BYTES: u32 = 227 << 10;
 
 /// Where the parts begin: what the swizzles of tiles ask for.
 const ALIGNMENT: u32 = 1024;

@@ -64,6 +64,10 @@ impl Machine for Gpu {
         buffer.memory.copy_to(bytemuck::cast_slice_mut(to))
     }
 
+    fn shared_memory(&self) -> u32 {
+        self.device.info().shared_memory_per_block
+    }
+
     fn run(&self, launches: &[Launch]) -> Result<(Vec<LaunchReport>, f64)> {
         self.device.load(launches, &self.entered)?;
         let event = || through_cust("cuEventCreate", Event::new(EventFlags::DEFAULT));

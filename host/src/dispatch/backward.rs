@@ -2,7 +2,7 @@
 use cuda_std::{DType, Global, Kernel as EntryPoint};
 use kernels::Config;
 use kernels::attention::Untyped;
-use kernels::flash2_backward::{BIAS, KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS, SINKS, WIDE_KEYS_AND_VALUES};
+use kernels::flash2_backward::{BIAS, KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS, SINKS, WIDE_KEYS_AND_VALUES, fused};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -12,6 +12,11 @@ use crate::inputs::GradientOutputs;
 use crate::launch::{Launch, Workspace};
 use crate::options::Kernel;
 use crate::problem::Problem;
+
+/// What kernels work in.
+const ROW_SUMS_OF: &str = "D";
+const STATISTICS: &str = "LSE and D";
+const D_Q_SUMS: &str = "dQ";
 
 /// The gradients that not every backward pass has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,8 +38,10 @@ impl Optional {
 #[derive(Clone, Debug)]
 pub(crate) struct BackwardPlan {
     steps: Vec<Step>,
+    /// The same in less shared memory, for machines that do not have as much as the steps take.
+    leaner: Option<Vec<Step>>,
     /// Why these.
-    pub reason: &'static str,
+    pub reason: String,
     /// The memory that they need besides the inputs and the gradients.
     pub workspace: Vec<Workspace>,
 }
@@ -72,34 +79,88 @@ impl BackwardPlan {
             return Err(unsupported(format!("{kernel} has no backward pass; allowed: auto, flash2")));
         }
         let wanted = Wanted::new(problem, aligned);
-        let steps = Self::flash2(&wanted, optional).map_err(unsupported)?;
-        let reason = match kernel {
+        let family = match kernel {
             Kernel::Auto => "flash2 is the family with a backward pass",
             _ => "flash2 was asked for",
         };
-        let row_sums = Workspace { name: "D", dtype: DType::F32, len: problem.rows() as u64 };
-        Ok(BackwardPlan { steps, reason, workspace: vec![row_sums] })
+        if !problem.deterministic
+            && let Ok(pass) = Self::fused_pass(&wanted)
+        {
+            let same = |other: &&EntryPoint<Params, Config>| {
+                let key = |config: Config| (config.dtype, config.headdim, config.causal);
+                key(other.config) == key(pass.config) && other.config.shared_bytes < pass.config.shared_bytes
+            };
+            let leaner = fused::SPLIT.iter().find(same);
+            return Ok(BackwardPlan {
+                steps: Self::fused(pass, &wanted, optional).map_err(unsupported)?,
+                leaner: leaner.map(|pass| Self::fused(pass, &wanted, optional)).transpose().map_err(unsupported)?,
+                reason: format!("{family}; fused: dQ is summed by atomic additions, unless deterministic forbids it"),
+                workspace: Self::fused_workspace(problem, pass.config.headdim, optional),
+            });
+        }
+        let steps = Self::apart(&wanted, optional).map_err(unsupported)?;
+        let why =
+            if problem.deterministic { "deterministic asks for it" } else { "no fused kernel can run this problem" };
+        let reason = format!("{family}; each gradient is computed where it is owned: {why}");
+        let row_sums = Workspace { name: ROW_SUMS_OF, dtype: DType::F32, len: problem.rows() as u64 };
+        Ok(BackwardPlan { steps, leaner: None, reason, workspace: vec![row_sums] })
     }
 
     /// The passes that compute each gradient where it is owned: the same bits in every run.
-    fn flash2(wanted: &Wanted, optional: Optional) -> Result<Vec<Step>, String> {
-        let step = |grid, name, kernels: &[_], plain| {
-            let kernel = Table { name, kernels, plain, pads: true }.find(wanted)?;
-            Ok::<_, String>(Step { kernel, grid })
-        };
+    fn apart(wanted: &Wanted, optional: Optional) -> Result<Vec<Step>, String> {
+        let name = "flash2 backward";
+        let of_keys = found(name, &[KEYS_AND_VALUES, WIDE_KEYS_AND_VALUES], wanted)?;
         let mut steps = vec![
-            step(Grid::Rows, "flash2 backward", &[ROW_SUMS], Feature::WITHOUT_SCORES)?,
-            step(Grid::Keys, "flash2 backward", &[KEYS_AND_VALUES, WIDE_KEYS_AND_VALUES], Feature::PLAIN)?,
-            step(Grid::Queries, "flash2 backward", &[QUERIES], Feature::PLAIN)?,
+            Step {
+                kernel: Table { plain: Feature::WITHOUT_SCORES, ..table(name, &[ROW_SUMS]) }.find(wanted)?,
+                grid: Grid::Rows,
+            },
+            Step { kernel: of_keys, grid: Grid::Keys },
+            Step { kernel: found(name, &[QUERIES], wanted)?, grid: Grid::Queries },
         ];
         if optional.dbias {
-            steps.push(step(Grid::Bias, "flash2 backward, the gradient of the bias", &[BIAS], Feature::PLAIN)?);
+            let kernel = found("flash2 backward, the gradient of the bias", &[BIAS], wanted)?;
+            steps.push(Step { kernel, grid: Grid::Bias });
         }
-        if optional.dsinks {
-            // One kernel for all: it reads the LSE and D, which are f32 whatever Q is.
-            steps.extend(SINKS.iter().map(|kernel| Step { kernel, grid: Grid::Heads }));
-        }
+        steps.extend(optional.dsinks.then_some(OF_SINKS));
         Ok(steps)
+    }
+
+    /// The pass that computes S and dP once.
+    fn fused_pass(wanted: &Wanted) -> Result<&'static EntryPoint<Params, Config>, String> {
+        let name = "flash2 backward, fused";
+        found(name, &[fused::WHOLE, fused::SPLIT], wanted)
+    }
+
+    /// That pass with what goes before and after it. A problem with a gradient of the bias has none.
+    fn fused(
+        pass: &'static EntryPoint<Params, Config>,
+        wanted: &Wanted,
+        optional: Optional,
+    ) -> Result<Vec<Step>, String> {
+        let Config { headdim, block_m, .. } = pass.config;
+        let finish = fused::FINISH.iter().find(|EntryPoint { config, .. }| {
+            (config.dtype, config.headdim, config.block_m) == (pass.config.dtype, headdim, block_m)
+        });
+        let mut steps = vec![
+            Step { kernel: found("flash2 backward, fused", &[fused::PREPARE], wanted)?, grid: Grid::Queries },
+            Step { kernel: pass, grid: Grid::Keys },
+            Step { kernel: finish.ok_or("flash2 backward, fused: no end")?, grid: Grid::Queries },
+        ];
+        steps.extend(optional.dsinks.then_some(OF_SINKS));
+        Ok(steps)
+    }
+
+    /// What they work in, with heads of so many elements.
+    fn fused_workspace(problem: &Problem, headdim: u32, optional: Optional) -> Vec<Workspace> {
+        let tokens = problem.varlen.as_ref().map(|varlen| varlen.total_q as u64);
+        let of_head = fused::places(problem.batch as u64, problem.seqlen_q as u64, tokens);
+        let places = of_head.saturating_mul(problem.nheads as u64);
+        let of = |name, len| Workspace { name, dtype: DType::F32, len };
+        let mut workspace =
+            vec![of(STATISTICS, places.saturating_mul(2)), of(D_Q_SUMS, places.saturating_mul(u64::from(headdim)))];
+        workspace.extend(optional.dsinks.then(|| of(ROW_SUMS_OF, problem.rows() as u64)));
+        workspace
     }
 
     /// The name of the family.
@@ -119,22 +180,49 @@ impl BackwardPlan {
         self.workspace.iter().map(Workspace::bytes).fold(0, u64::saturating_add)
     }
 
-    /// The launches, in order, for tensors and a workspace at these addresses. Where a grid would be empty there is
-    /// none: no queries, or no keys.
+    /// The launches, in order, for tensors and a workspace at these addresses, on a machine with so many bytes of shared
+    /// memory a block. Where a grid would be empty there is none: no queries, or no keys.
     pub fn launches(
         &self,
         problem: &Problem,
-        parameters: Params,
+        mut parameters: Params,
         workspace: &[Global<Untyped>],
+        shared_memory: u32,
     ) -> Result<Vec<Launch>> {
-        let &[row_sums] = workspace else { unreachable!("the workspace is what the plan lists") };
-        let parameters = Params { row_sums: row_sums.cast(), ..parameters };
+        for (part, address) in self.workspace.iter().zip(workspace) {
+            let of_part = match part.name {
+                ROW_SUMS_OF => &mut parameters.row_sums,
+                STATISTICS => &mut parameters.statistics,
+                D_Q_SUMS => &mut parameters.d_q_sums,
+                name => unreachable!("{name} is part of no plan"),
+            };
+            *of_part = address.cast();
+        }
+        let fits = |step: &Step| step.kernel.config.shared_bytes <= shared_memory;
+        let steps = self.leaner.as_ref().filter(|_| !self.steps.iter().all(fits)).unwrap_or(&self.steps);
         let launch = |step: &Step| {
             let blocks = step.blocks(problem);
             (blocks > 0).then(|| Launch::new(step.kernel, blocks, parameters))
         };
-        self.steps.iter().filter_map(launch).collect()
+        steps.iter().filter_map(launch).collect()
     }
+}
+
+/// The gradient of the sinks. Its kernel is for everything.
+const OF_SINKS: Step = Step { kernel: &SINKS[0], grid: Grid::Heads };
+
+/// Entry points that know what leaves the scores as they are.
+fn table<'a>(name: &'static str, kernels: &'a [&'static [EntryPoint<Params, Config>]]) -> Table<'a, Params> {
+    Table { name, kernels, plain: Feature::PLAIN, pads: true }
+}
+
+/// That of them which suits a problem best, or what stands against all of them.
+fn found(
+    name: &'static str,
+    kernels: &[&'static [EntryPoint<Params, Config>]],
+    wanted: &Wanted,
+) -> Result<&'static EntryPoint<Params, Config>, String> {
+    table(name, kernels).find(wanted)
 }
 
 impl Step {

@@ -72,7 +72,8 @@ impl BackwardCall {
         self.plan.algorithm()
     }
 
-    /// Device memory that the kernels work in, in bytes: D = rowsum(dO ∘ O), as many numbers in f32 as the LSE has.
+    /// Device memory that the kernels work in, in bytes. For each row of Q the kernels that
+    /// [`deterministic`](AttentionOptions::deterministic) asks for keep D = rowsum(dO ∘ O) in f32; the others keep dQ too.
     pub fn workspace_bytes(&self) -> u64 {
         workspace_offsets(&self.plan.workspace).1
     }
@@ -90,7 +91,8 @@ impl BackwardCall {
     /// As [`Call::launch`](super::Call::launch), of these tensors; the outputs are the gradients.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
         let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
-        let launches = self.plan.launches(&self.problem, self.parameters, &addresses)?;
+        let launches =
+            self.plan.launches(&self.problem, self.parameters, &addresses, device.info().shared_memory_per_block)?;
         // SAFETY: as the caller promises.
         unsafe { launch_all(&launches, device, stream) }
     }
@@ -121,9 +123,14 @@ mod tests {
     }
 
     #[test]
-    fn the_workspace_holds_a_number_for_each_row() {
-        let call = BackwardCall::new(&arguments()).expect("valid");
-        assert_eq!((call.workspace_bytes(), call.algorithm()), (2 * 4 * 8 * 4, "flash2"));
+    fn the_workspace_holds_d_or_d_q_as_well() {
+        let call = |deterministic| {
+            let options = AttentionOptions::new().deterministic(deterministic);
+            BackwardCall::new(&BackwardArguments { options, ..arguments() }).expect("valid")
+        };
+        assert_eq!((call(true).workspace_bytes(), call(true).algorithm()), (2 * 4 * 8 * 4, "flash2"));
+        // 64 rows instead of 8.
+        assert_eq!((call(false).workspace_bytes(), call(false).algorithm()), (2 * 4 * 64 * (64 + 2) * 4, "flash2"));
     }
 
     #[test]

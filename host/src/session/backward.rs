@@ -154,7 +154,7 @@ impl Session {
             Executor::Cpu => {
                 self.refuse_kernels_on_cpu()?;
                 algorithm = "tiled recomputation";
-                reason = "the CPU has one algorithm";
+                reason = "the CPU has one algorithm".to_owned();
                 extra_bytes = row_sums + cpu::backward_extra_bytes(problem);
                 (launches, seconds) = with_element!("q", problem.dtype, T => {
                     self.gradients_on_cpu::<T>(problem, inputs, gradients)?
@@ -175,8 +175,8 @@ impl Session {
                     }
                 };
                 algorithm = plan.algorithm();
-                reason = plan.reason;
                 extra_bytes = plan.extra_bytes();
+                reason = plan.reason;
             }
         }
         Ok(Report {

@@ -17,12 +17,13 @@
 //! does so where a head is too wide for that, by two kinds of warps. [`queries()`] owns a block of Q and dO, walks over the
 //! blocks of K and V, and sums dQ. [`bias()`] owns a tile of the bias, and [`sinks()`] a sink. S and dP are so computed twice,
 //! thrice with a bias; in return there is no atomic addition and no accumulator in HBM: the gradients are the same bits in
-//! every run and in every batch, and the extra memory is D.
+//! every run and in every batch, and the extra memory is D. [`fused`] is the other way.
 //!
 //! What a query does not see must not reach its gradient, nor it theirs, even if it is NaN: 0 · NaN is NaN. So blocks of
 //! which a part is hidden are searched for what is not finite, and if something is found, their products leave out what is
 //! hidden.
 mod bias;
+pub mod fused;
 mod keys_and_values;
 mod probabilities;
 mod queries;
@@ -62,7 +63,7 @@ pub struct Params {
     pub d_v: Tensor<Untyped>,
     /// The gradient of the LSE, in its order. Null: 0.
     pub d_lse: Global<f32>,
-    /// D = rowsum(dO ∘ O) - dLSE, in the order of the LSE.
+    /// D = rowsum(dO ∘ O) - dLSE, in the order of the LSE. Null: [`fused`] does not write it.
     pub row_sums: Global<f32>,
     /// The gradient of the bias. Null: not wanted. What the bias is broadcast over has a stride of 0 and an extent of 1.
     pub d_bias: Tensor<Untyped>,
@@ -74,6 +75,11 @@ pub struct Params {
     pub bias_rows: u32,
     /// The gradient of the sinks: (nheads). Null: not wanted.
     pub d_sinks: Global<f32>,
+    /// For [`fused`] alone, in the order of its places: of each [`ROWS`](fused::ROWS) places what their exponents subtract,
+    /// then their D.
+    pub statistics: Global<f32>,
+    /// For [`fused`] alone, in the order of its places: dQ / softmax_scale, `HEADDIM` numbers each.
+    pub d_q_sums: Global<f32>,
 }
 
 /// What the configurations of kernels that compute S and dP have in common. Tiles, threads and shared memory are each

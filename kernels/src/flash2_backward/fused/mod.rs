@@ -1,0 +1,77 @@
+//! The backward pass with S and dP computed once: five products instead of seven.
+//!
+//! A block of keys sums dK and dV in registers, and adds its part of each block of dQ to sums in f32 in global memory. The
+//! additions are atomic, so the last bits of dQ differ from run to run; those of dK and dV do not.
+//!
+//! [`prepare()`] finds what the exponents subtract and D, and clears the sums. [`whole()`] or [`split()`] is the pass itself,
+//! for narrow and for wide heads. [`finish()`] scales and rounds dQ.
+//!
+//! A weight of 0 hides nothing from a product, as 0 · NaN is NaN: under a causal mask what is not finite reaches the gradients
+//! of its block's other keys and queries too, those that do not see it. The kernels beside these keep it from them.
+mod finish;
+mod places;
+mod prepare;
+mod query_stream;
+mod split;
+mod whole;
+
+pub use finish::{FINISH, finish};
+pub use places::{ROWS, places};
+pub use prepare::{PREPARE, prepare};
+pub use split::{SPLIT, split};
+pub use whole::{WHOLE, whole};
+
+use super::Params;
+use crate::attention::Attention;
+use crate::mask::Blocks;
+use crate::schedule::{self, KeyBlock};
+use cuda_std::SmemTile;
+use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
+use places::d_q_sums;
+use query_stream::QueryStream;
+
+/// The block of keys of this block of threads.
+#[inline(always)]
+#[track_caller]
+fn key_block<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32) -> KeyBlock {
+    if CAUSAL { schedule::key_block_in_turn(a, block_n) } else { schedule::key_block(a, block_n) }
+}
+
+/// Before which row a mask hides something of a block of `block_n` keys. Where keys are missing that is every row: what their P
+/// would be is not bounded, and 0 times infinity is no part of dQ.
+#[inline(always)]
+fn masked_rows(block: &KeyBlock, block_n: u32, blocks: &Blocks, block_m: u32) -> u32 {
+    if block.rows() < block_n { u32::MAX } else { blocks.full_begin * block_m }
+}
+
+/// Row and column of this warp's part of a block of dQ.
+#[inline(always)]
+fn part<const HEADDIM: usize, const Q_ROWS: usize, const Q_COLUMNS: usize>() -> (u32, u32) {
+    let across = const { (HEADDIM / (8 * Q_COLUMNS)) as u32 };
+    let warp = cuda_std::thread::warp_id();
+    (warp / across * 16 * Q_ROWS as u32, warp % across * 8 * Q_COLUMNS as u32)
+}
+
+/// Adds dS K, this warp's part of it, to the sums of dQ of the block of queries whose first row is in `place`.
+#[inline(always)]
+#[track_caller]
+fn add_d_q<
+    T: PackedMatrixElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const Q_ROWS: usize,
+    const Q_COLUMNS: usize,
+>(
+    d_s: SmemTile<T, BLOCK_N, BLOCK_M>,
+    k: SmemTile<T, BLOCK_N, HEADDIM>,
+    p: &Params,
+    place: u32,
+) {
+    let (row, column) = part::<HEADDIM, Q_ROWS, Q_COLUMNS>();
+    let mut d_q = Accumulator::<Q_ROWS, Q_COLUMNS>::zero();
+    for depth in 0..BLOCK_N / T::DEPTH {
+        d_q.add_product(&LeftOperand::<T, Q_ROWS>::load_transposed(d_s, row, depth), k, depth, column);
+    }
+    d_q.add_to(d_q_sums::<HEADDIM, Q_ROWS, Q_COLUMNS>(p, place));
+}

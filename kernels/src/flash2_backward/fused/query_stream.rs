@@ -1,0 +1,121 @@
+//! The queries that a block of keys needs, on their way to shared memory.
+use super::places::{first_place, statistic_at};
+use crate::attention::{Attention, Sequence, Tensor};
+use crate::flash2_backward::{Params, STAGES};
+use crate::mask::Blocks;
+use cuda_std::fragment::MatrixElement;
+use cuda_std::shared::Shared;
+use cuda_std::thread::thread_idx_x;
+use cuda_std::{SmemTile, TileStream, copy};
+
+/// A block of queries.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// Its first row in its head.
+    pub first_row: u32,
+    /// The same in the order of statistics and sums.
+    pub place: u32,
+}
+
+impl Place {
+    /// Before the first block and after the last.
+    pub const NOWHERE: Place = Place { first_row: 0, place: u32::MAX };
+}
+
+/// The blocks of queries that a block of keys needs, of all heads of Q that share its head of K and V, one after the
+/// other: Q, dO and statistics, in stages in shared memory.
+///
+/// The addresses run along: to find them anew in each step would take some hundred instructions that wait for each other, and
+/// a warp multiplies nothing meanwhile.
+pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
+    q: SmemTile<T, BLOCK_M, HEADDIM>,
+    d_o: SmemTile<T, BLOCK_M, HEADDIM>,
+    /// In each stage what the exponents of its rows subtract, then D.
+    statistics: Shared<f32>,
+    threads: u32,
+    sequence: Sequence,
+    /// The blocks of each head: `begin` to `end`.
+    begin: u32,
+    end: u32,
+    /// What is copied next.
+    head: u32,
+    block: u32,
+    place: u32,
+    q_rows: TileStream<T, BLOCK_M, HEADDIM>,
+    d_o_rows: TileStream<T, BLOCK_M, HEADDIM>,
+}
+
+impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T, BLOCK_M, HEADDIM> {
+    /// What the stages take of shared memory, with their statistics.
+    pub const BYTES: usize = STAGES as usize * 2 * BLOCK_M * (HEADDIM * size_of::<T>() + size_of::<f32>());
+
+    /// The blocks of `head` of Q and of those after it. `statistics` is where those of the stages go.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        p: &Params,
+        threads: u32,
+        (sequence, head): (Sequence, u32),
+        blocks: &Blocks,
+        q: SmemTile<T, BLOCK_M, HEADDIM>,
+        d_o: SmemTile<T, BLOCK_M, HEADDIM>,
+        statistics: Shared<f32>,
+    ) -> Self {
+        let Blocks { begin, end, .. } = *blocks;
+        let [q_rows, d_o_rows] = Self::rows(p, threads, &sequence, head, begin);
+        let place = first_place(&p.attention, &sequence, head) + begin * BLOCK_M as u32;
+        QueryStream { q, d_o, statistics, threads, sequence, begin, end, head, block: begin, place, q_rows, d_o_rows }
+    }
+
+    /// Q and dO from a block of a head on.
+    #[inline(always)]
+    fn rows(
+        p: &Params,
+        threads: u32,
+        sequence: &Sequence,
+        head: u32,
+        block: u32,
+    ) -> [TileStream<T, BLOCK_M, HEADDIM>; 2] {
+        let a: Attention<T> = p.attention.of();
+        let of = |tensor: &Tensor<T>, columns| {
+            TileStream::new(threads, sequence.query_matrix(tensor, head, block * BLOCK_M as u32, columns, true))
+        };
+        [of(&a.q, a.headdim), of(&p.d_o.cast(), a.headdim_v)]
+    }
+
+    /// Starts to copy the next block, as one group, and says which it is.
+    #[inline(always)]
+    #[track_caller]
+    pub fn copy_async(&mut self, p: &Params, stage: u32) -> Place {
+        self.q_rows.copy_async(self.q.stage(stage));
+        self.d_o_rows.copy_async(self.d_o.stage(stage));
+        let quads = const { BLOCK_M as u32 / 4 };
+        if thread_idx_x() < 2 * quads {
+            let (part, row) = (thread_idx_x() / quads, thread_idx_x() % quads * 4);
+            let from = p.statistics.offset(statistic_at(self.place + row, part));
+            copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
+        }
+        copy::commit();
+        let copied = Place { first_row: self.block * BLOCK_M as u32, place: self.place };
+        self.block += 1;
+        self.place += BLOCK_M as u32;
+        if self.block == self.end {
+            (self.head, self.block) = (self.head + 1, self.begin);
+            [self.q_rows, self.d_o_rows] = Self::rows(p, self.threads, &self.sequence, self.head, self.block);
+            self.place = first_place(&p.attention, &self.sequence, self.head) + self.block * BLOCK_M as u32;
+        }
+        copied
+    }
+
+    /// What the exponents of the rows of a stage subtract.
+    #[inline(always)]
+    pub fn bases(&self, stage: u32) -> Shared<f32> {
+        self.statistics.offset(stage * 2 * BLOCK_M as u32)
+    }
+
+    /// D of the rows of a stage.
+    #[inline(always)]
+    pub fn sums(&self, stage: u32) -> Shared<f32> {
+        self.bases(stage).offset(BLOCK_M as u32)
+    }
+}

@@ -98,9 +98,9 @@ impl Block {
             return Err(self.fault(FindingKind::Barrier, site, None, message));
         }
         if barrier.waiting.len() == self.threads.len() {
-            self.clocks.join_all();
+            self.clocks.join_block(self.first_id(), self.threads.len());
         } else if self.context.race_detector {
-            self.clocks.join_some(&barrier.arrived, &barrier.waiting);
+            self.clocks.join_some(self.first_id(), &barrier.arrived, &barrier.waiting);
         }
         // In the order of their indices, unless a seed shuffles them.
         barrier.waiting.sort_unstable();

@@ -56,24 +56,32 @@
 //! 20. Words that do much at once (a matrix word of many tiles) cost little more than those that do little.
 //! FlashAttention-2, one head of 512 tokens and dimension 64, takes 6 ms on two cores, with all checks 10.
 
-// What a kernel says. Words of Hopper (mbarrier, TMA, wgmma) become modules beside those that are there.
+// What a kernel says.
 pub(crate) mod words;
 
-// Threads: how they run, wait and meet. An mbarrier is to be a rendezvous beside `barriers`.
+// Threads: how they run, wait and meet.
 mod barriers;
 mod block;
 mod cluster;
 mod deadlock;
+mod mbarriers;
 mod panics;
 mod rendezvous;
 mod scheduler;
 mod stacks;
+mod warpgroups;
 
-// Memory: where it lies, and how it is accessed. TMA is to be an agent beside `copies`.
+// Memory: where it lies, and how it is accessed and copied.
 mod access;
+mod boxes;
+mod bulk;
 mod copies;
 mod memory;
 mod shared_memory;
+mod transfers;
+
+// What warpgroups multiply.
+mod products;
 
 // The race detector: within a block, and between blocks.
 mod clocks;
@@ -95,7 +103,7 @@ mod launch;
 mod report;
 
 pub use counters::{ConflictSite, Counters, Flops, SharedTraffic, TensorTraffic};
-pub use launch::{Launch, Options, launch};
+pub use launch::{Launch, Options, launch, launch_clusters};
 pub use memory::{Buffer, Memory};
 pub use report::{Finding, FindingKind, Party, Report};
 

@@ -122,6 +122,6 @@ fn unpack<T: TensorCoreElement>(register: u32) -> [f32; 2] {
 }
 
 #[inline(always)]
-fn to_f32<T: TensorCoreElement>(bits: u16) -> f32 {
+pub(super) fn to_f32<T: TensorCoreElement>(bits: u16) -> f32 {
     if T::BF16 { f32::from_bits((bits as u32) << 16) } else { f16_to_f32(bits) }
 }

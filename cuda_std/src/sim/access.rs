@@ -6,7 +6,7 @@ use super::shadow::{GRANULE, Span, Wrong};
 use super::site::Site;
 use super::traffic::What;
 use super::uninitialised::FirstRead;
-use super::unit::{Rival, Use};
+use super::unit::{Actor, Rival, Use};
 
 impl Block {
     /// The running thread loads from shared memory.
@@ -196,12 +196,11 @@ impl Block {
         Ok(shared.data(address))
     }
 
-    /// The async proxy reads 16 bytes of shared memory for a thread: where the data lie.
-    pub fn read_shared_async(&mut self, thread: usize, address: u32, site: Site) -> Result<*mut u8, Stop> {
-        let bytes = GRANULE as u32;
+    /// The async proxy reads 16 bytes of shared memory for a thread, by `actor`: where the data lie.
+    pub fn read_shared_async(&mut self, thread: usize, actor: Actor, address: u32) -> Result<*mut u8, Stop> {
+        let (bytes, site) = (GRANULE as u32, actor.site());
         let granule = self.shared_granule(address, bytes, Use::Read, site)?;
         if self.context.race_detector {
-            let actor = self.actor(thread, site);
             if let Some(wrong) = self.shared.shadow.read_async(granule, actor, &self.clocks) {
                 self.wrong_shared(thread, address, bytes, Use::Read, site, wrong);
             }

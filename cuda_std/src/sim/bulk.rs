@@ -55,8 +55,9 @@ impl Block {
         }
         let mut chunks = to.chunks(from);
         chunks.retain(|chunk| !chunk.inside.is_empty());
+        let actor = self.actor(self.current, site);
         for chunk in &chunks {
-            self.read_shared_async(self.current, chunk.shared, site)?;
+            self.read_shared_async(self.current, actor, chunk.shared)?;
         }
         let store = Store { chunks, element: to.element(), way, site, data: Vec::new() };
         self.threads[self.current].bulk.uncommitted.push(store);
@@ -68,8 +69,9 @@ impl Block {
         while self.threads[self.current].bulk.unread.len() > pending {
             let mut group = self.threads[self.current].bulk.unread.pop_front().unwrap_or_default();
             for store in &mut group {
+                let actor = self.actor(self.current, store.site);
                 for chunk in &store.chunks {
-                    let data = self.read_shared_async(self.current, chunk.shared, store.site)?;
+                    let data = self.read_shared_async(self.current, actor, chunk.shared)?;
                     // SAFETY: the word before has checked that 16 bytes lie there.
                     store.data.push(unsafe { data.cast::<[u8; GRANULE]>().read_unaligned() });
                 }

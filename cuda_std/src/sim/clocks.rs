@@ -4,12 +4,15 @@
 //! barrier of the whole block is by far the most frequent order, so it has a short form: a `floor` that all epochs up to
 //! it lie below, and after it all threads are in the same epoch again.
 //!
-//! What the tensor copy engine brings to an mbarrier is done by an agent: a thread of its own, which others know of once they
-//! have waited for that barrier. Agents are numbered behind the threads.
+//! What the async proxy does, it does through agents: one for the copies that each mbarrier is told of, and one for the
+//! products of each warp. An agent knows what the thread that employs it knew then; others know what it did once they have
+//! waited for it, but by nothing else. Agents are numbered behind the threads, and count epochs that no floor reaches.
 use super::WARP;
 
 /// Room is made for so many at a time.
 const MORE_AGENTS: usize = 32;
+
+const FIRST_OF_AGENTS: u32 = 1 << 31;
 
 /// The vector clocks of a cluster: most are of one block.
 #[derive(Default)]
@@ -17,9 +20,9 @@ pub(super) struct Clocks {
     threads: usize,
     /// The epoch that each thread and each agent is in.
     own: Vec<u32>,
-    /// `known[t * own.len() + u]`: the last epoch of `u` that happened before the present of thread `t`.
+    /// `known[t * own.len() + u]`: the last epoch of `u` that happened before the present of `t`.
     known: Vec<u32>,
-    /// Of each agent the thread that last gave it something to do.
+    /// Of each agent the thread that last employed it.
     agents: Vec<usize>,
     /// By thread: the epochs that its proxy fences have ended.
     fences: Vec<Vec<u32>>,
@@ -73,9 +76,14 @@ impl Clocks {
     }
 
     fn join_all(&mut self) {
-        self.floor = self.own.iter().copied().max().unwrap_or(0);
-        self.own.fill(self.floor + 1);
+        self.floor = self.own[..self.threads].iter().copied().max().unwrap_or(0);
+        self.own[..self.threads].fill(self.floor + 1);
         self.across_warps = false;
+        if !self.agents.is_empty() {
+            let agents = self.threads..self.threads + self.agents.len();
+            self.gather_known(0..self.threads, agents.clone());
+            (0..self.threads).for_each(|thread| self.learn(thread, agents.clone()));
+        }
     }
 
     /// The lanes of `members` meet in their warp, which begins at thread `first`.
@@ -99,7 +107,7 @@ impl Clocks {
 
     fn join<A, W>(&mut self, arrived: impl Fn() -> A, waiting: impl Fn() -> W)
     where
-        A: Iterator<Item = usize>,
+        A: Iterator<Item = usize> + Clone,
         W: Iterator<Item = usize>,
     {
         self.across_warps = true;
@@ -140,23 +148,40 @@ impl Clocks {
         self.agents.push(0);
         if agent == old {
             let new = old + MORE_AGENTS;
-            let mut known = vec![0; self.threads * new];
+            let mut known = vec![0; new * new];
             for (new, old) in known.chunks_exact_mut(new).zip(self.known.chunks_exact(old)) {
                 new[..old.len()].copy_from_slice(old);
             }
             self.known = known;
-            self.own.resize(new, self.floor + 1);
+            self.own.resize(new, FIRST_OF_AGENTS);
             self.scratch.resize(new, 0);
         }
         agent
     }
 
-    /// A thread has given the agent something to do.
-    pub fn set_issuer(&mut self, agent: usize, thread: usize) {
+    /// A thread gives the agent something to do, which knows what the thread knows.
+    pub fn employ(&mut self, agent: usize, thread: usize) {
         self.agents[agent - self.threads] = thread;
+        let len = self.own.len();
+        self.known.copy_within(thread * len..(thread + 1) * len, agent * len);
+        self.known[agent * len + thread] = self.own[thread];
     }
 
-    /// The thread that did something, or that last told the agent that did.
+    /// The agent has done it: the epoch in which it did, after which another begins.
+    pub fn dismiss(&mut self, agent: usize) -> u32 {
+        let epoch = self.own[agent];
+        self.own[agent] = epoch.saturating_add(1);
+        epoch
+    }
+
+    /// What the agent did up to an epoch happens before the present of the thread.
+    pub fn learn_of(&mut self, thread: usize, agent: usize, epoch: u32) {
+        self.across_warps = true;
+        let known = &mut self.known[thread * self.own.len() + agent];
+        *known = (*known).max(epoch);
+    }
+
+    /// The thread that did something, or that last employed the agent that did.
     pub fn thread_of(&self, actor: usize) -> usize {
         actor.checked_sub(self.threads).map_or(actor, |agent| self.agents[agent])
     }
@@ -164,8 +189,7 @@ impl Clocks {
     /// What the agent did so far is released.
     pub fn release_agent(&mut self, agent: usize, released: &mut Vec<u32>) {
         released.resize(self.own.len(), 0);
-        released[agent] = self.own[agent];
-        self.own[agent] = self.own[agent].saturating_add(1);
+        released[agent] = self.dismiss(agent);
     }
 
     /// The thread makes what it has written visible to the async proxy.
@@ -185,15 +209,21 @@ impl Clocks {
         next.is_some_and(|&fence| self.is_before(writer, fence.saturating_add(1), reader))
     }
 
-    /// Gathers in `scratch` what the `threads` know together, of the threads `of`.
-    fn gather(&mut self, threads: impl Iterator<Item = usize>, of: std::ops::Range<usize>) {
+    /// Gathers in `scratch` what the `threads` know together, of the threads `of`, among which they are.
+    fn gather(&mut self, threads: impl Iterator<Item = usize> + Clone, of: std::ops::Range<usize>) {
+        self.gather_known(threads.clone(), of);
+        for thread in threads {
+            self.scratch[thread] = self.scratch[thread].max(self.own[thread]);
+        }
+    }
+
+    fn gather_known(&mut self, threads: impl Iterator<Item = usize>, of: std::ops::Range<usize>) {
         self.scratch[of.clone()].fill(0);
         for thread in threads {
             let known = &self.known[thread * self.own.len()..][of.clone()];
             for (all, &known) in self.scratch[of.clone()].iter_mut().zip(known) {
                 *all = (*all).max(known);
             }
-            self.scratch[thread] = self.scratch[thread].max(self.own[thread]);
         }
     }
 

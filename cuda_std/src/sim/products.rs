@@ -1,14 +1,16 @@
 //! Products of warpgroups. They take effect as late as they may: when the first thread waits for one, it reads its factors in
-//! shared memory. Each warp reads them on its own account, when the product is issued and when the warp has waited for it:
-//! what is written in between is a race.
+//! shared memory. To the race detector an agent of each warp reads them, which is known to those alone that have waited: what
+//! is written to a factor before is a race.
 use super::WARP;
 use super::block::{Block, Stop};
 use super::boxes::swizzled;
 use super::report::FindingKind;
 use super::shadow::GRANULE;
 use super::site::Site;
+use super::unit::Actor;
 use super::warpgroups::GROUP;
 use crate::tensor::Swizzle;
+use std::collections::HashMap;
 
 const ROWS: usize = 64;
 const DEPTH: usize = 16;
@@ -107,13 +109,31 @@ pub(super) struct Product {
     pub site: Site,
     /// The sum, 64 rows, once it has been computed.
     sum: Option<Vec<f32>>,
-    /// Threads that have taken their part.
+    /// What the agents of its warps read in.
+    epochs: [u32; 4],
+    /// Threads that have waited for it, and those that have taken their part.
+    waited: usize,
     taken: usize,
+    /// Another product has been added to it, and has taken its sum.
+    is_consumed: bool,
 }
 
 impl Product {
     pub fn new(summand: Summand, left: LeftFactor, right: SharedFactor, to_f32: fn(u16) -> f32, site: Site) -> Self {
-        Product { summand, left, right, columns: 0, depth: 0, to_f32, site, sum: None, taken: 0 }
+        Product {
+            summand,
+            left,
+            right,
+            columns: 0,
+            depth: 0,
+            to_f32,
+            site,
+            sum: None,
+            epochs: [0; 4],
+            waited: 0,
+            taken: 0,
+            is_consumed: false,
+        }
     }
 }
 
@@ -122,6 +142,8 @@ impl Product {
 pub(super) struct Products {
     all: Vec<Option<Product>>,
     free: Vec<u32>,
+    /// Of each warp that has said one.
+    agents: HashMap<usize, usize>,
 }
 
 impl Products {
@@ -167,34 +189,50 @@ impl Block {
         Ok(number)
     }
 
-    /// A warp, for which its first thread stands, reads the factors of a product.
+    /// The agent of a warp, which its first thread employs, reads the factors of a product.
     fn read_factors(&mut self, number: u32, thread: usize) -> Result<(), Stop> {
+        let warp = thread / WARP;
+        let site = self.products.get(number).site;
+        let mut actor = self.actor(thread, site);
+        if self.context.race_detector {
+            let agent = *self.products.agents.entry(warp).or_insert_with(|| self.clocks.add_agent());
+            self.clocks.employ(agent, self.first_id() + thread);
+            actor = Actor::new(agent, site);
+        }
         let product = self.products.get(number);
-        let site = product.site;
         let mut chunks: Vec<u32> = product.right.chunks.clone();
         if let LeftFactor::Shared(left) = &product.left {
             chunks.extend(left.of_vectors(thread % GROUP / WARP * 16, 16, ROWS));
         }
         for chunk in chunks {
-            self.read_shared_async(thread, chunk, site)?;
+            self.read_shared_async(thread, actor, chunk)?;
+        }
+        if self.context.race_detector {
+            self.products.get(number).epochs[warp % 4] = self.clocks.dismiss(actor.thread());
         }
         Ok(())
     }
 
     /// The running thread waits until at most `pending` of its products have not ended.
-    pub fn wait_for_products(&mut self, pending: usize) -> Result<(), Stop> {
+    pub fn wait_for_products(&mut self, pending: usize) {
         let thread = self.current;
         while self.threads[thread].products.len() > pending {
             let Some(number) = self.threads[thread].products.pop_front() else { break };
             if self.products.get(number).sum.is_none() {
                 self.compute(number);
             }
-            if thread.is_multiple_of(WARP) {
-                self.read_factors(number, thread)?;
+            let warp = thread / WARP;
+            if self.context.race_detector {
+                let (agent, epoch) = (self.products.agents[&warp], self.products.get(number).epochs[warp % 4]);
+                self.clocks.learn_of(self.first_id() + thread, agent, epoch);
+            }
+            let product = self.products.get(number);
+            product.waited += 1;
+            if product.is_consumed && product.waited == GROUP {
+                self.products.remove(number);
             }
             self.ready.progress();
         }
-        Ok(())
     }
 
     /// The running thread takes what it has of a product.
@@ -242,7 +280,13 @@ impl Block {
                 if self.products.get(before).sum.is_none() {
                     self.compute(before);
                 }
-                self.products.remove(before).and_then(|product| product.sum).expect("it has been computed")
+                let product = self.products.get(before);
+                product.is_consumed = true;
+                let sum = product.sum.replace(Vec::new()).expect("it has been computed");
+                if product.waited == GROUP {
+                    self.products.remove(before);
+                }
+                sum
             }
         };
         let product = self.products.all[number as usize].as_ref().expect("a product that is in flight");

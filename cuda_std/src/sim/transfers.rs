@@ -115,7 +115,7 @@ impl Block {
         let Transfer { to, from, issuer } = transfer;
         let actor = Actor::new(agent, issuer.site());
         if self.context.race_detector {
-            self.clocks.set_issuer(agent, issuer.thread());
+            self.clocks.employ(agent, issuer.thread());
         }
         for chunk in from.chunks(*to) {
             let data = self.read_chunk(&chunk, from.element());

@@ -126,7 +126,7 @@ pub(crate) fn wgmma_wait<const PENDING: usize, const N: usize>(flight: Flight<N>
     let site = here();
     let mut registers = [[0.0; 4]; N];
     unless_stopped(with(|block| {
-        block.wait_for_products(PENDING)?;
+        block.wait_for_products(PENDING);
         block.take_product(flight.0, site, |n, i, x| registers[n][i] = x)
     }));
     registers

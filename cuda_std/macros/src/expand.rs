@@ -119,6 +119,8 @@ fn on_host(table: &Table, entries: &[Entry], arguments: &Arguments, function: &I
         return Err(Error::new_spanned(keyword, "a kernel with a table is a safe function"));
     }
     let (visibility, kernel) = (&function.vis, &function.sig.ident);
+    let arch = arguments.arch.as_ref().map_or("sm_80".to_owned(), |arch| arch.to_string());
+    let cluster = arguments.cluster.as_ref().map_or(quote!(1), |blocks| quote!(#blocks));
     let rows = entries.iter().map(|entry| {
         let name = &entry.name;
         let turbofish = entry.turbofish(function);
@@ -126,6 +128,8 @@ fn on_host(table: &Table, entries: &[Entry], arguments: &Arguments, function: &I
             ::cuda_std::Kernel {
                 name: #name,
                 config: #config #turbofish(),
+                arch: #arch,
+                cluster: #cluster,
                 #[cfg(not(target_arch = "nvptx64"))]
                 run: #kernel #turbofish,
                 parameters: ::core::marker::PhantomData,
@@ -203,6 +207,8 @@ mod tests {
                 ::cuda_std::Kernel {
                     name: "f_f16_1",
                     config: config::<f16, 1>(),
+                    arch: "sm_80",
+                    cluster: 1,
                     #[cfg(not(target_arch = "nvptx64"))]
                     run: forward::<f16, 1>,
                     parameters: ::core::marker::PhantomData,

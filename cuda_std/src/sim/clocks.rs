@@ -71,7 +71,7 @@ impl Clocks {
         if count == self.threads {
             self.join_all();
         } else {
-            self.join(|| first..first + count, || first..first + count);
+            self.join(first..first + count, &[]);
         }
     }
 
@@ -99,25 +99,21 @@ impl Clocks {
         }
     }
 
-    /// All of `arrived` release what they did, and those of `waiting` see it: threads of the block that begins at `first`.
-    pub fn join_some(&mut self, first: usize, arrived: &[u16], waiting: &[u16]) {
-        let of_block = move |thread: &u16| first + *thread as usize;
-        self.join(|| arrived.iter().map(of_block), || waiting.iter().map(of_block));
+    /// All of `waiting`, threads of the block that begins at `first`, meet, and see what others have `released`.
+    pub fn join_some(&mut self, first: usize, waiting: &[u16], released: &[u32]) {
+        self.join(waiting.iter().map(move |&thread| first + thread as usize), released);
     }
 
-    fn join<A, W>(&mut self, arrived: impl Fn() -> A, waiting: impl Fn() -> W)
-    where
-        A: Iterator<Item = usize> + Clone,
-        W: Iterator<Item = usize>,
-    {
+    fn join(&mut self, threads: impl Iterator<Item = usize> + Clone, released: &[u32]) {
         self.across_warps = true;
         let all = 0..self.own.len();
-        self.gather(arrived(), all.clone());
-        let next = self.next_epoch(arrived());
-        for thread in waiting() {
-            self.learn(thread, all.clone());
+        self.gather(threads.clone(), all.clone());
+        for (all, &released) in self.scratch.iter_mut().zip(released) {
+            *all = (*all).max(released);
         }
-        for thread in arrived() {
+        let next = self.next_epoch(threads.clone());
+        for thread in threads {
+            self.learn(thread, all.clone());
             self.own[thread] = next;
         }
     }

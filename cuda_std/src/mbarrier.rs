@@ -3,8 +3,8 @@
 //! A phase is complete when as many threads have arrived as the barrier counts, and as many bytes as they announced have
 //! come; then the next one begins. Waits name a phase by its parity: kernels say them through
 //! [`Pipeline`](crate::pipeline::Pipeline) and [`Phases`](crate::pipeline::Phases), which keep it.
-use crate::machine;
 use crate::Shared;
+use crate::machine;
 
 /// A barrier in shared memory: 8 bytes, aligned to as many.
 #[derive(Clone, Copy)]

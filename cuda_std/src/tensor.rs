@@ -185,9 +185,7 @@ impl<'a> TensorMapRef<'a> {
 fn five<const RANK: usize>(at: [i32; RANK]) -> [i32; 5] {
     const { assert!(RANK >= 2 && RANK <= 5, "a tensor has two to five dimensions") };
     let mut all = [0; 5];
-    for i in 0..RANK {
-        all[i] = at[i];
-    }
+    all[..RANK].copy_from_slice(&at);
     all
 }
 
@@ -196,8 +194,6 @@ fn five<const RANK: usize>(at: [i32; RANK]) -> [i32; 5] {
 fn of_tile<const OUTER: usize>(row: i32, outer: [i32; OUTER]) -> [i32; 5] {
     const { assert!(OUTER <= 2, "a tensor has at most two dimensions beyond those of its tiles") };
     let mut all = [0, row, 0, 0, 0];
-    for i in 0..OUTER {
-        all[3 + i] = outer[i];
-    }
+    all[3..3 + OUTER].copy_from_slice(&outer);
     all
 }

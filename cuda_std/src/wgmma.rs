@@ -15,6 +15,14 @@
 //! What is multiplied is [in flight](InFlight) until it is waited for: no value then says its elements. Each word is one
 //! group of products: groups end in their order.
 //!
+//! ```compile_fail
+//! # use cuda_std::{SmemTile, fragment::Accumulator, element::bf16, wgmma};
+//! fn too_early(q: SmemTile<bf16, 64, 64>, k: SmemTile<bf16, 64, 64>) -> f32 {
+//!     let s: wgmma::InFlight<8> = wgmma::product(q.rows(0), k.rows(0));
+//!     s.fold_row(0, 0, f32::max) // only `s.wait::<0>()` has elements
+//! }
+//! ```
+//!
 //! The 64 rows lie in the accumulators of the warpgroup's four warps, 16 each, as [`Accumulator<1, N>`](Accumulator) says:
 //! row r of warp w of the warpgroup is row 16 w + r of the product.
 use crate::fragment::Accumulator;
@@ -120,7 +128,7 @@ impl<T: TensorCoreElement, const R: usize, const C: usize> Right<T> for Rows<T, 
         let bytes = (step * DEPTH * size_of::<T>()) as u32;
         let offset = bytes / panel_row * SmemTile::<T, R, C>::PANEL + bytes % panel_row;
         // Within a panel there is no stride from panel to panel: the field is not looked at.
-        address_bits(self.tile.chunk(self.first, 0).address()) + (offset >> 4) | 1 << 16
+        (address_bits(self.tile.chunk(self.first, 0).address()) + (offset >> 4)) | 1 << 16
     }
 }
 
@@ -134,7 +142,7 @@ impl<T: TensorCoreElement, const R: usize, const C: usize> Right<T> for Columns<
     fn descriptor_low(self, step: usize) -> u32 {
         let offset = (step * DEPTH) as u32 * SmemTile::<T, R, C>::PANEL_ROW;
         let first = self.tile.chunk(0, self.first / SmemTile::<T, R, C>::CHUNK).address();
-        address_bits(first) + (offset >> 4) | (SmemTile::<T, R, C>::PANEL >> 4) << 16
+        (address_bits(first) + (offset >> 4)) | (SmemTile::<T, R, C>::PANEL >> 4) << 16
     }
 }
 

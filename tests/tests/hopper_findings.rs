@@ -42,8 +42,7 @@ fn expect_clean(report: &Report) {
 }
 
 fn run_clusters(cluster: u32, threads: u32, memory: &Memory, kernel: impl Fn() + Sync) -> Report {
-    let launch_of =
-        Launch { kernel: "faulty", grid: [cluster, 1, 1], block: [threads, 1, 1], shared_bytes: 64 << 10 };
+    let launch_of = Launch { kernel: "faulty", grid: [cluster, 1, 1], block: [threads, 1, 1], shared_bytes: 64 << 10 };
     launch_clusters(&launch_of, cluster, memory, &Options::default(), kernel)
 }
 
@@ -132,7 +131,10 @@ fn phases_that_never_come() {
     let state = "threads 0 to 31 wait for ever at the mbarrier at shared 0x10 for the phase of parity 0: in its phase 0 0 \
                  of 1 arrivals have come";
     assert_eq!((empty.kind, &*empty.message), (FindingKind::Deadlock, state));
-    assert_eq!((empty.location.line(), full.location.line()), (line("waits for an empty stage"), line("waits for a full stage")));
+    assert_eq!(
+        (empty.location.line(), full.location.line()),
+        (line("waits for an empty stage"), line("waits for a full stage"))
+    );
 }
 
 #[test]
@@ -163,7 +165,13 @@ fn barriers_that_are_misused() {
     let report = run(32, &memory, || kernel(2, true));
     expect(&report, FindingKind::Barrier, "arrives again", None, "takes only 1 arrivals");
     let report = run(32, &memory, || kernel(1, false));
-    expect(&report, FindingKind::ProxyFence, "tells the barrier", Some("initialises"), "without a fence::mbarrier_init");
+    expect(
+        &report,
+        FindingKind::ProxyFence,
+        "tells the barrier",
+        Some("initialises"),
+        "without a fence::mbarrier_init",
+    );
 }
 
 #[test]
@@ -549,8 +557,12 @@ fn shared_memory_of_a_block_that_is_not_ready() {
     };
     expect_clean(&run_clusters(2, 32, &Memory::new(), || kernel(true)));
     let report = run_clusters(2, 32, &Memory::new(), || kernel(false));
-    assert!(report.findings.iter().any(|finding| finding.kind == FindingKind::Race
-        || finding.kind == FindingKind::Uninitialised));
+    assert!(
+        report
+            .findings
+            .iter()
+            .any(|finding| finding.kind == FindingKind::Race || finding.kind == FindingKind::Uninitialised)
+    );
 }
 
 #[test]

@@ -10,8 +10,7 @@ use syn::{Error, FnArg, ItemFn, LitStr, Result, Type, parse_quote};
 pub fn expand(arguments: &Arguments, mut function: ItemFn) -> Result<TokenStream> {
     check(&arguments.lists, &function.sig.generics)?;
     let entries = entries(arguments, &function)?;
-    let on_device =
-        entries.iter().map(|entry| on_device(entry, arguments, &function)).collect::<Result<Vec<_>>>()?;
+    let on_device = entries.iter().map(|entry| on_device(entry, arguments, &function)).collect::<Result<Vec<_>>>()?;
     let on_host = arguments.table.as_ref().map(|table| on_host(table, &entries, arguments, &function)).transpose()?;
     if !function.attrs.iter().any(|attribute| attribute.path().is_ident("inline")) {
         function.attrs.push(parse_quote!(#[cfg_attr(target_arch = "nvptx64", inline(always))]));

@@ -86,9 +86,19 @@ pub fn tensor_load(
         (Some(blocks), None) => {
             of_rank!(rank, at, load!(to, map, barrier, ".multicast::cluster", ", {blocks}", blocks = reg16))
         }
-        (Some(blocks), Some(policy)) => of_rank!(rank, at,
-            load!(to, map, barrier, ".multicast::cluster.L2::cache_hint", ", {blocks}, {policy}",
-                blocks = reg16, policy = reg64)),
+        (Some(blocks), Some(policy)) => of_rank!(
+            rank,
+            at,
+            load!(
+                to,
+                map,
+                barrier,
+                ".multicast::cluster.L2::cache_hint",
+                ", {blocks}, {policy}",
+                blocks = reg16,
+                policy = reg64
+            )
+        ),
     }
 }
 
@@ -108,8 +118,11 @@ macro_rules! store {
 pub fn tensor_store(map: MapAddress, rank: usize, at: [i32; 5], from: u32, policy: Option<u64>) {
     match policy {
         None => of_rank!(rank, at, store!(map, from, "cp.async.bulk.tensor.", ".bulk_group", "")),
-        Some(policy) => of_rank!(rank, at,
-            store!(map, from, "cp.async.bulk.tensor.", ".bulk_group.L2::cache_hint", ", {policy}", policy = reg64)),
+        Some(policy) => of_rank!(
+            rank,
+            at,
+            store!(map, from, "cp.async.bulk.tensor.", ".bulk_group.L2::cache_hint", ", {policy}", policy = reg64)
+        ),
     }
 }
 

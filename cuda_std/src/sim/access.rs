@@ -200,10 +200,10 @@ impl Block {
     pub fn read_shared_async(&mut self, thread: usize, actor: Actor, address: u32) -> Result<*mut u8, Stop> {
         let (bytes, site) = (GRANULE as u32, actor.site());
         let granule = self.shared_granule(address, bytes, Use::Read, site)?;
-        if self.context.race_detector {
-            if let Some(wrong) = self.shared.shadow.read_async(granule, actor, &self.clocks) {
-                self.wrong_shared(thread, address, bytes, Use::Read, site, wrong);
-            }
+        if self.context.race_detector
+            && let Some(wrong) = self.shared.shadow.read_async(granule, actor, &self.clocks)
+        {
+            self.wrong_shared(thread, address, bytes, Use::Read, site, wrong);
         }
         Ok(self.shared.data(address))
     }

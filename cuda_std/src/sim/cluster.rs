@@ -68,12 +68,7 @@ fn end(block: &mut Block, context: &Context, progress: &impl Fn(u64)) {
 }
 
 /// Runs the blocks of a cluster to their end.
-fn run(
-    blocks: &[*mut Block],
-    clocks: &mut Clocks,
-    stacks: &mut Vec<ThreadStack>,
-    kernel: &(impl Fn() + Sync),
-) {
+fn run(blocks: &[*mut Block], clocks: &mut Clocks, stacks: &mut Vec<ThreadStack>, kernel: &(impl Fn() + Sync)) {
     let mut barrier = ClusterBarrier::default();
     // Runs `act` with one of the blocks as the one that words act on; it has the state of the cluster meanwhile.
     let mut enter = |block: *mut Block, act: &mut dyn FnMut()| {

@@ -73,7 +73,8 @@ impl Block {
             }
             Waiting::Mbarrier { address, parity } => return self.report_mbarrier(address, parity, site, threads),
             Waiting::Cluster => {
-                let message = format!("{} for ever at the barrier of the cluster, to which not all come", wait(threads));
+                let message =
+                    format!("{} for ever at the barrier of the cluster, to which not all come", wait(threads));
                 return self.report_of(first, FindingKind::Deadlock, site, None, message);
             }
             Waiting::Nothing | Waiting::Exited => return,

@@ -123,8 +123,12 @@ impl Block {
         let find = |block: &Block| block.mbarriers.iter().position(|barrier| barrier.address == address);
         let block = self.peer(rank).map(|peer| &*peer);
         let found = match block {
-            Some(peer) => find(peer).map(|index| (index, peer.mbarriers[index].is_visible, peer.mbarriers[index].initialiser)),
-            None => find(self).map(|index| (index, self.mbarriers[index].is_visible, self.mbarriers[index].initialiser)),
+            Some(peer) => {
+                find(peer).map(|index| (index, peer.mbarriers[index].is_visible, peer.mbarriers[index].initialiser))
+            }
+            None => {
+                find(self).map(|index| (index, self.mbarriers[index].is_visible, self.mbarriers[index].initialiser))
+            }
         };
         match found {
             Some((index, true, _)) => Ok(index),

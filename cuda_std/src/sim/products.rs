@@ -293,7 +293,9 @@ impl Block {
         let right = gather(&mut self.shared, &product.right, columns, depth, to_f32);
         let left = match &product.left {
             LeftFactor::Matrix(matrix) => matrix,
-            LeftFactor::Shared(factor) => &transposed(&gather(&mut self.shared, factor, ROWS, depth, to_f32), depth, ROWS),
+            LeftFactor::Shared(factor) => {
+                &transposed(&gather(&mut self.shared, factor, ROWS, depth, to_f32), depth, ROWS)
+            }
         };
         for (left, sum) in left.chunks_exact(depth).zip(sum.chunks_exact_mut(columns)) {
             for (&x, right) in left.iter().zip(right.chunks_exact(columns)) {

@@ -120,7 +120,9 @@ impl Shadow {
         if known.is_split() {
             let bytes = bytes_of_parts(size);
             let parts = 0..(size / bytes) as usize;
-            return parts.into_iter().find_map(|i| self.invisible_write(known.link as usize + i, bytes, reader, clocks));
+            return parts
+                .into_iter()
+                .find_map(|i| self.invisible_write(known.link as usize + i, bytes, reader, clocks));
         }
         let (writer, epoch) = known.last_write()?;
         (!clocks.is_visible(writer.thread(), epoch, reader)).then_some(writer)

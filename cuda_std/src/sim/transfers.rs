@@ -64,14 +64,7 @@ impl Transfer {
 
 impl Block {
     /// The running thread issues a copy to the same place in each of `blocks` of the cluster: a bit a rank.
-    pub fn begin_transfer(
-        &mut self,
-        to: u32,
-        from: Source,
-        barrier: u32,
-        blocks: u16,
-        site: Site,
-    ) -> Result<(), Stop> {
+    pub fn begin_transfer(&mut self, to: u32, from: Source, barrier: u32, blocks: u16, site: Site) -> Result<(), Stop> {
         self.check_engine_use(to, &from, site)?;
         let chunks = from.chunks(to);
         self.read_globally(&chunks, &from, site)?;

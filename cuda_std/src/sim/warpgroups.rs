@@ -106,7 +106,13 @@ pub(super) fn meet<T>(
 
 impl Block {
     /// Whether the running thread is the last.
-    fn arrive_at_warpgroup(&mut self, group: usize, word: GroupWord, site: Site, operand: *mut ()) -> Result<bool, Stop> {
+    fn arrive_at_warpgroup(
+        &mut self,
+        group: usize,
+        word: GroupWord,
+        site: Site,
+        operand: *mut (),
+    ) -> Result<bool, Stop> {
         let thread = self.current;
         let Some(warpgroup) = self.warpgroups.get_mut(group) else {
             let message = format!("{word}, but the block has no four warps for it from thread {} on", group * GROUP);
@@ -148,9 +154,11 @@ impl Block {
     fn warpgroup_is_torn(&mut self, group: usize) -> Stop {
         let threads = group * GROUP..(group + 1) * GROUP;
         let waiting = threads.clone().find(|&thread| self.warpgroups[group].has_arrived(thread)).expect("one waits");
-        let gone = threads.clone().find(|&thread| self.threads[thread].waiting == Waiting::Exited).expect("one is gone");
+        let gone =
+            threads.clone().find(|&thread| self.threads[thread].waiting == Waiting::Exited).expect("one is gone");
         let (word, site) = self.warpgroups[group].word.expect("one waits");
-        let message = format!("{word} of threads {} to {}, but thread {gone} has exited", threads.start, threads.end - 1);
+        let message =
+            format!("{word} of threads {} to {}, but thread {gone} has exited", threads.start, threads.end - 1);
         let other = self.threads[gone].site.map(|site| self.party(gone, site));
         self.report_of(waiting, FindingKind::Divergence, site, other, message);
         Stop

@@ -1,4 +1,5 @@
 //! What Hopper's words do on the simulated GPU, against plain Rust.
+mod attention;
 mod cluster;
 mod copies;
 mod product;
@@ -41,7 +42,7 @@ fn run_block(threads: u32, memory: &Memory, kernel: impl Fn() + Sync) -> Report 
 
 mod whole_kernels {
     use super::*;
-    use crate::{cluster, product};
+    use crate::{attention, cluster, product};
     use cuda_std::element::{bf16, f16};
     use cuda_std::tensor::Swizzle;
     use cuda_std::{DType, Scalar};
@@ -92,7 +93,8 @@ mod whole_kernels {
             }
         }
         // Each block loads its rows of A, and all of B and V; rows outside of A and C do not move.
-        let bytes = |name| report.counters.tensor(name).map(|tensor| (tensor.loaded_bytes, tensor.load_sectors)).unwrap();
+        let bytes =
+            |name| report.counters.tensor(name).map(|tensor| (tensor.loaded_bytes, tensor.load_sectors)).unwrap();
         let (a_bytes, b_bytes) = ((rows * depth * 2) as u64, (TILE_N * depth * 2) as u64 * blocks as u64);
         assert_eq!(bytes("a"), (a_bytes, a_bytes / 32));
         assert_eq!(bytes("b"), (b_bytes, b_bytes / 32));
@@ -100,6 +102,42 @@ mod whole_kernels {
         assert_eq!(report.counters.tensor("c").unwrap().stored_bytes, (rows * WIDTH * 2) as u64);
         let flops = 2 * TILE_M * TILE_N * (depth + WIDTH) * blocks as usize;
         assert_eq!(report.counters.flops.tensor, flops as u64);
+    }
+
+    #[test]
+    fn attention_with_two_products_in_flight() {
+        use attention::*;
+        let length = TILE_M * TILE_N / 16;
+        let [q, k, v] = [1, 2, 3].map(|seed| numbers::<bf16>(length * WIDTH, seed));
+        let memory = Memory::new();
+        let upload = |name, x: &[bf16]| memory.upload(name, x).global().address();
+        let o_at = memory.allocate::<bf16>("o", length * WIDTH);
+        let heads = [(1, (length * WIDTH) as u64)];
+        let factor = 0.02;
+        let p = Params {
+            q: tiles::<bf16, TILE_M, WIDTH>(upload("q", &q), length, WIDTH, &heads),
+            k: tiles::<bf16, TILE_N, WIDTH>(upload("k", &k), length, WIDTH, &heads),
+            v: tiles::<bf16, TILE_N, WIDTH>(upload("v", &v), length, WIDTH, &heads),
+            o: tiles::<bf16, { TILE_M / 2 }, WIDTH>(o_at.global().address(), length, WIDTH, &heads),
+            blocks: (length / TILE_N) as u32,
+            scale: factor as f32 * cuda_std::math::LOG2_E,
+        };
+        // Two tiles of queries are enough.
+        run(2, 1, THREADS, SHARED_BYTES, &memory, || hopper_attention(p));
+        let (q, k, v) = (f64_of(&q), f64_of(&k), f64_of(&v));
+        let o = memory.read(&o_at);
+        for row in (0..2 * TILE_M).step_by(7) {
+            let score = |n: usize| factor * dot(WIDTH, |d| q(row * WIDTH + d) * k(n * WIDTH + d));
+            let scores: Vec<f64> = (0..length).map(score).collect();
+            let m = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let p: Vec<f64> = scores.iter().map(|s| (s - m).exp()).collect();
+            let l: f64 = p.iter().sum();
+            for column in 0..WIDTH {
+                let exact = dot(length, |n| p[n] * v(n * WIDTH + column)) / l;
+                let found = o[row * WIDTH + column].to_f64();
+                assert!((found - exact).abs() <= 0.01, "({row}, {column}): {found} for {exact}");
+            }
+        }
     }
 
     #[test]

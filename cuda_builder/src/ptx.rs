@@ -4,9 +4,9 @@
 //! `#[kernel]` of `cuda_std` leaves; they become `.maxntid THREADS, 1, 1` and `.minnctapersm MIN_BLOCKS`. Clusters are
 //! comments `// .cluster NAME BLOCKS`, and become `.explicitcluster` and `.reqnctapercluster BLOCKS, 1, 1`.
 //!
-//! An entry that takes the address of its parameters, where tensor maps are, says `kernel_parameters` for the first of them:
-//! inline assembly does not know the entry that it ends up in. The parameter is then aligned to 64 bytes, as tensor maps
-//! are to be, which rustc cannot say of a parameter.
+//! An entry that takes the address of its parameters, where tensor maps are, says `kernel_parameters` for the first of
+//! them: inline assembly does not know the entry that it ends up in. The parameter is then aligned to 64 bytes, as
+//! tensor maps are to be, which rustc cannot say of a parameter.
 use std::collections::{BTreeMap, BTreeSet};
 
 const LAUNCH_BOUNDS: &str = "// .launch_bounds ";

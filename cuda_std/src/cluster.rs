@@ -1,5 +1,5 @@
-//! Clusters: neighbouring blocks that run at the same time and reach each other's shared memory. PTX ISA: `%cluster_ctarank`,
-//! `barrier.cluster`, `mapa`. sm_90.
+//! Clusters: neighbouring blocks that run at the same time and reach each other's shared memory. PTX ISA:
+//! `%cluster_ctarank`, `barrier.cluster`, `mapa`. sm_90.
 use crate::element::Scalar;
 use crate::{Shared, machine};
 use core::marker::PhantomData;

@@ -10,7 +10,8 @@ pub fn launch_dependents() {
     machine::launch_dependents();
 }
 
-/// Waits until the kernels that this one depends on have ended, and sees what they wrote. PTX ISA: `griddepcontrol.wait`.
+/// Waits until the kernels that this one depends on have ended, and sees what they wrote. PTX ISA:
+/// `griddepcontrol.wait`.
 #[inline(always)]
 pub fn wait_for_prerequisites() {
     machine::wait_for_prerequisites();

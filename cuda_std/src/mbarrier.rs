@@ -1,7 +1,7 @@
 //! Barriers in shared memory that count arrivals and bytes. PTX ISA: `mbarrier`. sm_90.
 //!
-//! A phase is complete when as many threads have arrived as the barrier counts, and as many bytes as they announced have
-//! come; then the next one begins. Waits name a phase by its parity: kernels say them through
+//! A phase is complete when as many threads have arrived as the barrier counts, and as many bytes as they announced
+//! have come; then the next one begins. Waits name a phase by its parity: kernels say them through
 //! [`Pipeline`](crate::pipeline::Pipeline) and [`Phases`](crate::pipeline::Phases), which keep it.
 use crate::Shared;
 use crate::machine;
@@ -33,7 +33,8 @@ impl Mbarrier {
     }
 
     /// Begins the first phase; `count` arrivals complete each. Said by one thread, which then says
-    /// [`fence::mbarrier_init`](crate::fence::mbarrier_init), before a barrier of the block. PTX ISA: `mbarrier.init.shared::cta.b64`.
+    /// [`fence::mbarrier_init`](crate::fence::mbarrier_init), before a barrier of the block. PTX ISA:
+    /// `mbarrier.init.shared::cta.b64`.
     #[inline(always)]
     #[track_caller]
     pub fn init(self, count: u32) {

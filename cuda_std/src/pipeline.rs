@@ -1,5 +1,5 @@
-//! Stages of shared memory that some threads fill and others empty, in turn: the full and the empty barriers of all stages,
-//! and who is at which stage in which phase. sm_90.
+//! Stages of shared memory that some threads fill and others empty, in turn: the full and the empty barriers of all
+//! stages, and who is at which stage in which phase. sm_90.
 //!
 //! ```text
 //! producer                                consumer

@@ -1,6 +1,7 @@
-//! Tiles of tensors, moved by the tensor copy engine (TMA) between global and shared memory: one thread names a tile by its
-//! coordinates; a tensor map, made by the host, says how the tensor lies in memory, how large a tile is, and how it is
-//! swizzled. Elements outside of the tensor are loaded as zeros, and not stored. PTX ISA: `cp.async.bulk.tensor`. sm_90.
+//! Tiles of tensors, moved by the tensor copy engine (TMA) between global and shared memory: one thread names a tile by
+//! its coordinates; a tensor map, made by the host, says how the tensor lies in memory, how large a tile is, and how it
+//! is swizzled. Elements outside of the tensor are loaded as zeros, and not stored. PTX ISA: `cp.async.bulk.tensor`.
+//! sm_90.
 use crate::cluster::Blocks;
 use crate::element::Element;
 use crate::mbarrier::Mbarrier;
@@ -15,8 +16,8 @@ pub use description::{MOST_RANK, Swizzle, TensorMapDescription, TensorMapError};
 /// A tensor map, as a field of the struct of parameters that a kernel takes by value.
 ///
 /// For a GPU its 128 bytes are what `cuTensorMapEncodeTiled` makes of a description, for the simulated GPU the
-/// description itself: a `TensorMapDescription` makes both. Fields of this type come first in the struct, so that they lie
-/// at multiples of 64 bytes.
+/// description itself: a `TensorMapDescription` makes both. Fields of this type come first in the struct, so that they
+/// lie at multiples of 64 bytes.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub struct TensorMap(#[cfg_attr(target_arch = "nvptx64", allow(dead_code))] [u64; 16]);
@@ -80,8 +81,8 @@ impl<'a> TensorMapRef<'a> {
         machine::prefetch_map(self.map);
     }
 
-    /// Loads the box at coordinates `at`, the innermost dimension first, and tells `barrier` of its bytes: all of them, also
-    /// where it lies outside of the tensor. `to` is aligned to eight rows of the swizzle, at least to 128 bytes.
+    /// Loads the box at coordinates `at`, the innermost dimension first, and tells `barrier` of its bytes: all of them,
+    /// also where it lies outside of the tensor. `to` is aligned to eight rows of the swizzle, at least to 128 bytes.
     /// PTX ISA: `cp.async.bulk.tensor.{2,3,4,5}d.shared::cluster.global.mbarrier::complete_tx::bytes`.
     #[inline(always)]
     #[track_caller]
@@ -103,8 +104,8 @@ impl<'a> TensorMapRef<'a> {
         self.load_box(to.address(), RANK, five(at), barrier, Some(blocks));
     }
 
-    /// Loads a tile: the rows from `row` on, at coordinates `outer` in the dimensions beyond rows and columns. The map is
-    /// one of [tiles](TensorMapDescription::of_tiles) of this type.
+    /// Loads a tile: the rows from `row` on, at coordinates `outer` in the dimensions beyond rows and columns. The map
+    /// is one of [tiles](TensorMapDescription::of_tiles) of this type.
     #[inline(always)]
     #[track_caller]
     pub fn load_tile<T: Element, const R: usize, const C: usize, const OUTER: usize>(

@@ -5,7 +5,8 @@ use crate::{machine, thread, warp};
 /// Threads a warpgroup.
 pub const WARPGROUP: u32 = 128;
 
-/// The warpgroup's index in its block, for blocks of one dimension: equal in all lanes, and known to be by the compiler.
+/// The warpgroup's index in its block, for blocks of one dimension: equal in all lanes, and known to be by the
+/// compiler.
 #[inline(always)]
 #[track_caller]
 pub fn warpgroup_id() -> u32 {

@@ -1,5 +1,5 @@
-//! The tensor cores of Hopper: a warpgroup multiplies 64 rows at once, from shared memory or registers by shared memory,
-//! while its threads do other things. PTX ISA: `wgmma`. sm_90a.
+//! The tensor cores of Hopper: a warpgroup multiplies 64 rows at once, from shared memory or registers by shared
+//! memory, while its threads do other things. PTX ISA: `wgmma`. sm_90a.
 //!
 //! A product contracts the vectors of its left factor with those of its right one. In shared memory the vectors of a
 //! [`SmemTile`] are its rows ([`SmemTile::rows`]) or its columns ([`SmemTile::columns`]); in registers, those of an
@@ -12,8 +12,8 @@
 //! let o = wgmma::add_product(o, p, v.columns(0));      // O += P V
 //! ```
 //!
-//! What is multiplied is [in flight](InFlight) until it is waited for: no value then says its elements. Each word is one
-//! group of products: groups end in their order.
+//! What is multiplied is [in flight](InFlight) until it is waited for: no value then says its elements. Each word is
+//! one group of products: groups end in their order.
 //!
 //! ```compile_fail
 //! # use cuda_std::{SmemTile, fragment::Accumulator, element::bf16, wgmma};
@@ -23,8 +23,8 @@
 //! }
 //! ```
 //!
-//! The 64 rows lie in the accumulators of the warpgroup's four warps, 16 each, as [`Accumulator<1, N>`](Accumulator) says:
-//! row r of warp w of the warpgroup is row 16 w + r of the product.
+//! The 64 rows lie in the accumulators of the warpgroup's four warps, 16 each, as [`Accumulator<1, N>`](Accumulator)
+//! says: row r of warp w of the warpgroup is row 16 w + r of the product.
 use crate::fragment::Accumulator;
 use crate::matrix::TensorCoreElement;
 use crate::{Element, SmemTile, machine};
@@ -56,8 +56,8 @@ pub trait Right<T: TensorCoreElement>: Copy {
     /// The upper half of a matrix descriptor: swizzle, and the stride from eight rows of the tile to the next.
     const DESCRIPTOR_HIGH: u32;
 
-    /// The lower half of the descriptor for the 16 elements from `16 * step` on: its address, and the stride from panel to
-    /// panel.
+    /// The lower half of the descriptor for the 16 elements from `16 * step` on: its address, and the stride from panel
+    /// to panel.
     #[doc(hidden)]
     fn descriptor_low(self, step: usize) -> u32;
 }
@@ -83,8 +83,8 @@ impl<T: Element, const R: usize, const C: usize> SmemTile<T, R, C> {
         Rows { tile: self, first }
     }
 
-    /// Its columns from `first` on, a multiple of the columns of a panel (those of 128 bytes; all, if they are fewer), as
-    /// vectors of a [product](crate::wgmma): "MN-major".
+    /// Its columns from `first` on, a multiple of the columns of a panel (those of 128 bytes; all, if they are fewer),
+    /// as vectors of a [product](crate::wgmma): "MN-major".
     #[inline(always)]
     pub fn columns(self, first: u32) -> Columns<T, R, C> {
         Columns { tile: self, first }
@@ -200,8 +200,8 @@ impl<T: TensorCoreElement, const STEPS: usize> Left<T> for Registers<T, STEPS> {
 #[must_use = "the tensor cores write its registers until it is waited for"]
 pub struct InFlight<const N: usize>(machine::Flight<N>);
 
-/// A Bᵀ, of the vectors of A and B as rows: element (i, j) is the dot product of vector i of A and vector j of B. Said by a
-/// whole warpgroup, at the same place. PTX ISA: `wgmma.fence`, `wgmma.mma_async.sync.aligned.m64nNk16.f32`,
+/// A Bᵀ, of the vectors of A and B as rows: element (i, j) is the dot product of vector i of A and vector j of B. Said
+/// by a whole warpgroup, at the same place. PTX ISA: `wgmma.fence`, `wgmma.mma_async.sync.aligned.m64nNk16.f32`,
 /// `wgmma.commit_group`.
 #[inline(always)]
 #[track_caller]

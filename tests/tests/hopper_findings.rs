@@ -1,8 +1,8 @@
-//! A faulty kernel for each fault that Hopper's words can make, which must be reported with the lines of both sides, and its
-//! corrected twin, of which nothing must be reported.
+//! A faulty kernel for each fault that Hopper's words can make, which must be reported with the lines of both sides,
+//! and its corrected twin, of which nothing must be reported.
 //!
-//! A kernel and its twin are one function of a `bool`: whether it is right. Comments at the ends of lines name those that
-//! a report must name.
+//! A kernel and its twin are one function of a `bool`: whether it is right. Comments at the ends of lines name those
+//! that a report must name.
 use cuda_std::barrier::NamedBarrier;
 use cuda_std::cluster::{self, Blocks};
 use cuda_std::element::bf16;
@@ -23,8 +23,8 @@ fn line(comment: &str) -> u32 {
     SOURCE.lines().position(is_it).expect("a line with this comment") as u32 + 1
 }
 
-/// Checks that a report says one thing: a fault of this kind, in the line that ends with the comment `at`, with the other
-/// side in that which ends with `other`, in words that contain `says`.
+/// Checks that a report says one thing: a fault of this kind, in the line that ends with the comment `at`, with the
+/// other side in that which ends with `other`, in words that contain `says`.
 #[track_caller]
 fn expect(report: &Report, kind: FindingKind, at: &str, other: Option<&str>, says: &str) {
     let list: Vec<String> = report.findings.iter().map(Finding::to_string).collect();
@@ -128,8 +128,8 @@ fn phases_that_never_come() {
     expect_clean(&run(64, &Memory::new(), || kernel(true)));
     let report = run(64, &Memory::new(), || kernel(false));
     let [empty, full] = &report.findings[..] else { panic!("{:?}", report.findings) };
-    let state = "threads 0 to 31 wait for ever at the mbarrier at shared 0x10 for the phase of parity 0: in its phase 0 0 \
-                 of 1 arrivals have come";
+    let state = "threads 0 to 31 wait for ever at the mbarrier at shared 0x10 for the phase of parity 0: \
+                 in its phase 0 0 of 1 arrivals have come";
     assert_eq!((empty.kind, &*empty.message), (FindingKind::Deadlock, state));
     assert_eq!(
         (empty.location.line(), full.location.line()),

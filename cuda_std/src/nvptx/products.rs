@@ -1,8 +1,8 @@
 //! Products of a warpgroup. PTX ISA: `wgmma`.
 //!
-//! The assembler keeps products asynchronous only as long as it sees that nothing touches their registers (else it warns,
-//! C7510 to C7514, and waits after each): so what is in flight has an owner of its own, all registers of a product are
-//! operands of its instructions, and of the wait.
+//! The assembler keeps products asynchronous only as long as it sees that nothing touches their registers (else it
+//! warns, C7510 to C7514, and waits after each): so what is in flight has an owner of its own, all registers of a
+//! product are operands of its instructions, and of the wait.
 use crate::matrix::TensorCoreElement;
 use crate::wgmma::{DEPTH, Right};
 use core::arch::asm;
@@ -60,7 +60,8 @@ macro_rules! by_width {
             208 {100 101 102 103} 216 {104 105 106 107} 224 {108 109 110 111} 232 {112 113 114 115}
             240 {116 117 118 119} 248 {120 121 122 123} 256 {124 125 126 127})
     };
-    (@ $n:expr, $say:ident!($($argument:tt)*), [$($known:literal)*], $width:literal {$($new:literal)*} $($rest:tt)*) => {
+    (@ $n:expr, $say:ident!($($argument:tt)*), [$($known:literal)*],
+        $width:literal {$($new:literal)*} $($rest:tt)*) => {
         if 8 * $n == $width {
             $say!($width, [$($known)* $($new)*], $($argument)*)
         } else {
@@ -93,7 +94,8 @@ macro_rules! step_registers {
         asm!(
             "{{ .reg .b64 b; mov.b64 b, {{{b}, {b_high}}};",
             concat!("wgmma.mma_async.sync.aligned.m64n", $width, "k16.f32.", $dtype, ".", $dtype,
-                " {{{", $first, "}", $(", {", $i, "}",)* "}}, {{{a0}, {a1}, {a2}, {a3}}}, b, {scale}, 1, 1, {b_columns}; }}"),
+                " {{{", $first, "}", $(", {", $i, "}",)* "}}, {{{a0}, {a1}, {a2}, {a3}}}, b, ",
+                "{scale}, 1, 1, {b_columns}; }}"),
             inout(reg32) *$d.add($first), $(inout(reg32) *$d.add($i),)*
             a0 = in(reg32) $a[0], a1 = in(reg32) $a[1], a2 = in(reg32) $a[2], a3 = in(reg32) $a[3], b = in(reg32) $b,
             b_high = const $right::DESCRIPTOR_HIGH, scale = const $scale, b_columns = const $right::COLUMNS as u32,

@@ -5,9 +5,9 @@ use core::arch::asm;
 /// Where a map lies, as a generic address.
 pub type MapAddress = u64;
 
-/// `kernel_parameters` stands for the first parameter of the entry that this ends up in: `cuda_builder` puts its name there,
-/// and aligns it. Rust's own reference to it would be one to a copy in local memory; of it only the distance is used, a
-/// constant.
+/// `kernel_parameters` stands for the first parameter of the entry that this ends up in: `cuda_builder` puts its name
+/// there, and aligns it. Rust's own reference to it would be one to a copy in local memory; of it only the distance is
+/// used, a constant.
 #[inline(always)]
 pub fn map_address<P>(parameters: &P, map: &TensorMap) -> MapAddress {
     let offset = (&raw const *map as u64).wrapping_sub(&raw const *parameters as u64);

@@ -101,8 +101,9 @@ pub(super) fn with<R>(act: impl FnOnce(&mut Block) -> R) -> R {
     if block.is_null() {
         outside_of_a_launch()
     }
-    // SAFETY: `cluster::run` entered the block and keeps it until it leaves. The reference is the only one: it ends with
-    // `act`, before another thread of the block or the scheduler can run. Other blocks are reached by `Block::peer` alone.
+    // SAFETY: `cluster::run` entered the block and keeps it until it leaves. The reference is the only one: it ends
+    // with `act`, before another thread of the block or the scheduler can run. Other blocks are reached by
+    // `Block::peer` alone.
     act(unsafe { &mut *block })
 }
 

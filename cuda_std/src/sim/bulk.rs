@@ -1,5 +1,5 @@
-//! Copies of the tensor copy engine out of shared memory. They take effect as late as they may: they read shared memory when
-//! their thread waits for that, and write global memory when it waits for their end, or exits.
+//! Copies of the tensor copy engine out of shared memory. They take effect as late as they may: they read shared memory
+//! when their thread waits for that, and write global memory when it waits for their end, or exits.
 use super::block::{Block, Stop};
 use super::boxes::Chunk;
 use super::memory::Bits;

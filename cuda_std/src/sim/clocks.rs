@@ -1,12 +1,13 @@
 //! What happened before what: vector clocks of the threads of a cluster.
 //!
-//! Each thread counts its own epochs, and knows of each other thread the last epoch that happened before its present. The
-//! barrier of the whole block is by far the most frequent order, so it has a short form: a `floor` that all epochs up to
-//! it lie below, and after it all threads are in the same epoch again.
+//! Each thread counts its own epochs, and knows of each other thread the last epoch that happened before its present.
+//! The barrier of the whole block is by far the most frequent order, so it has a short form: a `floor` that all epochs
+//! up to it lie below, and after it all threads are in the same epoch again.
 //!
 //! What the async proxy does, it does through agents: one for the copies that each mbarrier is told of, and one for the
-//! products of each warp. An agent knows what the thread that employs it knew then; others know what it did once they have
-//! waited for it, but by nothing else. Agents are numbered behind the threads, and count epochs that no floor reaches.
+//! products of each warp. An agent knows what the thread that employs it knew then; others know what it did once they
+//! have waited for it, but by nothing else. Agents are numbered behind the threads, and count epochs that no floor
+//! reaches.
 use super::WARP;
 
 /// Room is made for so many at a time.
@@ -195,7 +196,8 @@ impl Clocks {
         self.own[thread] = self.own[thread].saturating_add(1);
     }
 
-    /// Whether the async proxy sees, on behalf of `reader`, what `writer` wrote in `epoch`: a fence of the writer lies between.
+    /// Whether the async proxy sees, on behalf of `reader`, what `writer` wrote in `epoch`: a fence of the writer lies
+    /// between.
     pub fn is_visible(&self, writer: usize, epoch: u32, reader: usize) -> bool {
         if writer >= self.threads {
             return true;

@@ -32,8 +32,8 @@ pub struct Options<'a> {
     pub race_detector: bool,
     /// Whether to count what is moved. Flops are always counted.
     pub counters: bool,
-    /// Another order in which the threads of a block take turns for each seed; 0: they run in the order of their indices
-    /// as far as they can.
+    /// Another order in which the threads of a block take turns for each seed; 0: they run in the order of their
+    /// indices as far as they can.
     pub seed: u64,
     /// Threads of the host; 0: one for each of its cores.
     pub workers: usize,
@@ -49,15 +49,15 @@ impl Default for Options<'_> {
 
 const MOST_THREADS: u64 = 1024;
 
-/// Runs `kernel` in each thread of each block of a launch, on a simulated GPU with this memory. It returns when all have
-/// ended; a block with a fault that it cannot go on from ends early, and the others run all the same.
+/// Runs `kernel` in each thread of each block of a launch, on a simulated GPU with this memory. It returns when all
+/// have ended; a block with a fault that it cannot go on from ends early, and the others run all the same.
 #[track_caller]
 pub fn launch(launch: &Launch, memory: &Memory, options: &Options<'_>, kernel: impl Fn() + Sync) -> Report {
     launch_clusters(launch, 1, memory, options, kernel)
 }
 
-/// As [`launch()`], in clusters of `cluster` blocks that are neighbours in the first dimension of the grid. The blocks of a
-/// cluster run on one thread of the host.
+/// As [`launch()`], in clusters of `cluster` blocks that are neighbours in the first dimension of the grid. The blocks
+/// of a cluster run on one thread of the host.
 #[track_caller]
 pub fn launch_clusters(
     launch: &Launch,

@@ -1,7 +1,7 @@
 //! Barriers in shared memory, which count arrivals and bytes.
 //!
-//! A phase that copies bring bytes to ends as late as it may: when the first thread that waits for it could go on. Then the
-//! data of its copies come.
+//! A phase that copies bring bytes to ends as late as it may: when the first thread that waits for it could go on. Then
+//! the data of its copies come.
 use super::block::{Block, Stop, suspend, unless_stopped, with};
 use super::report::FindingKind;
 use super::scheduler::Waiting;
@@ -117,8 +117,8 @@ impl Block {
         }
     }
 
-    /// The barrier of block `rank` at an address, which copies and other blocks must know of; else a fault of the running
-    /// thread.
+    /// The barrier of block `rank` at an address, which copies and other blocks must know of; else a fault of the
+    /// running thread.
     pub fn find_visible_mbarrier(&mut self, rank: u32, address: u32, site: Site) -> Result<usize, Stop> {
         let find = |block: &Block| block.mbarriers.iter().position(|barrier| barrier.address == address);
         let block = self.peer(rank).map(|peer| &*peer);

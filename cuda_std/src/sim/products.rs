@@ -1,6 +1,6 @@
-//! Products of warpgroups. They take effect as late as they may: when the first thread waits for one, it reads its factors in
-//! shared memory. To the race detector an agent of each warp reads them, which is known to those alone that have waited: what
-//! is written to a factor before is a race.
+//! Products of warpgroups. They take effect as late as they may: when the first thread waits for one, it reads its
+//! factors in shared memory. To the race detector an agent of each warp reads them, which is known to those alone that
+//! have waited: what is written to a factor before is a race.
 use super::WARP;
 use super::block::{Block, Stop};
 use super::boxes::swizzled;
@@ -38,7 +38,8 @@ pub(super) struct SharedFactor {
     columns: bool,
 }
 
-/// A matrix descriptor as the tensor cores read it. PTX ISA: "Asynchronous warpgroup level matrix", "Matrix descriptor".
+/// A matrix descriptor as the tensor cores read it. PTX ISA: "Asynchronous warpgroup level matrix", "Matrix
+/// descriptor".
 pub(super) struct Descriptor {
     pub low: u32,
     pub high: u32,

@@ -57,7 +57,8 @@ pub enum FindingKind {
     UnfinishedCopy,
     /// The async proxy reads what a thread has written without a fence afterwards.
     ProxyFence,
-    /// A copy of a tensor that no tensor map, place in shared memory or place in global memory allows. It ends the block.
+    /// A copy of a tensor that no tensor map, place in shared memory or place in global memory allows. It ends the
+    /// block.
     TensorCopy,
     /// An access outside of every allocation. It ends the block.
     OutOfBounds,

@@ -1,5 +1,5 @@
-//! Copies of the tensor copy engine into shared memory, which mbarriers are told of. They take effect as late as they may:
-//! when their barrier's phase ends.
+//! Copies of the tensor copy engine into shared memory, which mbarriers are told of. They take effect as late as they
+//! may: when their barrier's phase ends.
 use super::block::{Block, Stop};
 use super::boxes::{self, Chunk};
 use super::memory::{self, Bits};
@@ -202,8 +202,8 @@ impl Block {
     }
 }
 
-/// The accesses of global memory that a chunk is made of: one, or one for each element if it lies partly outside, or not at
-/// a multiple of 16.
+/// The accesses of global memory that a chunk is made of: one, or one for each element if it lies partly outside, or
+/// not at a multiple of 16.
 pub(super) fn pieces(chunk: &Chunk, element: u32) -> impl Iterator<Item = (u64, u32)> + use<> {
     let (global, inside) = (chunk.global, chunk.inside.clone());
     let is_whole = inside.len() == GRANULE && global.is_multiple_of(GRANULE as u64);

@@ -68,13 +68,14 @@ pub(super) struct GroupMeeting<T> {
 impl<T> GroupMeeting<T> {
     /// What a thread has brought, and where it expects its result.
     pub fn operand(&mut self, thread: usize) -> &mut T {
-        // SAFETY: the operand is on the stack of a thread that waits in `meet`, or of the one that runs this; the word that
-        // they have in common says its type. The thread does not touch it before `meet` ends.
+        // SAFETY: the operand is on the stack of a thread that waits in `meet`, or of the one that runs this; the word
+        // that they have in common says its type. The thread does not touch it before `meet` ends.
         unsafe { &mut *self.operands[thread] }
     }
 }
 
-/// The running thread says `word` together with its warpgroup, at the same place. The last to come calls `finish` for all.
+/// The running thread says `word` together with its warpgroup, at the same place. The last to come calls `finish` for
+/// all.
 ///
 /// `T` must be the same wherever `word` is.
 pub(super) fn meet<T>(

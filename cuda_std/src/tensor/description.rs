@@ -41,8 +41,8 @@ impl Swizzle {
     }
 }
 
-/// A tensor in global memory, and the boxes of it that are copied. Dimensions are given from the innermost one on; those
-/// from `rank` on are not looked at.
+/// A tensor in global memory, and the boxes of it that are copied. Dimensions are given from the innermost one on;
+/// those from `rank` on are not looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMapDescription {
     /// The device address of the first element, a multiple of 16.
@@ -104,9 +104,9 @@ impl std::error::Error for TensorMapError {}
 const SIMULATED: u64 = 0x7369_6d75_6c61_7465;
 
 impl TensorMapDescription {
-    /// A map whose boxes are whole [`SmemTile`](crate::SmemTile)s of `R` rows and `C` columns, of matrices of `rows` rows
-    /// and `C` columns that lie `row_stride` elements apart; of these there are as many as `outer` says, by dimensions of
-    /// `(count, stride in elements)`.
+    /// A map whose boxes are whole [`SmemTile`](crate::SmemTile)s of `R` rows and `C` columns, of matrices of `rows`
+    /// rows and `C` columns that lie `row_stride` elements apart; of these there are as many as `outer` says, by
+    /// dimensions of `(count, stride in elements)`.
     pub fn of_tiles<T: Element, const R: usize, const C: usize>(
         address: u64,
         rows: u64,

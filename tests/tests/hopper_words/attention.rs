@@ -1,6 +1,6 @@
-//! O = softmax(Q Kᵀ) V as FlashAttention-3 schedules it (Shah et al., 2024, algorithm 2): the scores of the next block of
-//! keys and the output of the present one are in flight at once, under the softmax of the scores. What it needs of the words
-//! is what this checks: no mask, no tail, one tile of queries a block.
+//! O = softmax(Q Kᵀ) V as FlashAttention-3 schedules it (Shah et al., 2024, algorithm 2): the scores of the next block
+//! of keys and the output of the present one are in flight at once, under the softmax of the scores. What it needs of
+//! the words is what this checks: no mask, no tail, one tile of queries a block.
 //!
 //! Q, K, V and O are (heads, length, 128), bf16; length is a multiple of 128 and of 176.
 use cuda_std::barrier::NamedBarrier;

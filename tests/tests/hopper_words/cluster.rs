@@ -1,6 +1,6 @@
-//! Two blocks that share what they load: each brings half of a tile X to both (multicast), and takes its stages back when
-//! both have read them. Each block multiplies Xᵀ, of all rows, by its own columns of Y, adds the product to C, and tells the
-//! other how many rounds it has made.
+//! Two blocks that share what they load: each brings half of a tile X to both (multicast), and takes its stages back
+//! when both have read them. Each block multiplies Xᵀ, of all rows, by its own columns of Y, adds the product to C, and
+//! tells the other how many rounds it has made.
 //!
 //! X is (rounds K, 64) and Y (rounds K, 64), f16, K = 64; C = Xᵀ Y is (64, 64), f32, 32 columns a block.
 use cuda_std::cluster::{self, Blocks};

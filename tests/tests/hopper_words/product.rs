@@ -1,8 +1,9 @@
-//! C = A Bᵀ + 2 Bᵀ-rows of A again, as a kernel that uses Hopper's words together: a producer warp loads tiles of A and B
-//! through a pipeline, a consumer warpgroup multiplies them from shared memory, then from registers, and stores by TMA.
+//! C = (A Bᵀ) V, as a kernel that uses Hopper's words together: a producer warp loads tiles of A and
+//! B through a pipeline, a consumer warpgroup multiplies them from shared memory, then from registers, and stores by
+//! TMA.
 //!
-//! A is (M, K), B is (N, K), V is (N, D), all bf16; S = A Bᵀ over all of K, C = bf16(S) V, (M, D), for M in tiles of 64,
-//! one block each, N = 128 columns and D = 64.
+//! A is (M, K), B is (N, K), V is (N, D), all bf16; S = A Bᵀ over all of K, C = bf16(S) V, (M, D), for M in tiles of
+//! 64, one block each, N = 128 columns and D = 64.
 use cuda_std::element::bf16;
 use cuda_std::fragment::Accumulator;
 use cuda_std::mbarrier::Mbarrier;

@@ -1,10 +1,17 @@
 //! PTX as text: a module, its entry points, and the directives that rustc cannot write.
 //!
 //! A module's launch bounds are comments of the form `// .launch_bounds NAME THREADS MIN_BLOCKS`, which the attribute
-//! `#[kernel]` of `cuda_std` leaves; they become `.maxntid THREADS, 1, 1` and `.minnctapersm MIN_BLOCKS`.
+//! `#[kernel]` of `cuda_std` leaves; they become `.maxntid THREADS, 1, 1` and `.minnctapersm MIN_BLOCKS`. Clusters are
+//! comments `// .cluster NAME BLOCKS`, and become `.explicitcluster` and `.reqnctapercluster BLOCKS, 1, 1`.
+//!
+//! An entry that takes the address of its parameters, where tensor maps are, says `kernel_parameters` for the first of
+//! them: inline assembly does not know the entry that it ends up in. The parameter is then aligned to 64 bytes, as
+//! tensor maps are to be, which rustc cannot say of a parameter.
 use std::collections::{BTreeMap, BTreeSet};
 
 const LAUNCH_BOUNDS: &str = "// .launch_bounds ";
+const CLUSTER: &str = "// .cluster ";
+const KERNEL_PARAMETERS: &str = "kernel_parameters";
 
 /// A module, taken apart.
 #[derive(Clone, Debug)]
@@ -13,6 +20,8 @@ pub struct Module {
     header: Vec<String>,
     items: Vec<Item>,
     launch_bounds: BTreeMap<String, LaunchBounds>,
+    /// Blocks of a cluster.
+    clusters: BTreeMap<String, u32>,
 }
 
 /// The largest block that an entry is launched with, and how many of them are to fit one multiprocessor.
@@ -53,6 +62,9 @@ pub enum ParseError {
     /// Launch bounds for an entry that is not there, or given twice.
     #[error("launch bounds for `{0}`, which is not an entry, or has them already")]
     NoEntry(String),
+    /// A cluster of no blocks, or of an entry that is not there.
+    #[error("this cluster is not that of an entry, with a number of blocks above 0: `{0}`")]
+    Cluster(String),
 }
 
 /// A declaration at the top of a module.
@@ -73,7 +85,8 @@ enum Kind {
 impl Module {
     /// Takes a module apart. Comments and empty lines are left out.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        let mut module = Module { header: Vec::new(), items: Vec::new(), launch_bounds: BTreeMap::new() };
+        let mut module =
+            Module { header: Vec::new(), items: Vec::new(), launch_bounds: BTreeMap::new(), clusters: BTreeMap::new() };
         let mut rest = &*without_comments(text);
         while let Some(item) = next_item(&mut rest)? {
             if item.starts_with(".version") || item.starts_with(".target") || item.starts_with(".address_size") {
@@ -93,6 +106,14 @@ impl Module {
             if !is_entry || module.launch_bounds.insert(name.to_owned(), bounds).is_some() {
                 return Err(ParseError::NoEntry(name.to_owned()));
             }
+        }
+        for comment in text.lines().filter_map(|line| line.trim().strip_prefix(CLUSTER)) {
+            let (name, blocks) = comment.split_once(' ').unwrap_or_default();
+            let is_entry = module.items.iter().any(|item| item.kind == Kind::Entry && item.name == name);
+            match blocks.parse() {
+                Ok(blocks) if blocks > 0 && is_entry => module.clusters.insert(name.to_owned(), blocks),
+                _ => return Err(ParseError::Cluster(comment.to_owned())),
+            };
         }
         Ok(module)
     }
@@ -116,13 +137,21 @@ impl Module {
             text.push_str("\n\n");
         }
         let (head, body) = entry.text.split_once('{').ok_or_else(|| ParseError::Unfinished(entry.text.clone()))?;
+        let parameter = format!("{}_param_0", entry.name);
+        let head = match body.contains(KERNEL_PARAMETERS) {
+            true => head.replace(&format!(".align 16 .b8 {parameter}["), &format!(".align 64 .b8 {parameter}[")),
+            false => head.to_owned(),
+        };
         text.push_str(head.trim_end());
         text.push('\n');
         if let Some(LaunchBounds { threads, min_blocks }) = launch_bounds {
             text.push_str(&format!(".maxntid {threads}, 1, 1\n.minnctapersm {min_blocks}\n"));
         }
+        if let Some(blocks) = self.clusters.get(&entry.name) {
+            text.push_str(&format!(".explicitcluster\n.reqnctapercluster {blocks}, 1, 1\n"));
+        }
         text.push('{');
-        text.push_str(&with_own_labels(body));
+        text.push_str(&with_own_labels(body).replace(KERNEL_PARAMETERS, &parameter));
         text.push('\n');
         Ok(Entry { name: entry.name.clone(), launch_bounds, text })
     }
@@ -335,6 +364,21 @@ $L__BB_1:
         assert_eq!(entries[1].text, expected);
         assert_eq!(entries[1].launch_bounds, Some(LaunchBounds { threads: 128, min_blocks: 2 }));
         assert_eq!(entries[0].launch_bounds, None);
+    }
+
+    #[test]
+    fn clusters_and_addresses_of_parameters() {
+        let parameter = ".visible .entry third(.param .align 16 .b8 third_param_0[272])";
+        let body = "{ { .reg .b64 at; mov.b64 at, kernel_parameters; cvta.param.u64 at, at; } ret; }";
+        let text = format!("// .cluster third 2\n// .launch_bounds third 384 1\n{MODULE}");
+        let text = text.replace(".visible .entry third() { call.uni (retval0), helper, (param0); ret; }", parameter);
+        let third = &entries(&(text.clone() + body))[2].text;
+        assert!(third.contains(".entry third(.param .align 64 .b8 third_param_0[272])"), "{third}");
+        let directives = ".maxntid 384, 1, 1\n.minnctapersm 1\n.explicitcluster\n.reqnctapercluster 2, 1, 1\n{";
+        assert!(third.contains(directives), "{third}");
+        assert!(third.contains("mov.b64 at, third_param_0;"), "{third}");
+        let error = Module::parse(&(text.replace("cluster third 2", "cluster third 0") + body)).unwrap_err();
+        assert_eq!(error, ParseError::Cluster("third 0".to_owned()));
     }
 
     #[test]

@@ -9,6 +9,10 @@ pub struct Kernel<P, C> {
     pub name: &'static str,
     /// What a host needs to choose and to launch it.
     pub config: C,
+    /// What it is built for: `sm_80`, which later GPUs run too, or `sm_90a`, which only Hopper runs.
+    pub arch: &'static str,
+    /// Blocks of a cluster: 1, if it says nothing of clusters.
+    pub cluster: u32,
     /// The kernel itself, to run on the simulated GPU.
     #[cfg(not(target_arch = "nvptx64"))]
     pub run: fn(P),

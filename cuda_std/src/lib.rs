@@ -21,18 +21,27 @@
 
 pub mod atomic;
 pub mod barrier;
+pub mod bulk;
+pub mod cluster;
 pub mod copy;
 pub mod element;
+pub mod fence;
 pub mod fragment;
 mod global;
 mod global_matrix;
+pub mod grid;
 mod kernel;
 pub mod math;
 pub mod matrix;
+pub mod mbarrier;
+pub mod pipeline;
 pub mod shared;
+pub mod tensor;
 pub mod thread;
 mod tile;
 pub mod warp;
+pub mod warpgroup;
+pub mod wgmma;
 
 #[cfg(target_arch = "nvptx64")]
 mod nvptx;

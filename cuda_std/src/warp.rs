@@ -78,3 +78,10 @@ pub fn reduce<const WIDTH: u32, T: Scalar<Bits = u32>>(mut x: T, combine: impl F
     }
     x
 }
+
+/// Whether this lane is the one of `members` that is to do what one thread does. PTX ISA: `elect.sync`. sm_90.
+#[inline(always)]
+#[track_caller]
+pub fn elect(members: u32) -> bool {
+    machine::elect(members)
+}

@@ -10,7 +10,7 @@ pub struct EntryInfo {
     pub name: &'static str,
     /// Its configuration.
     pub config: Config,
-    /// The oldest architecture that runs it: `"sm_80"`.
+    /// What its PTX is for: `"sm_80"`, which later GPUs run too, or `"sm_90a"`, which only Hopper runs.
     pub arch: &'static str,
 }
 
@@ -36,5 +36,5 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
 }
 
 fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {
-    table.iter().map(|kernel| EntryInfo { name: kernel.name, config: kernel.config, arch: "sm_80" })
+    table.iter().map(|kernel| EntryInfo { name: kernel.name, config: kernel.config, arch: kernel.arch })
 }

@@ -15,6 +15,10 @@ pub struct Arguments {
     pub bounds: Bounds,
     /// The table for the host.
     pub table: Option<Table>,
+    /// What the entry points are built for: `sm_80` if nothing is said, or `sm_90a`.
+    pub arch: Option<Ident>,
+    /// Blocks of a cluster.
+    pub cluster: Option<Expr>,
 }
 
 /// Where the launch bounds of an entry point come from.
@@ -65,8 +69,10 @@ impl Parse for Arguments {
                     "min_blocks" => min_blocks.replace((key.clone(), input.parse()?)).is_some(),
                     "config" => config.replace((key.clone(), input.parse()?)).is_some(),
                     "table" => arguments.table.replace(input.parse()?).is_some(),
+                    "arch" => arguments.arch.replace(input.parse()?).is_some(),
+                    "cluster" => arguments.cluster.replace(input.parse()?).is_some(),
                     _ => {
-                        let known = "name, for, threads, min_blocks, config and table";
+                        let known = "name, for, threads, min_blocks, config, table, arch and cluster";
                         return Err(Error::new(
                             key.span(),
                             format!("unknown argument `{key}`: a kernel knows {known}"),
@@ -80,6 +86,12 @@ impl Parse for Arguments {
             if !input.is_empty() {
                 input.parse::<Token![,]>()?;
             }
+        }
+        if let Some(arch) = &arguments.arch
+            && arch != "sm_80"
+            && arch != "sm_90a"
+        {
+            return Err(Error::new(arch.span(), "kernels are built for `sm_80` or `sm_90a`"));
         }
         arguments.bounds = match (threads, min_blocks, config) {
             (None, None, None) => Bounds::None,
@@ -193,6 +205,7 @@ mod tests {
         assert!(error("config = config, threads = 3").contains("not both"));
         assert!(error("config = config, threads = 3, min_blocks = 2").contains("not both"));
         assert!(error("for (A, B) in [(1, 2), (3)]").contains("1 values for 2 names"));
+        assert!(error("arch = sm_75").contains("`sm_80` or `sm_90a`"));
         assert!(error("for A in 3").contains("expected square brackets"));
     }
 }

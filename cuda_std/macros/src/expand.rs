@@ -10,8 +10,7 @@ use syn::{Error, FnArg, ItemFn, LitStr, Result, Type, parse_quote};
 pub fn expand(arguments: &Arguments, mut function: ItemFn) -> Result<TokenStream> {
     check(&arguments.groups, &function.sig.generics)?;
     let entries = entries(arguments, &function)?;
-    let on_device =
-        entries.iter().map(|entry| on_device(entry, &arguments.bounds, &function)).collect::<Result<Vec<_>>>()?;
+    let on_device = entries.iter().map(|entry| on_device(entry, arguments, &function)).collect::<Result<Vec<_>>>()?;
     let on_host = arguments.table.as_ref().map(|table| on_host(table, &entries, arguments, &function)).transpose()?;
     if !function.attrs.iter().any(|attribute| attribute.path().is_ident("inline")) {
         function.attrs.push(parse_quote!(#[cfg_attr(target_arch = "nvptx64", inline(always))]));
@@ -50,8 +49,17 @@ fn entries<'a>(arguments: &'a Arguments, function: &ItemFn) -> Result<Vec<Entry<
     Ok(entries)
 }
 
-/// The PTX entry, and the comment that carries its launch bounds.
-fn on_device(entry: &Entry, bounds: &Bounds, function: &ItemFn) -> Result<TokenStream> {
+/// Where an entry point is built: PTX for Hopper alone holds only what is for Hopper, other PTX only what is not.
+fn condition(arguments: &Arguments) -> TokenStream {
+    match &arguments.arch {
+        Some(arch) if arch == "sm_90a" => quote!(all(target_arch = "nvptx64", target_feature = "sm_90a")),
+        _ => quote!(all(target_arch = "nvptx64", not(target_feature = "sm_90a"))),
+    }
+}
+
+/// The PTX entry, and the comments that carry its launch bounds and its cluster.
+fn on_device(entry: &Entry, arguments: &Arguments, function: &ItemFn) -> Result<TokenStream> {
+    let condition = condition(arguments);
     let name = &entry.name;
     let turbofish = entry.turbofish(function);
     let kernel = &function.sig.ident;
@@ -59,7 +67,7 @@ fn on_device(entry: &Entry, bounds: &Bounds, function: &ItemFn) -> Result<TokenS
     let parameters: Vec<_> = (0..types.len()).map(|i| format_ident!("p{i}")).collect();
     let call = quote!(#kernel #turbofish(#(#parameters),*));
     let call = if function.sig.unsafety.is_some() { quote!(unsafe { #call }) } else { call };
-    let bounds = match bounds {
+    let bounds = match &arguments.bounds {
         Bounds::None => None,
         Bounds::Stated { threads, min_blocks } => Some((quote!(#threads), quote!(#min_blocks))),
         Bounds::Config(config) => {
@@ -69,12 +77,19 @@ fn on_device(entry: &Entry, bounds: &Bounds, function: &ItemFn) -> Result<TokenS
     let bounds = bounds.map(|(threads, min_blocks)| {
         let comment = format!("// .launch_bounds {name} {{0}} {{1}}");
         quote! {
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(#condition)]
             ::cuda_std::entry::global_asm!(#comment, const #threads, const #min_blocks);
         }
     });
+    let cluster = arguments.cluster.as_ref().map(|blocks| {
+        let comment = format!("// .cluster {name} {{0}}");
+        quote! {
+            #[cfg(#condition)]
+            ::cuda_std::entry::global_asm!(#comment, const #blocks);
+        }
+    });
     Ok(quote! {
-        #[cfg(target_arch = "nvptx64")]
+        #[cfg(#condition)]
         const _: () = {
             #[unsafe(export_name = #name)]
             pub unsafe extern "ptx-kernel" fn entry(#(#parameters: #types),*) {
@@ -82,6 +97,7 @@ fn on_device(entry: &Entry, bounds: &Bounds, function: &ItemFn) -> Result<TokenS
             }
         };
         #bounds
+        #cluster
     })
 }
 
@@ -102,6 +118,8 @@ fn on_host(table: &Table, entries: &[Entry], arguments: &Arguments, function: &I
         return Err(Error::new_spanned(keyword, "a kernel with a table is a safe function"));
     }
     let (visibility, kernel) = (&function.vis, &function.sig.ident);
+    let arch = arguments.arch.as_ref().map_or("sm_80".to_owned(), |arch| arch.to_string());
+    let cluster = arguments.cluster.as_ref().map_or(quote!(1), |blocks| quote!(#blocks));
     let rows = entries.iter().map(|entry| {
         let name = &entry.name;
         let turbofish = entry.turbofish(function);
@@ -109,6 +127,8 @@ fn on_host(table: &Table, entries: &[Entry], arguments: &Arguments, function: &I
             ::cuda_std::Kernel {
                 name: #name,
                 config: #config #turbofish(),
+                arch: #arch,
+                cluster: #cluster,
                 #[cfg(not(target_arch = "nvptx64"))]
                 run: #kernel #turbofish,
                 parameters: ::core::marker::PhantomData,
@@ -152,12 +172,12 @@ mod tests {
         let expected = r#"
             #[cfg_attr(target_arch = "nvptx64", inline(always))]
             pub fn scale(x: Global<f32>, _: u32) {}
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
             const _: () = {
                 #[unsafe(export_name = "scale")]
                 pub unsafe extern "ptx-kernel" fn entry(p0: Global<f32>, p1: u32) { scale(p0, p1) }
             };
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
             ::cuda_std::entry::global_asm!("// .launch_bounds scale {0} {1}", const 256, const 1);
         "#;
         assert_eq!(text, dense(expected));
@@ -170,12 +190,12 @@ mod tests {
         let expected = r#"
             #[inline]
             pub fn forward<T: Element, const N: u32>(p: Params) {}
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
             const _: () = {
                 #[unsafe(export_name = "f_f16_1")]
                 pub unsafe extern "ptx-kernel" fn entry(p0: Params) { forward::<f16, 1>(p0) }
             };
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
             ::cuda_std::entry::global_asm!(
                 "// .launch_bounds f_f16_1 {0} {1}",
                 const config::<f16, 1>().threads,
@@ -186,11 +206,32 @@ mod tests {
                 ::cuda_std::Kernel {
                     name: "f_f16_1",
                     config: config::<f16, 1>(),
+                    arch: "sm_80",
+                    cluster: 1,
                     #[cfg(not(target_arch = "nvptx64"))]
                     run: forward::<f16, 1>,
                     parameters: ::core::marker::PhantomData,
                 }
             ];
+        "#;
+        assert_eq!(text, dense(expected));
+    }
+
+    #[test]
+    fn a_kernel_for_hopper() {
+        let text = expanded("arch = sm_90a, cluster = 2, threads = 384", "pub fn scale() {}").unwrap();
+        let expected = r#"
+            #[cfg_attr(target_arch = "nvptx64", inline(always))]
+            pub fn scale() {}
+            #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+            const _: () = {
+                #[unsafe(export_name = "scale")]
+                pub unsafe extern "ptx-kernel" fn entry() { scale() }
+            };
+            #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+            ::cuda_std::entry::global_asm!("// .launch_bounds scale {0} {1}", const 384, const 1);
+            #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+            ::cuda_std::entry::global_asm!("// .cluster scale {0}", const 2);
         "#;
         assert_eq!(text, dense(expected));
     }

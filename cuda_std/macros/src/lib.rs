@@ -58,12 +58,16 @@ use syn::parse_macro_input;
 ///   name of the function.
 /// - `config`: a `const fn` with the generic parameters of the kernel. It returns the fields `threads: u32` and
 ///   `min_blocks_per_sm: u32`, which become the launch bounds, and whatever else a host wants to know.
+/// - `arch`: what the entry points are built for: `sm_80`, if nothing is said, or `sm_90a`, for kernels that say words
+///   of Hopper. They are in the PTX of that architecture alone.
+/// - `cluster`: how many blocks, neighbours in the first dimension of the grid, make a cluster: part of the entry
+///   point.
 /// - `table`: the name of the `static` of type `&[cuda_std::Kernel<Params, Config>]` that lists the entry points where
 ///   the target is not a GPU, and the type that `config` returns (if left out, whatever `Config` is in scope).
 ///
-/// Launch bounds go into the PTX as comments, `// .launch_bounds NAME THREADS MIN_BLOCKS`: rustc has no attribute for
-/// them, so `cuda_builder` turns them into directives. It also enables the two unstable features that entry points need
-/// on the device, `abi_ptx` and `asm_experimental_arch`.
+/// Launch bounds go into the PTX as comments, `// .launch_bounds NAME THREADS MIN_BLOCKS`, clusters as
+/// `// .cluster NAME BLOCKS`: rustc has no attribute for them, so `cuda_builder` turns them into directives. It also
+/// enables the two unstable features that entry points need on the device, `abi_ptx` and `asm_experimental_arch`.
 #[proc_macro_attribute]
 pub fn kernel(arguments: TokenStream, function: TokenStream) -> TokenStream {
     let arguments = parse_macro_input!(arguments as arguments::Arguments);

@@ -16,7 +16,7 @@ use crate::{Global, Shared, SmemTile, atomic, thread};
 ///
 /// A lane's rows are numbered by `m` in 0..M and `half` in 0..2: row 16 m + 8 half + lane / 4.
 #[derive(Clone, Copy)]
-pub struct Accumulator<const M: usize, const N: usize>([[[f32; 4]; N]; M]);
+pub struct Accumulator<const M: usize, const N: usize>(pub(crate) [[[f32; 4]; N]; M]);
 
 impl<const M: usize, const N: usize> Accumulator<M, N> {
     /// All zeros.

@@ -7,19 +7,27 @@
 
 mod arithmetic;
 mod atomics;
+mod clusters;
 mod copies;
 mod matrices;
+mod mbarriers;
 mod memory;
+mod products;
 mod special_registers;
 mod synchronisation;
+mod tensors;
 
 pub use arithmetic::*;
 pub use atomics::*;
+pub use clusters::*;
 pub use copies::*;
 pub use matrices::*;
+pub use mbarriers::*;
 pub use memory::*;
+pub use products::*;
 pub use special_registers::*;
 pub use synchronisation::*;
+pub use tensors::*;
 
 /// Kernels hold no panic (what is checked on their PTX); the crate that they make needs a handler all the same.
 #[panic_handler]

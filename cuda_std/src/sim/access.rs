@@ -75,18 +75,31 @@ impl Block {
         update: impl FnOnce(u32) -> u32,
         site: Site,
     ) -> Result<(u32, bool), Stop> {
+        let (old, new) = self.update_global_uncounted(address, update, site)?;
+        self.count(What::GlobalAtomic, address, u32::BYTES, site);
+        Ok((old, self.changes(old, new)))
+    }
+
+    /// As [`update_global`](Self::update_global); gives the old one and the new one.
+    #[inline(always)]
+    pub fn update_global_uncounted(
+        &mut self,
+        address: u64,
+        update: impl FnOnce(u32) -> u32,
+        site: Site,
+    ) -> Result<(u32, u32), Stop> {
         if !self.is_first {
-            self.context.order.wait_for_turn(self.number);
+            // The blocks of a cluster take their turn together.
+            self.context.order.wait_for_turn(self.number - self.rank);
             self.is_first = true;
         }
         let data = self.use_global(address, u32::BYTES, Use::Atomic, site)?;
-        self.count(What::GlobalAtomic, address, u32::BYTES, site);
-        // SAFETY: as in `load_global`. No other block updates anything before this one has ended.
+        // SAFETY: as in `load_global`. No other cluster updates anything before this one has ended.
         let old = unsafe { u32::load(data) };
         let new = update(old);
         // SAFETY: as above.
         unsafe { new.store(data) };
-        Ok((old, self.changes(old, new)))
+        Ok((old, new))
     }
 
     /// Whether an atomic update changes anything: what other threads may wait for.
@@ -120,7 +133,7 @@ impl Block {
         let granule = self.shared_granule(to, bytes, Use::Write, site)?;
         self.count(What::SharedStore, to as u64, bytes, site);
         if self.context.race_detector {
-            let actor = Actor::new(self.current, site);
+            let actor = self.actor(self.current, site);
             if let Some(wrong) = self.shared.shadow.begin_copy(granule, actor, &self.clocks) {
                 self.wrong_shared(self.current, to, bytes, Use::Write, site, wrong);
             }
@@ -132,7 +145,7 @@ impl Block {
     pub fn end_copy(&mut self, to: u32, data: [u32; 4], site: Site) {
         let Some(granule) = self.shared.granule(to, GRANULE as u32) else { return };
         if self.context.race_detector {
-            self.shared.shadow.end_copy(granule, Actor::new(self.current, site), &self.clocks);
+            self.shared.shadow.end_copy(granule, self.actor(self.current, site), &self.clocks);
         }
         // SAFETY: the granule lies in shared memory.
         unsafe { self.shared.data(to).cast::<[u32; 4]>().write_unaligned(data) };
@@ -151,7 +164,7 @@ impl Block {
         let granule = self.shared_granule(address, bytes, usage, site)?;
         if self.context.race_detector {
             let span = Span { offset: address % GRANULE as u32, bytes };
-            let actor = Actor::new(thread, site);
+            let actor = self.actor(thread, site);
             if let Some(wrong) = self.shared.shadow.access(granule, span, usage, actor, &self.clocks) {
                 self.wrong_shared(thread, address, bytes, usage, site, wrong);
             }
@@ -162,8 +175,41 @@ impl Block {
         Ok(self.shared.data(address))
     }
 
+    /// The running thread uses four bytes of the shared memory of block `rank` of the cluster: where they lie.
+    pub fn use_shared_of(&mut self, rank: u32, address: u32, usage: Use, site: Site) -> Result<*mut u8, Stop> {
+        if rank == self.rank {
+            return self.use_shared(self.current, address, u32::BYTES, usage, site);
+        }
+        self.check_rank(rank, site)?;
+        let granule = self.shared_granule(address, u32::BYTES, usage, site)?;
+        let actor = self.actor(self.current, site);
+        let detects = self.context.race_detector;
+        let peer: *mut Block = self.cluster[rank as usize];
+        // SAFETY: another block than this one, of the cluster that runs (`Block::peer`); its clocks are not used.
+        let shared = unsafe { &mut (*peer).shared };
+        if detects {
+            let span = Span { offset: address % GRANULE as u32, bytes: u32::BYTES };
+            if let Some(wrong) = shared.shadow.access(granule, span, usage, actor, &self.clocks) {
+                self.wrong_shared(self.current, address, u32::BYTES, usage, site, wrong);
+            }
+        }
+        Ok(shared.data(address))
+    }
+
+    /// The async proxy reads 16 bytes of shared memory for a thread, by `actor`: where the data lie.
+    pub fn read_shared_async(&mut self, thread: usize, actor: Actor, address: u32) -> Result<*mut u8, Stop> {
+        let (bytes, site) = (GRANULE as u32, actor.site());
+        let granule = self.shared_granule(address, bytes, Use::Read, site)?;
+        if self.context.race_detector
+            && let Some(wrong) = self.shared.shadow.read_async(granule, actor, &self.clocks)
+        {
+            self.wrong_shared(thread, address, bytes, Use::Read, site, wrong);
+        }
+        Ok(self.shared.data(address))
+    }
+
     #[inline(always)]
-    fn shared_granule(&mut self, address: u32, bytes: u32, usage: Use, site: Site) -> Result<usize, Stop> {
+    pub fn shared_granule(&mut self, address: u32, bytes: u32, usage: Use, site: Site) -> Result<usize, Stop> {
         match self.shared.granule(address, bytes) {
             Some(granule) if address.is_multiple_of(bytes) => Ok(granule),
             granule => Err(self.bad_shared_address(address, bytes, usage, site, granule.is_some())),
@@ -172,7 +218,7 @@ impl Block {
 
     /// The running thread uses global memory: where the data lie.
     #[inline(always)]
-    fn use_global(&mut self, address: u64, bytes: u32, usage: Use, site: Site) -> Result<*mut u8, Stop> {
+    pub fn use_global(&mut self, address: u64, bytes: u32, usage: Use, site: Site) -> Result<*mut u8, Stop> {
         let (number, offset) = memory::locate(address);
         let allocation = match self.context.allocations.get(number) {
             Some(a) if (offset as usize) < a.bytes && a.bytes - offset as usize >= bytes as usize => a,
@@ -185,7 +231,7 @@ impl Block {
         if self.context.race_detector {
             let granule = self.global.granule(address, allocation);
             let span = Span { offset: address as u32 % GRANULE as u32, bytes };
-            let actor = Actor::new(self.current, site);
+            let actor = self.actor(self.current, site);
             if let Some(wrong) = self.global.shadow.access(granule, span, usage, actor, &self.clocks) {
                 self.wrong_global(address, bytes, usage, site, wrong);
             }
@@ -230,7 +276,7 @@ impl Block {
 
     #[cold]
     #[inline(never)]
-    fn wrong_shared(&mut self, thread: usize, address: u32, bytes: u32, usage: Use, site: Site, wrong: Wrong) {
+    pub fn wrong_shared(&mut self, thread: usize, address: u32, bytes: u32, usage: Use, site: Site, wrong: Wrong) {
         let place = |_: &Block| format!("{bytes} bytes of shared memory at {address:#x}");
         self.wrong(thread, place, usage, site, wrong);
     }
@@ -241,7 +287,7 @@ impl Block {
         if wrong == Wrong::Uninitialised {
             // Another block may have written it: that is known when the blocks before this one have ended.
             let span = Span { offset: address as u32 % GRANULE as u32, bytes };
-            let actor = Actor::new(self.current, site);
+            let actor = self.actor(self.current, site);
             self.first_reads.push(FirstRead { address, mask: span.mask(), usage, actor });
             return;
         }
@@ -254,13 +300,15 @@ impl Block {
             Wrong::Race(Rival { actor, .. }) => (FindingKind::Race, Some(actor)),
             Wrong::Uninitialised => (FindingKind::Uninitialised, None),
             Wrong::UnfinishedCopy(actor) => (FindingKind::UnfinishedCopy, Some(actor)),
+            Wrong::Invisible(actor) => (FindingKind::ProxyFence, Some(actor)),
         };
         let why = match wrong {
             Wrong::Race(rival) => format!("and nothing orders it after the {} by the other", noun(rival.usage)),
             Wrong::Uninitialised => "which nobody has written".to_owned(),
             Wrong::UnfinishedCopy(_) => "to which the other's asynchronous copy is on its way".to_owned(),
+            Wrong::Invisible(_) => "which the other has written without a fence::proxy_async afterwards".to_owned(),
         };
-        let other = other.map(|actor| self.party(actor.thread(), actor.site()));
+        let other = other.map(|actor| self.party_of(actor));
         let message = |block: &Block| format!("{} {}, {why}", verb(usage), place(block));
         self.report_lazily(thread, kind, site, other, message);
     }

@@ -13,6 +13,8 @@ pub(super) struct Barrier {
     pub threads: u32,
     pub arrived: Vec<u16>,
     waiting: Vec<u16>,
+    /// What those did before that have arrived and gone on.
+    released: Vec<u32>,
     /// By warp: where its first lane arrived, and which lanes have.
     warps: [(Option<Site>, u32); 32],
     /// Whether its threads vote, as the first to come did; and whether one has voted yes.
@@ -109,6 +111,10 @@ impl Block {
             self.wait(Waiting::Barrier(id), site);
         } else {
             self.threads[thread].site = Some(site);
+            if self.context.race_detector {
+                let releasing = self.first_id() + thread;
+                self.clocks.release(releasing, &mut self.barriers[id as usize].released);
+            }
         }
         if is_last {
             self.complete_barrier(id, site)?;
@@ -126,9 +132,9 @@ impl Block {
             return Err(self.fault(FindingKind::Barrier, site, None, message));
         }
         if barrier.waiting.len() == self.threads.len() {
-            self.clocks.join_all();
+            self.clocks.join_block(self.first_id(), self.threads.len());
         } else if self.context.race_detector {
-            self.clocks.join_some(&barrier.arrived, &barrier.waiting);
+            self.clocks.join_some(self.first_id(), &barrier.waiting, &barrier.released);
         }
         // In the order of their indices, unless a seed shuffles them.
         barrier.waiting.sort_unstable();
@@ -143,6 +149,7 @@ impl Block {
         // The next phase begins, in the same allocations.
         barrier.arrived.clear();
         barrier.waiting.clear();
+        barrier.released.clear();
         barrier.warps = Default::default();
         barrier.outcome = std::mem::take(&mut barrier.any);
         self.barriers[id as usize] = barrier;

@@ -5,10 +5,14 @@
 //! change the state in the closures of [`with`], which cannot suspend, and suspend between them.
 use super::WARP;
 use super::barriers::Barrier;
+use super::bulk::BulkGroups;
 use super::clocks::Clocks;
+use super::cluster::ClusterBarrier;
 use super::copies::Copies;
 use super::global_shadow::GlobalShadow;
 use super::launch::{Context, unravel};
+use super::mbarriers::Mbarrier;
+use super::products::Products;
 use super::rendezvous::Warp;
 use super::report::{Finding, FindingKind, Findings, Party};
 use super::scheduler::{Ready, Waiting};
@@ -16,8 +20,11 @@ use super::shared_memory::SharedMemory;
 use super::site::Site;
 use super::traffic::Traffic;
 use super::uninitialised::FirstRead;
+use super::unit::Actor;
+use super::warpgroups::Warpgroup;
 use corosensei::Yielder;
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::panic::Location;
 use std::sync::Arc;
 
@@ -27,6 +34,10 @@ pub(super) struct Block {
     /// Its place in the order in which blocks start.
     pub number: u32,
     pub index: [u32; 3],
+    /// Its index in its cluster.
+    pub rank: u32,
+    /// All blocks of the cluster, by rank.
+    pub cluster: Vec<*mut Block>,
     pub threads: Vec<Thread>,
     /// The thread that runs.
     pub current: usize,
@@ -38,8 +49,14 @@ pub(super) struct Block {
     /// Whether all blocks before it have ended.
     pub is_first: bool,
     pub warps: Vec<Warp>,
+    pub warpgroups: Vec<Warpgroup>,
     pub barriers: [Barrier; 16],
+    pub mbarriers: Vec<Mbarrier>,
+    pub products: Products,
+    /// The clocks of the cluster, while a thread of this block runs.
     pub clocks: Clocks,
+    /// Likewise.
+    pub cluster_barrier: ClusterBarrier,
     pub shared: SharedMemory,
     pub global: GlobalShadow,
     pub first_reads: Vec<FirstRead>,
@@ -54,6 +71,9 @@ pub(super) struct Thread {
     /// Where it last waited.
     pub site: Option<Site>,
     pub copies: Copies,
+    pub bulk: BulkGroups,
+    /// Products of its warpgroup that it has not waited for.
+    pub products: VecDeque<u32>,
     pub yielder: *const Yielder<(), ()>,
 }
 
@@ -81,8 +101,9 @@ pub(super) fn with<R>(act: impl FnOnce(&mut Block) -> R) -> R {
     if block.is_null() {
         outside_of_a_launch()
     }
-    // SAFETY: `cluster::run` entered the block and keeps it until it leaves. The reference is the only one: it ends with
-    // `act`, before another thread of the block or the scheduler can run.
+    // SAFETY: `cluster::run` entered the block and keeps it until it leaves. The reference is the only one: it ends
+    // with `act`, before another thread of the block or the scheduler can run. Other blocks are reached by
+    // `Block::peer` alone.
     act(unsafe { &mut *block })
 }
 
@@ -127,19 +148,23 @@ pub(super) fn here() -> Site {
 
 impl Block {
     /// A block that has not begun.
-    pub fn new(context: Arc<Context>) -> Self {
+    pub fn new(context: Arc<Context>, rank: u32) -> Self {
         let count = context.block.iter().product::<u32>();
         let thread = |number| Thread {
             index: unravel(number, context.block),
             waiting: Waiting::Nothing,
             site: None,
             copies: Copies::default(),
+            bulk: BulkGroups::default(),
+            products: VecDeque::new(),
             yielder: std::ptr::null(),
         };
         let lanes = |warp: usize| (count as usize - warp * WARP).min(WARP);
         Block {
             number: 0,
             index: [0; 3],
+            rank,
+            cluster: Vec::new(),
             threads: (0..count).map(thread).collect(),
             current: 0,
             ready: Ready::default(),
@@ -147,8 +172,12 @@ impl Block {
             stopped: false,
             is_first: false,
             warps: (0..(count as usize).div_ceil(WARP)).map(|warp| Warp::new(lanes(warp))).collect(),
+            warpgroups: Warpgroup::all_of(count as usize),
             barriers: Default::default(),
+            mbarriers: Vec::new(),
+            products: Products::default(),
             clocks: Clocks::default(),
+            cluster_barrier: ClusterBarrier::default(),
             shared: SharedMemory::default(),
             global: GlobalShadow::default(),
             first_reads: Vec::new(),
@@ -166,17 +195,40 @@ impl Block {
             thread.waiting = Waiting::Nothing;
             thread.site = None;
             thread.copies.clear();
+            thread.bulk.clear();
+            thread.products.clear();
         }
         self.ready.reset(self.threads.len(), self.context.seed, number);
         self.exited = 0;
         self.stopped = false;
         self.is_first = false;
         self.warps.iter_mut().for_each(Warp::reset);
+        self.warpgroups.iter_mut().for_each(Warpgroup::reset);
         self.barriers.iter_mut().for_each(Barrier::reset);
-        self.clocks.reset(self.threads.len());
+        self.mbarriers.clear();
+        self.products.clear();
         self.shared.reset(self.context.shared_bytes);
         self.global.clear();
         self.first_reads.clear();
+    }
+
+    /// The number of its first thread among those of the cluster.
+    #[inline(always)]
+    pub fn first_id(&self) -> usize {
+        self.rank as usize * self.threads.len()
+    }
+
+    /// A thread of this block, among those of the cluster, and what it is at.
+    #[inline(always)]
+    pub fn actor(&self, thread: usize, site: Site) -> Actor {
+        Actor::new(self.first_id() + thread, site)
+    }
+
+    /// Another block of the cluster, or none if it is this one, which the caller has.
+    pub fn peer(&mut self, rank: u32) -> Option<&mut Block> {
+        // SAFETY: the blocks of a cluster live as long as it runs, on one thread of the host; the word that runs has a
+        // reference to this one, and gets one to another only here, with this one borrowed.
+        (rank != self.rank).then(|| unsafe { &mut *self.cluster[rank as usize] })
     }
 
     /// Reports what the running thread does at `site`.
@@ -223,6 +275,16 @@ impl Block {
     pub fn fault(&mut self, kind: FindingKind, site: Site, other: Option<Party>, message: String) -> Stop {
         self.report(kind, site, other, message);
         Stop
+    }
+
+    /// A thread of the cluster, or the one that told an agent, as the other side of a finding.
+    pub fn party_of(&self, actor: Actor) -> Party {
+        let (rank, thread) = {
+            let (id, count) = (self.clocks.thread_of(actor.thread()), self.threads.len());
+            ((id / count) as u32, id % count)
+        };
+        let block = self.context.block_index(self.number - self.rank + rank);
+        Party { block, thread: self.threads[thread].index, location: actor.site().location() }
     }
 
     /// A thread of this block as the other side of a finding.

@@ -1,6 +1,7 @@
-//! Runs the threads of a cluster on one thread of the host, as coroutines. A cluster is one block, until there are words
-//! for more.
-use super::block::{self, Block, with};
+//! Runs the threads of a cluster on one thread of the host, as coroutines: those of one block as far as they can, then
+//! those of the next.
+use super::block::{self, Block, Stop, with};
+use super::clocks::Clocks;
 use super::launch::Context;
 use super::order::Ended;
 use super::panics::{self, KernelPanic};
@@ -16,7 +17,7 @@ use std::sync::Arc;
 
 type SimulatedThread = Coroutine<(), (), (), ThreadStack>;
 
-/// Runs one block after the other, as long as `take` gives one, each on these stacks.
+/// Runs one cluster after the other, as long as `take` gives the first block of one, each on these stacks.
 pub(super) fn work(
     context: &Arc<Context>,
     mut stacks: Vec<ThreadStack>,
@@ -24,47 +25,108 @@ pub(super) fn work(
     kernel: &(impl Fn() + Sync),
     progress: impl Fn(u64),
 ) -> Tally {
-    let mut block = Box::new(Block::new(context.clone()));
+    let new = |rank| Box::into_raw(Box::new(Block::new(context.clone(), rank)));
+    let blocks: Vec<*mut Block> = (0..context.cluster).map(new).collect();
+    let mut clocks = Clocks::default();
     let _ = words::math::take_flops();
-    while let Some(number) = take() {
-        block.begin(number);
-        run(&mut *block, &mut stacks, kernel);
-        for warp in 0..block.warps.len() {
-            block.traffic.settle(warp);
+    while let Some(first) = take() {
+        for &block in &blocks {
+            // SAFETY: made above, and freed below. Nothing else refers to a block while none runs.
+            let block = unsafe { &mut *block };
+            block.cluster.clone_from(&blocks);
+            block.begin(first + block.rank);
         }
-        let ended = Ended {
-            findings: block.findings.take(),
-            touches: block.global.footprint(),
-            first_reads: std::mem::take(&mut block.first_reads),
-        };
-        context.order.end(number, ended, context, &progress);
-        block.traffic.tally.blocks += 1;
+        run(&blocks, &mut clocks, &mut stacks, kernel);
+        for &block in &blocks {
+            // SAFETY: as above.
+            end(unsafe { &mut *block }, context, &progress);
+        }
     }
     stacks::give_back(stacks);
-    let mut tally = std::mem::take(&mut block.traffic.tally);
+    let mut tally = Tally::new(context.allocations.len());
+    for block in blocks {
+        // SAFETY: made above.
+        let block = unsafe { Box::from_raw(block) };
+        tally.merge(block.traffic.tally);
+    }
     tally.flops += words::math::take_flops();
     tally
 }
 
-/// Runs a block to its end.
-fn run(block: *mut Block, stacks: &mut Vec<ThreadStack>, kernel: &(impl Fn() + Sync)) {
-    block::enter(block);
-    let mut threads: Vec<SimulatedThread> = stacks.drain(..).map(|stack| start(stack, kernel)).collect();
-    while let Some(thread) = with(Block::next_thread) {
-        threads[thread].resume(());
+/// Hands over what is left of a block.
+fn end(block: &mut Block, context: &Context, progress: &impl Fn(u64)) {
+    for warp in 0..block.warps.len() {
+        block.traffic.settle(warp);
     }
-    with(|block| {
-        if !block.stopped && block.exited < block.threads.len() {
-            block.report_deadlock();
+    let ended = Ended {
+        findings: block.findings.take(),
+        touches: block.global.footprint(),
+        first_reads: std::mem::take(&mut block.first_reads),
+    };
+    context.order.end(block.number, ended, context, progress);
+    block.traffic.tally.blocks += 1;
+}
+
+/// Runs the blocks of a cluster to their end.
+fn run(blocks: &[*mut Block], clocks: &mut Clocks, stacks: &mut Vec<ThreadStack>, kernel: &(impl Fn() + Sync)) {
+    let mut barrier = ClusterBarrier::default();
+    // Runs `act` with one of the blocks as the one that words act on; it has the state of the cluster meanwhile.
+    let mut enter = |block: *mut Block, act: &mut dyn FnMut()| {
+        block::enter(block);
+        let mut exchange = || {
+            with(|block| {
+                std::mem::swap(&mut block.clocks, clocks);
+                std::mem::swap(&mut block.cluster_barrier, &mut barrier);
+            })
+        };
+        exchange();
+        act();
+        exchange();
+        block::enter(std::ptr::null_mut());
+    };
+    let mut threads_of = Vec::new();
+    for &block in blocks {
+        enter(block, &mut || {
+            let count = with(|block| block.threads.len());
+            with(|block| {
+                if block.rank == 0 {
+                    block.clocks.reset(count * blocks.len());
+                    block.cluster_barrier.running = (count * blocks.len()) as u32;
+                }
+            });
+            let rest = stacks.split_off(stacks.len() - count);
+            threads_of.push(rest.into_iter().map(|stack| start(stack, kernel)).collect::<Vec<SimulatedThread>>());
+        });
+    }
+    let (mut runs, mut stopped) = (true, false);
+    while runs && !stopped {
+        runs = false;
+        for (&block, threads) in blocks.iter().zip(&mut threads_of) {
+            enter(block, &mut || {
+                while let Some(thread) = with(Block::next_thread) {
+                    threads[thread].resume(());
+                    runs = true;
+                }
+                stopped |= with(|block| block.stopped);
+            });
         }
-        block.stopped = true;
-    });
-    for mut thread in threads {
-        // A thread that a fault has stopped unwinds, so that what is on its stack is dropped.
-        thread.force_unwind();
-        stacks.push(thread.into_stack());
     }
-    block::enter(std::ptr::null_mut());
+    for (&block, threads) in blocks.iter().zip(threads_of) {
+        let mut threads = Some(threads);
+        enter(block, &mut || {
+            with(|block| {
+                if !stopped && block.exited < block.threads.len() {
+                    block.report_deadlock();
+                }
+                block.stopped = true;
+            });
+            for mut thread in threads.take().into_iter().flatten() {
+                // A thread that a fault has stopped unwinds, so that what is on its stack is dropped.
+                thread.force_unwind();
+                stacks.push(thread.into_stack());
+            }
+        });
+    }
 }
 
 fn start(stack: ThreadStack, kernel: &(impl Fn() + Sync)) -> SimulatedThread {
@@ -75,6 +137,20 @@ fn start(stack: ThreadStack, kernel: &(impl Fn() + Sync)) -> SimulatedThread {
     };
     // SAFETY: the body borrows the kernel, which outlives the coroutine: `run` ends each before it returns.
     unsafe { Coroutine::with_stack_unchecked(stack, body) }
+}
+
+/// The barrier of the cluster.
+#[derive(Default)]
+pub(super) struct ClusterBarrier {
+    /// Threads that have not exited.
+    running: u32,
+    arrived: u32,
+    phase: u32,
+    /// What happened before the arrivals of this phase, and before those of the last.
+    gathered: Vec<u32>,
+    released: Vec<u32>,
+    /// By thread of the cluster: the phase that it has arrived at, and is to wait for.
+    arrivals: Vec<Option<u32>>,
 }
 
 impl Block {
@@ -109,6 +185,77 @@ impl Block {
         self.exited += 1;
         self.ready.progress();
         self.leave_copies();
+        self.leave_products();
+        if self.leave_bulk_groups().is_err() {
+            self.stopped = true;
+        }
         self.leave_warp();
+        self.leave_warpgroup();
+        self.cluster_barrier.running -= 1;
+        self.complete_cluster_barrier();
+    }
+
+    /// The running thread arrives at the barrier of the cluster.
+    pub fn arrive_at_cluster(&mut self, site: Site) -> Result<(), Stop> {
+        let id = self.first_id() + self.current;
+        let barrier = &mut self.cluster_barrier;
+        if barrier.arrivals.len() <= id {
+            barrier.arrivals.resize(id + 1, None);
+        }
+        if barrier.arrivals[id].is_some() {
+            let message = "arrives at the barrier of the cluster again, without a wait in between".to_owned();
+            return Err(self.fault(FindingKind::Barrier, site, None, message));
+        }
+        barrier.arrivals[id] = Some(barrier.phase);
+        barrier.arrived += 1;
+        if self.context.race_detector {
+            self.clocks.release(id, &mut self.cluster_barrier.gathered);
+        }
+        self.threads[self.current].site = Some(site);
+        self.complete_cluster_barrier();
+        Ok(())
+    }
+
+    /// Whether the running thread may go on; else it waits for the barrier of the cluster.
+    pub fn poll_cluster(&mut self, site: Site) -> Result<bool, Stop> {
+        let id = self.first_id() + self.current;
+        let Some(phase) = self.cluster_barrier.arrivals.get(id).copied().flatten() else {
+            let message = "waits at the barrier of the cluster without having arrived".to_owned();
+            return Err(self.fault(FindingKind::Barrier, site, None, message));
+        };
+        if phase == self.cluster_barrier.phase {
+            self.wait(Waiting::Cluster, site);
+            return Ok(false);
+        }
+        self.cluster_barrier.arrivals[id] = None;
+        if self.context.race_detector {
+            self.clocks.acquire(id, &self.cluster_barrier.released);
+        }
+        Ok(true)
+    }
+
+    fn complete_cluster_barrier(&mut self) {
+        let barrier = &mut self.cluster_barrier;
+        if barrier.arrived == 0 || barrier.arrived < barrier.running {
+            return;
+        }
+        barrier.arrived = 0;
+        barrier.phase += 1;
+        barrier.released.clone_from(&barrier.gathered);
+        self.wake_those_at_cluster();
+        for rank in 0..self.cluster.len() as u32 {
+            if let Some(peer) = self.peer(rank) {
+                peer.wake_those_at_cluster();
+            }
+        }
+    }
+
+    fn wake_those_at_cluster(&mut self) {
+        for thread in 0..self.threads.len() {
+            if self.threads[thread].waiting == Waiting::Cluster {
+                self.wake(thread);
+            }
+        }
+        self.ready.progress();
     }
 }

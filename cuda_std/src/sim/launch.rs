@@ -32,8 +32,8 @@ pub struct Options<'a> {
     pub race_detector: bool,
     /// Whether to count what is moved. Flops are always counted.
     pub counters: bool,
-    /// Another order in which the threads of a block take turns for each seed; 0: they run in the order of their indices
-    /// as far as they can.
+    /// Another order in which the threads of a block take turns for each seed; 0: they run in the order of their
+    /// indices as far as they can.
     pub seed: u64,
     /// Threads of the host; 0: one for each of its cores.
     pub workers: usize,
@@ -49,13 +49,27 @@ impl Default for Options<'_> {
 
 const MOST_THREADS: u64 = 1024;
 
-/// Runs `kernel` in each thread of each block of a launch, on a simulated GPU with this memory. It returns when all have
-/// ended; a block with a fault that it cannot go on from ends early, and the others run all the same.
+/// Runs `kernel` in each thread of each block of a launch, on a simulated GPU with this memory. It returns when all
+/// have ended; a block with a fault that it cannot go on from ends early, and the others run all the same.
 #[track_caller]
 pub fn launch(launch: &Launch, memory: &Memory, options: &Options<'_>, kernel: impl Fn() + Sync) -> Report {
+    launch_clusters(launch, 1, memory, options, kernel)
+}
+
+/// As [`launch()`], in clusters of `cluster` blocks that are neighbours in the first dimension of the grid. The blocks
+/// of a cluster run on one thread of the host.
+#[track_caller]
+pub fn launch_clusters(
+    launch: &Launch,
+    cluster: u32,
+    memory: &Memory,
+    options: &Options<'_>,
+    kernel: impl Fn() + Sync,
+) -> Report {
     let product = |dimensions: [u32; 3]| dimensions.into_iter().fold(1u64, |all, n| all.saturating_mul(n as u64));
     let (blocks, threads) = (product(launch.grid), product(launch.block));
-    if let Some(message) = why_impossible(blocks, threads, launch.shared_bytes) {
+    let why = why_impossible(blocks, threads, launch.shared_bytes);
+    if let Some(message) = why.or_else(|| why_no_clusters(cluster, launch.grid, threads)) {
         return refuse(launch, Location::caller(), message);
     }
     panics::install_hook();
@@ -63,6 +77,7 @@ pub fn launch(launch: &Launch, memory: &Memory, options: &Options<'_>, kernel: i
         kernel: launch.kernel,
         grid: launch.grid,
         block: launch.block,
+        cluster,
         shared_bytes: launch.shared_bytes,
         race_detector: options.race_detector,
         counters: options.counters,
@@ -73,14 +88,15 @@ pub fn launch(launch: &Launch, memory: &Memory, options: &Options<'_>, kernel: i
     let (next, tally) = (AtomicU32::new(0), Mutex::new(Tally::new(context.allocations.len())));
     let progress = |done| options.progress.iter().for_each(|progress| progress(done, blocks));
     let work = |stacks| {
-        let take = || Some(next.fetch_add(1, Relaxed)).filter(|&number| (number as u64) < blocks);
+        let take = || Some(next.fetch_add(cluster, Relaxed)).filter(|&number| (number as u64) < blocks);
         let done = cluster::work(&context, stacks, take, &kernel, progress);
         tally.lock().unwrap().merge(done);
     };
-    let stacks = stacks::take(threads as usize, true).expect("waited for");
+    let threads_at_once = threads as usize * cluster as usize;
+    let stacks = stacks::take(threads_at_once, true).expect("waited for");
     std::thread::scope(|scope| {
-        for _ in 1..worker_count(options.workers, blocks) {
-            let Some(stacks) = stacks::take(threads as usize, false) else { break };
+        for _ in 1..worker_count(options.workers, blocks / cluster as u64) {
+            let Some(stacks) = stacks::take(threads_at_once, false) else { break };
             let work = &work;
             scope.spawn(move || work(stacks));
         }
@@ -111,6 +127,19 @@ fn why_impossible(blocks: u64, threads: u64, shared_bytes: u32) -> Option<String
     }
 }
 
+/// The most threads of a cluster that the race detector tells apart, besides the agents of its mbarriers.
+const MOST_CLUSTER_THREADS: u64 = 3072;
+
+fn why_no_clusters(cluster: u32, grid: [u32; 3], threads: u64) -> Option<String> {
+    if cluster == 0 || cluster > 16 || !grid[0].is_multiple_of(cluster) {
+        Some(format!("clusters of {cluster} blocks, in a grid that is {} wide", grid[0]))
+    } else if cluster > 1 && cluster as u64 * threads > MOST_CLUSTER_THREADS {
+        Some(format!("clusters of {cluster} blocks of {threads} threads; {MOST_CLUSTER_THREADS} threads are allowed"))
+    } else {
+        None
+    }
+}
+
 fn refuse(launch: &Launch, location: &'static Location<'static>, message: String) -> Report {
     let finding = Finding {
         kind: FindingKind::Launch,
@@ -130,6 +159,8 @@ pub(super) struct Context {
     pub kernel: &'static str,
     pub grid: [u32; 3],
     pub block: [u32; 3],
+    /// Blocks a cluster.
+    pub cluster: u32,
     pub shared_bytes: u32,
     pub race_detector: bool,
     pub counters: bool,
@@ -147,7 +178,7 @@ impl Context {
     pub fn party(&self, block: u32, actor: Actor) -> Party {
         Party {
             block: self.block_index(block),
-            thread: unravel(actor.thread() as u32, self.block),
+            thread: unravel(actor.thread() as u32 % self.block.iter().product::<u32>(), self.block),
             location: actor.site().location(),
         }
     }

@@ -18,6 +18,7 @@ pub(super) enum Word {
     Ballot,
     Any,
     All,
+    Elect,
     Ldmatrix { count: u8, trans: bool },
     Stmatrix { count: u8, trans: bool },
     Mma { m: u8, n: u8, format: Format },
@@ -30,7 +31,7 @@ impl Word {
         match self {
             Word::Ldmatrix { .. } | Word::Stmatrix { .. } | Word::Mma { .. } | Word::MmaShared { .. } => true,
             Word::SyncWarp | Word::ShuffleXor | Word::Shuffle | Word::ShuffleUp | Word::ShuffleDown => false,
-            Word::Ballot | Word::Any | Word::All => false,
+            Word::Ballot | Word::Any | Word::All | Word::Elect => false,
         }
     }
 }
@@ -46,6 +47,7 @@ impl fmt::Display for Word {
             Word::Ballot => "ballot",
             Word::Any => "any",
             Word::All => "all",
+            Word::Elect => "elect",
             Word::Ldmatrix { .. } => "ldmatrix",
             Word::Stmatrix { .. } => "stmatrix",
             Word::Mma { .. } => "mma",

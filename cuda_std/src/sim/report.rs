@@ -55,6 +55,11 @@ pub enum FindingKind {
     Uninitialised,
     /// The destination of an asynchronous copy is used before its wait, or the copy is never waited for.
     UnfinishedCopy,
+    /// The async proxy reads what a thread has written without a fence afterwards.
+    ProxyFence,
+    /// A copy of a tensor that no tensor map, place in shared memory or place in global memory allows. It ends the
+    /// block.
+    TensorCopy,
     /// An access outside of every allocation. It ends the block.
     OutOfBounds,
     /// An address that is no multiple of the access's size. It ends the block.
@@ -78,6 +83,8 @@ impl FindingKind {
             FindingKind::Race => "race",
             FindingKind::Uninitialised => "uninitialised read",
             FindingKind::UnfinishedCopy => "unfinished copy",
+            FindingKind::ProxyFence => "missing proxy fence",
+            FindingKind::TensorCopy => "impossible tensor copy",
             FindingKind::OutOfBounds => "out of bounds",
             FindingKind::Misaligned => "misaligned access",
             FindingKind::Divergence => "divergence",

@@ -3,6 +3,7 @@ use super::WARP;
 use super::block::{Block, suspend, with};
 use super::rendezvous::Word;
 use super::site::Site;
+use super::warpgroups::GroupWord;
 use std::collections::VecDeque;
 
 /// What a thread waits for.
@@ -12,8 +13,14 @@ pub(super) enum Waiting {
     Nothing,
     /// For the other members of its warp.
     Warp { word: Word, members: u32 },
+    /// For the other threads of its warpgroup.
+    Warpgroup(GroupWord),
     /// For the other threads of a barrier.
     Barrier(u32),
+    /// For the phase of this parity of the mbarrier at this address.
+    Mbarrier { address: u32, parity: u32 },
+    /// For the other threads of the cluster.
+    Cluster,
     /// It has returned from the kernel.
     Exited,
 }

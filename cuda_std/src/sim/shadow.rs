@@ -10,6 +10,8 @@ pub(super) enum Wrong {
     Uninitialised,
     /// A copy is on its way here, issued by this actor.
     UnfinishedCopy(Actor),
+    /// The async proxy need not see what this actor has written.
+    Invisible(Actor),
 }
 
 /// Bytes of a granule.
@@ -97,6 +99,33 @@ impl Shadow {
     pub fn end_copy(&mut self, granule: usize, actor: Actor, clocks: &Clocks) {
         self.units[granule].set_in_flight(false);
         self.access(granule, Span::WHOLE, Use::Write, actor, clocks);
+    }
+
+    /// The tensor copy engine, an agent, has brought the data of a copy.
+    pub fn deliver(&mut self, granule: usize, agent: Actor, clocks: &Clocks) {
+        if self.units[granule].is_split() {
+            self.free_parts.push(self.units[granule].link);
+        }
+        self.units[granule].overwrite(clocks.now(agent.thread()), agent, &mut self.more);
+    }
+
+    /// Notes a read of a whole granule by the async proxy, for a thread.
+    pub fn read_async(&mut self, granule: usize, actor: Actor, clocks: &Clocks) -> Option<Wrong> {
+        let wrong = self.access(granule, Span::WHOLE, Use::Read, actor, clocks);
+        wrong.or_else(|| self.invisible_write(granule, GRANULE as u32, actor.thread(), clocks).map(Wrong::Invisible))
+    }
+
+    fn invisible_write(&self, unit: usize, size: u32, reader: usize, clocks: &Clocks) -> Option<Actor> {
+        let known = &self.units[unit];
+        if known.is_split() {
+            let bytes = bytes_of_parts(size);
+            let parts = 0..(size / bytes) as usize;
+            return parts
+                .into_iter()
+                .find_map(|i| self.invisible_write(known.link as usize + i, bytes, reader, clocks));
+        }
+        let (writer, epoch) = known.last_write()?;
+        (!clocks.is_visible(writer.thread(), epoch, reader)).then_some(writer)
     }
 
     /// Calls `found` for the uses of a granule that may race with other blocks', each with its pairs of bytes.

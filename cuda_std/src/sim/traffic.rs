@@ -24,6 +24,14 @@ pub(super) enum What {
     SharedStore,
 }
 
+/// Which way the tensor copy engine moves something.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Way {
+    Load,
+    Store,
+    Add,
+}
+
 /// An access of a lane.
 #[derive(Clone, Copy)]
 struct Record {
@@ -235,6 +243,26 @@ impl Tally {
                 }
             }
             self.count_tensor(allocation, access.instruction, &mut sectors[..count]);
+        }
+    }
+
+    /// Counts a stretch of global memory that the tensor copy engine moves.
+    pub fn count_stretch(&mut self, stretch: std::ops::Range<u64>, way: Way) {
+        if stretch.is_empty() {
+            return;
+        }
+        let tensor = &mut self.tensors[memory::locate(stretch.start).0];
+        let (bytes, sectors) = (stretch.end - stretch.start, stretch.end.div_ceil(SECTOR) - stretch.start / SECTOR);
+        match way {
+            Way::Load => {
+                tensor.loaded_bytes += bytes;
+                tensor.load_sectors += sectors;
+            }
+            Way::Store => {
+                tensor.stored_bytes += bytes;
+                tensor.store_sectors += sectors;
+            }
+            Way::Add => tensor.atomics += bytes / 4,
         }
     }
 

@@ -161,6 +161,20 @@ impl Unit {
         if self.flags & IN_FLIGHT != 0 { Some(self.writer) } else { None }
     }
 
+    /// Who wrote it last, and in which epoch; nobody, if it has not been written.
+    pub fn last_write(&self) -> Option<(Actor, u32)> {
+        (self.write_epoch > 0).then_some((self.writer, self.write_epoch))
+    }
+
+    /// Forgets all that was known, as the tensor copy engine has written it.
+    pub fn overwrite(&mut self, epoch: u32, actor: Actor, more: &mut MoreReaders) {
+        if !self.is_split() {
+            self.forget_readers(more);
+        }
+        self.unite(epoch, actor);
+        self.initialised = 0xff;
+    }
+
     pub fn set_in_flight(&mut self, in_flight: bool) {
         self.flags = if in_flight { self.flags | IN_FLIGHT } else { self.flags & !IN_FLIGHT };
     }

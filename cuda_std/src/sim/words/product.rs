@@ -141,6 +141,6 @@ fn unpack<T: TensorCoreElement>(register: u32, chunk: usize, q: usize, mut eleme
 
 /// An element of 16 bits.
 #[inline(always)]
-fn to_f32<T: TensorCoreElement>(bits: u16) -> f32 {
+pub(super) fn to_f32<T: TensorCoreElement>(bits: u16) -> f32 {
     if T::FORMAT == Format::BF16 { f32::from_bits((bits as u32) << 16) } else { f16_to_f32(bits) }
 }

@@ -35,7 +35,7 @@ pub(crate) fn barrier_arrive(id: u32, threads: u32) {
 pub(crate) fn sync_warp(members: u32) {
     meet(Word::SyncWarp, members, here(), &mut (), |block, meeting| {
         if block.context.race_detector {
-            block.clocks.join_warp(meeting.first_thread, members);
+            block.clocks.join_warp(block.first_id() + meeting.first_thread, members);
         }
         Ok(())
     });

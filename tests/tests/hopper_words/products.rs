@@ -2,7 +2,7 @@
 use crate::{numbers, run_block};
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
-use cuda_std::matrix::TensorCoreElement;
+use cuda_std::matrix::PackedElement;
 use cuda_std::shared::dynamic_shared;
 use cuda_std::sim::Memory;
 use cuda_std::thread::{sync_threads, thread_idx_x};
@@ -27,7 +27,7 @@ fn check<const N: usize>(found: &mut Accumulator<1, N>, exact: impl Fn(usize, us
 }
 
 /// Both factors in shared memory, by rows and by columns, with all in `K` and `N8` blocks of 8 columns.
-fn all_layouts<T: TensorCoreElement, const K: usize, const N: usize, const N8: usize>() {
+fn all_layouts<T: PackedElement, const K: usize, const N: usize, const N8: usize>() {
     assert!(N == 8 * N8);
     let (a, b) = (numbers::<T>(64 * K, 1), numbers::<T>(N * K, 2));
     let (a_columns, b_columns) = (transposed(&a, 64, K), transposed(&b, N, K));

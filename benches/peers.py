@@ -154,10 +154,15 @@ class Kernel:
 
     def __init__(self, driver, command, parameters, **wanted):
         kernels = answer(command, "ptx")["kernels"]
-        found = [kernel for kernel in kernels if all(kernel.get(key) == value for key, value in wanted.items())]
+        # Of several the one that takes most queries at a time, as the host chooses.
+        most = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+        fits = lambda kernel: kernel["shared_bytes"] <= most
+        is_wanted = lambda kernel: all(kernel.get(key) == value for key, value in wanted.items())
+        found = [kernel for kernel in kernels if fits(kernel) and is_wanted(kernel)]
         if not found:
             raise LookupError(f"{command} embeds no kernel with {wanted}")
-        self.entry = answer(command, "ptx", found[0]["name"], "--arch", found[0]["arch"])
+        best = max(found, key=lambda kernel: kernel["block_m"])
+        self.entry = answer(command, "ptx", best["name"], "--arch", best["arch"])
         if f"_param_0[{ctypes.sizeof(parameters)}]" not in self.entry["ptx"]:
             raise LookupError(f"{self.entry['name']} takes other parameters than this script knows")
         self.driver = driver
@@ -261,8 +266,8 @@ class DeterministicBackward(Flash2Backward):
     """Each gradient where it is owned: the same bits in every run."""
 
     def load(self, kernel, causal):
-        self.row_sums = kernel(family="flash2.row_sums", headdim=0)
-        self.keys_and_values = kernel(family="flash2.keys_and_values", causal=causal)
+        self.row_sums = kernel(family="flash2.row_sums", headdim=None)
+        self.keys_and_values = kernel(family="flash2.keys_and_values", causal=causal, headdim_v=self.headdim)
         self.queries = kernel(family="flash2.queries", causal=causal)
 
     def workspace(self, batch, seqlen_q, nheads):

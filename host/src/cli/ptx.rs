@@ -66,16 +66,19 @@ fn find<'a>(entries: &[&'a Entry], name: &str) -> Result<&'a Entry> {
     }
 }
 
-/// What a program needs to know of a kernel to choose and to launch it. `headdim` and `causal` are null where the kernel
-/// takes any.
+/// What a program needs to know of a kernel to choose and to launch it. `headdim`, `headdim_v` and `causal` are null where
+/// the kernel takes any.
 pub fn description(entry: &Entry) -> Value {
     let mut object = json!({ "name": entry.name, "arch": entry.arch, "ptx_bytes": entry.ptx_bytes });
     if let Some(info) = kernels::entries().find(|info| info.name == entry.name) {
         let config = info.config;
         object["family"] = json!(config.family);
         object["dtype"] = json!(config.dtype.name());
+        object["tf32"] = json!(config.tf32);
         object["headdim"] = json!(Some(config.headdim).filter(|&headdim| headdim != 0));
+        object["headdim_v"] = json!(Some(config.headdim_v).filter(|&headdim_v| headdim_v != 0));
         object["causal"] = json!(config.causal);
+        object["general"] = json!(config.general);
         object["block_m"] = json!(config.block_m);
         object["block_n"] = json!(config.block_n);
         object["threads"] = json!(config.threads);

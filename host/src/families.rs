@@ -220,6 +220,8 @@ mod tests {
     const fn entry(name: &'static str, headdim: u32, causal: Option<bool>, general: bool) -> Entry {
         Kernel {
             name,
+            arch: "sm_80",
+            cluster: 1,
             config: Config { headdim, headdim_v: headdim, causal, general, ..F16 },
             run: |()| (),
             parameters: PhantomData,

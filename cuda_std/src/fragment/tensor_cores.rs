@@ -22,7 +22,7 @@ where
     let lane = thread::lane_id();
     let mut rows = [0; M];
     for m in 0..M {
-        rows[m] = tile.chunk(row + 16 * m as u32 + lane % 16, 2 * step as u32 ^ lane / 16).address();
+        rows[m] = tile.chunk(row + 16 * m as u32 + lane % 16, (2 * step as u32) ^ (lane / 16)).address();
     }
     LeftOperand(matrix::ldmatrix(rows))
 }
@@ -42,7 +42,7 @@ fn add_product_transposed<T, const M: usize, const N: usize, const R: usize, con
     let lane = thread::lane_id();
     matrix::mma_shared::<T, M, N, false>(d, &a.0, |i| {
         let row = row + 16 * i + lane % 8 + lane / 16 * 8;
-        tile.chunk(row, 2 * step as u32 ^ lane / 8 % 2).address()
+        tile.chunk(row, (2 * step as u32) ^ (lane / 8 % 2)).address()
     });
 }
 
@@ -56,7 +56,7 @@ fn pair_of_columns<T: PackedElement, const R: usize, const C: usize>(
     pair: u32,
 ) -> u32 {
     let lane = thread::lane_id();
-    tile.chunk(16 * step + lane % 16, (column / 8 + 2 * pair) ^ lane / 16).address()
+    tile.chunk(16 * step + lane % 16, (column / 8 + 2 * pair) ^ (lane / 16)).address()
 }
 
 /// An element of 16 bits of such matrices: the transpose of a tile can be a left operand.
@@ -74,7 +74,7 @@ impl<T: PackedMatrixElement, const M: usize> LeftOperand<T, M> {
         let mut rows = [0; M];
         for m in 0..M {
             let row = 16 * step as u32 + lane % 8 + lane / 16 * 8;
-            rows[m] = tile.chunk(row, (column / 8 + 2 * m as u32) ^ lane / 8 % 2).address();
+            rows[m] = tile.chunk(row, (column / 8 + 2 * m as u32) ^ (lane / 8 % 2)).address();
         }
         LeftOperand(matrix::ldmatrix_trans(rows))
     }

@@ -245,11 +245,22 @@ impl Combination {
         ))
     }
 
-    /// Runs it forward and backward, and says what breaks the accuracy rule.
+    /// Runs it forward and backward, and says what breaks the accuracy rule. The rule compares the largest of a few errors with
+    /// that of another program, which luck alone breaks once in thousands of small 16-bit problems: what breaks it, with no
+    /// NaN or infinity out of place, must keep it with two other draws of the same combination.
     ///
     /// # Errors
     /// That, or what the backend says.
     pub fn check(&self, session: &Session) -> Result<(), String> {
+        let Err(broken) = self.check_once(session) else { return Ok(()) };
+        if self.dtype == DType::F32 || !broken.contains("0 misplaced") {
+            return Err(broken);
+        }
+        let redrawn = |n| Combination { seed: self.seed.wrapping_add(n), ..self.clone() };
+        (1..=2).try_for_each(|n| redrawn(n).check_once(session).map_err(|again| format!("{broken}\n{again}")))
+    }
+
+    fn check_once(&self, session: &Session) -> Result<(), String> {
         let (forward, backward) = self.run(session).map_err(|error| format!("{self:?}: {error}"))?;
         if !forward.passed() {
             return Err(format!("{self:?}: {forward}"));

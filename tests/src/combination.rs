@@ -253,7 +253,7 @@ impl Combination {
     /// That, or what the backend says.
     pub fn check(&self, session: &Session) -> Result<(), String> {
         let Err(broken) = self.check_once(session) else { return Ok(()) };
-        if self.dtype == DType::F32 || !broken.contains("0 misplaced") {
+        if self.dtype == DType::F32 || !broken.contains(", 0 misplaced") {
             return Err(broken);
         }
         let redrawn = |n| Combination { seed: self.seed.wrapping_add(n), ..self.clone() };

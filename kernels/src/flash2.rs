@@ -10,7 +10,7 @@
 //! are searched for what is not finite, and if something is found, the product P V leaves out what is not seen.
 //!
 //! Three kinds of kernels: without a mask, with a causal mask, and general ones, which do all that
-//! [`Attention`](crate::attention::Attention) can ask for.
+//! [`Attention`] can ask for.
 //!
 //! HBM traffic: Q and O once, LSE once, and K and V once a query block: `2 d (2 seqlen_q + 2 seqlen_k * blocks)` bytes a head.
 use crate::attention::{Attention, Sequence};

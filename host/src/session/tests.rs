@@ -65,8 +65,8 @@ fn a_kernel_that_cannot_is_refused_with_its_reason() {
         session.attention(&q, &q, &q, &AttentionOptions::new()).expect_err("unsupported").to_string()
     };
     assert_eq!(
-        refused(Backend::Simulator, Kernel::Flash2, DType::F32, 64),
-        "no flash2 kernel on the simulator backend for this problem: flash2: dtype f32; allowed: f16, bf16"
+        refused(Backend::Simulator, Kernel::Flash2, DType::F32, 264),
+        "no flash2 kernel on the simulator backend for this problem: flash2: headdim 264; allowed: up to 256"
     );
     assert_eq!(
         refused(Backend::Simulator, Kernel::Flash1, DType::F16, 40),

@@ -77,7 +77,7 @@ fn a_kernel_that_cannot_is_refused_with_its_reason() {
         long.contains("flash2: headdim 2048; allowed: up to ") && long.contains("standard: headdim 2048"),
         "{long}"
     );
-    assert!(refused(Backend::Simulator, Kernel::Auto, DType::F32, 40).contains("standard: headdim 40"));
+    assert!(refused(Backend::Simulator, Kernel::Auto, DType::F32, 264).contains("standard: headdim 264"));
     assert!(refused(Backend::Cpu, Kernel::Flash2, DType::F16, 64).contains("the CPU backend has one algorithm"));
 }
 

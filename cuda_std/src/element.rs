@@ -55,12 +55,20 @@ pub trait Element: Scalar + Send + Sync {
     const DTYPE: DType;
     /// The bits of infinity, in each element of a word of 32 bits.
     const INFINITIES: u32;
+    /// The bits of the signs, likewise.
+    const SIGNS: u32 = Self::INFINITIES << 1 & !Self::INFINITIES;
     /// Exact.
     fn to_f32(self) -> f32;
     /// Rounds to nearest, ties to even.
     fn from_f32(x: f32) -> Self;
     /// Rounds two at once.
     fn from_f32_pair(pair: [f32; 2]) -> [Self; 2];
+    /// Which elements of a word of 32 bits are infinite or NaN: a bit in the place of the sign of each.
+    #[inline(always)]
+    fn nonfinite(word: u32) -> u32 {
+        // A magnitude of infinity or more carries into the sign.
+        ((word & !Self::SIGNS) + (Self::SIGNS - Self::INFINITIES)) & Self::SIGNS
+    }
 }
 
 macro_rules! plain_scalar {

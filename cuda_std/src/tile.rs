@@ -212,15 +212,13 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     #[inline(always)]
     #[track_caller]
     pub fn copied_nonfinite(&self, tile: SmemTile<T, ROWS, COLS>) -> bool {
-        let signs = const { T::INFINITIES << 1 & !T::INFINITIES };
         let mut found = 0;
         Self::each_chunk(self.threads, tile, Self::rows_of_a_thread(self.threads), |chunk, _, _| {
             for word in chunk.cast::<u32>().load_vector::<4>(0) {
-                // A magnitude of infinity or more carries into the sign.
-                found |= (word & !signs) + (signs - T::INFINITIES);
+                found |= T::nonfinite(word);
             }
         });
-        found & signs != 0
+        found != 0
     }
 
     /// How many rows of a tile each of so many threads copies a chunk of, in each slab.

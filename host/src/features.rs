@@ -51,23 +51,6 @@ impl Feature {
         Feature::HeaddimV,
     ];
 
-    /// What kernels know that never see a score, unless they are `general`: all but rows that are accessed otherwise.
-    pub const WITHOUT_SCORES: &[Feature] = &[
-        Feature::Causal,
-        Feature::Window,
-        Feature::Scale,
-        Feature::Softcap,
-        Feature::Alibi,
-        Feature::Bias,
-        Feature::Mask,
-        Feature::Dropout,
-        Feature::Sinks,
-        Feature::GroupedQueries,
-        Feature::Varlen,
-        Feature::NoKeys,
-        Feature::HeaddimV,
-    ];
-
     /// What flash1 and standard attention know.
     pub const OF_ELDERS: &[Feature] = &[Feature::Causal, Feature::GroupedQueries];
 

@@ -198,6 +198,12 @@ impl<T> Attention<T> {
         !GENERAL || self.aligned != 0
     }
 
+    /// Whether keys may be hidden in a block that the window shows whole: by a mask, or by a bias of -inf.
+    #[inline(always)]
+    pub fn may_hide<const GENERAL: bool>(&self) -> bool {
+        GENERAL && !(self.bias.data.is_null() && self.mask.data.is_null())
+    }
+
     /// Where the LSE of one head of a sequence begins, and whatever else is kept for each row of S in the same order.
     #[inline(always)]
     pub fn first_row(&self, sequence: &Sequence, head: u32) -> usize {
@@ -228,6 +234,12 @@ impl Sequence {
         tensor.row(self.batch, head, self.first_q as u64 + row as u64)
     }
 
+    /// Row `row` of one head of a tensor that is shaped like K.
+    #[inline(always)]
+    pub fn keys<T>(&self, tensor: &Tensor<T>, head: u32, row: u32) -> Global<T> {
+        tensor.row(self.batch, head, self.first_k as u64 + row as u64)
+    }
+
     /// The rows from `row` on of one head of a tensor that is shaped like Q or O.
     #[inline(always)]
     pub fn query_matrix<T>(
@@ -254,12 +266,6 @@ impl Sequence {
     ) -> GlobalMatrix<T> {
         let (data, rows) = (self.keys(tensor, head, row), self.seqlen_k.saturating_sub(row));
         GlobalMatrix { data, row_stride: tensor.row_stride, rows, columns, aligned }
-    }
-
-    /// Row `row` of one head of a tensor that is shaped like K.
-    #[inline(always)]
-    pub fn keys<T>(&self, tensor: &Tensor<T>, head: u32, row: u32) -> Global<T> {
-        tensor.row(self.batch, head, self.first_k as u64 + row as u64)
     }
 }
 

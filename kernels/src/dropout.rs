@@ -59,9 +59,7 @@ impl Dropout {
     /// Whether an element stays, given the bits of its group.
     #[inline(always)]
     pub fn keeps(&self, bits: &[u32; 4], row: u32, key: u32) -> bool {
-        let index = row / 8 % 2 * 4 + key / 8 % 4;
-        let word = bits[index as usize / 2];
-        (word >> (16 * (index % 2)) & 0xffff) < self.keep_below
+        half_word(bits, (row / 8 % 2 * 4 + key / 8 % 4) as usize) < self.keep_below
     }
 
     /// What P at query `row` and key `key` of a head is multiplied with: 0, or [`scale`](Self::scale). One call of the

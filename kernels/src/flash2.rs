@@ -179,7 +179,7 @@ pub fn forward<
 
         // Block j is here, and no warp reads block j - 1 any more, whose stage block j + 1 takes.
         copy::wait::<0>();
-        let poisonous = if (CAUSAL || GENERAL) && (partial || logits.may_hide()) {
+        let poisonous = if (CAUSAL || GENERAL) && (partial || a.may_hide::<GENERAL>()) {
             sync_threads_or(values.copied_nonfinite(v))
         } else {
             sync_threads();
@@ -275,11 +275,7 @@ impl<T: Element> Logits<T> {
     ) -> Accumulator<M, S_COLUMNS> {
         if let Some(scores) = &self.scores {
             scores.cap(&mut s);
-            if partial || scores.depend_on_place() {
-                scores.finish(&mut s, first_row, first_key);
-            } else {
-                scores.finish_whole(&mut s);
-            }
+            scores.finish(&mut s, (first_row, first_key), partial);
         } else if partial {
             self.mask.apply(&mut s, first_row, first_key);
         }
@@ -288,12 +284,6 @@ impl<T: Element> Logits<T> {
             self.dropout.apply(&mut s, self.head, first_row, first_key);
         }
         s
-    }
-
-    /// Whether keys may be hidden in a block that is seen whole.
-    #[inline(always)]
-    fn may_hide(&self) -> bool {
-        self.scores.as_ref().is_some_and(|scores| scores.may_hide())
     }
 
     /// Whether query `row` sees key `key`.

@@ -70,14 +70,8 @@ impl<T: Element> Scores<T> {
 
     /// Whether a capped score and what the softmax takes for it differ by where it is, in a block that the window shows whole.
     #[inline(always)]
-    pub fn depend_on_place(&self) -> bool {
-        self.slope != 0.0 || self.may_hide()
-    }
-
-    /// Whether keys may be hidden in a block that the window shows whole.
-    #[inline(always)]
-    pub fn may_hide(&self) -> bool {
-        !self.bias.is_null() || !self.visible.is_null()
+    fn depend_on_place(&self) -> bool {
+        self.slope != 0.0 || !self.bias.is_null() || !self.visible.is_null()
     }
 
     /// Whether query `row` sees key `key`; a bias of -inf hides it. Rows beyond the last query see nothing.
@@ -90,19 +84,17 @@ impl<T: Element> Scores<T> {
             && (self.visible.is_null() || self.is_visible(row, key))
     }
 
-    /// Capped scores become those of the softmax, in log2 units, in a block that is seen whole, if they do not
-    /// [depend on their place](Self::depend_on_place).
-    #[inline(always)]
-    pub fn finish_whole<const M: usize, const N: usize>(&self, s: &mut Accumulator<M, N>) {
-        s.map(|_, _, s| s * LOG2_E);
-    }
-
     /// Capped scores become those of the softmax, in log2 units: with ALiBi and bias added, and -inf where the key is hidden.
-    /// The matrix begins at row `first_row` and key `first_key`.
+    /// The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides a part of it.
     #[inline(always)]
     #[track_caller]
-    pub fn finish<const M: usize, const N: usize>(&self, s: &mut Accumulator<M, N>, first_row: u32, first_key: u32) {
-        self.finish_at(s, |row, column| (first_row + row, first_key + column));
+    pub fn finish<const M: usize, const N: usize>(
+        &self,
+        s: &mut Accumulator<M, N>,
+        (first_row, first_key): (u32, u32),
+        partial: bool,
+    ) {
+        self.finish_at(s, partial, |row, column| (first_row + row, first_key + column));
     }
 
     /// As [`finish`](Self::finish) for a transposed matrix, whose rows are keys and whose columns are queries.
@@ -111,10 +103,10 @@ impl<T: Element> Scores<T> {
     pub fn finish_transposed<const M: usize, const N: usize>(
         &self,
         s: &mut Accumulator<M, N>,
-        first_key: u32,
-        first_row: u32,
+        (first_key, first_row): (u32, u32),
+        partial: bool,
     ) {
-        self.finish_at(s, |row, column| (first_row + column, first_key + row));
+        self.finish_at(s, partial, |row, column| (first_row + column, first_key + row));
     }
 
     /// A pass for each thing that there may be. What is hidden stays so. Beyond the last query and the last key neither bias
@@ -124,8 +116,13 @@ impl<T: Element> Scores<T> {
     fn finish_at<const M: usize, const N: usize>(
         &self,
         s: &mut Accumulator<M, N>,
+        partial: bool,
         place: impl Fn(u32, u32) -> (u32, u32),
     ) {
+        if !partial && !self.depend_on_place() {
+            s.map(|_, _, s| s * LOG2_E);
+            return;
+        }
         const HIDDEN: f32 = f32::NEG_INFINITY;
         let Mask { seqlen_q, seqlen_k, .. } = self.mask;
         let last = |x: u32, count: u32| if x < count { x } else { count - 1 };

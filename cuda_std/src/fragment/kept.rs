@@ -120,28 +120,27 @@ struct Word<T> {
 }
 
 impl<T: TensorCoreElement> Word<T> {
-    const SIGNS: u32 = T::INFINITIES << 1 & !T::INFINITIES;
-    const LOWEST: u32 = Self::SIGNS >> (8 * size_of::<T>() - 1);
+    const LOWEST: u32 = T::SIGNS >> (8 * size_of::<T>() - 1);
 
     #[inline(always)]
     fn new(bits: u32) -> Self {
-        Word { bits, magnitudes: bits & !Self::SIGNS, of: core::marker::PhantomData }
+        Word { bits, magnitudes: bits & !T::SIGNS, of: core::marker::PhantomData }
     }
 
     /// Magnitudes of `least` and more: they carry into the sign.
     #[inline(always)]
     fn at_least(&self, least: u32) -> u32 {
-        (self.magnitudes + (Self::SIGNS - least)) & Self::SIGNS
+        (self.magnitudes + (T::SIGNS - least)) & T::SIGNS
     }
 
     #[inline(always)]
     fn zeros(&self) -> u32 {
-        Self::SIGNS & !self.at_least(Self::LOWEST)
+        T::SIGNS & !self.at_least(Self::LOWEST)
     }
 
     #[inline(always)]
     fn nonfinite(&self) -> u32 {
-        self.at_least(T::INFINITIES)
+        T::nonfinite(self.bits)
     }
 
     #[inline(always)]

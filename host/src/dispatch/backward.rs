@@ -111,10 +111,7 @@ impl BackwardPlan {
         let name = "flash2 backward";
         let of_keys = found(name, &[KEYS_AND_VALUES, WIDE_KEYS_AND_VALUES], wanted)?;
         let mut steps = vec![
-            Step {
-                kernel: Table { plain: Feature::WITHOUT_SCORES, ..table(name, &[ROW_SUMS]) }.find(wanted)?,
-                grid: Grid::Rows,
-            },
+            Step { kernel: found(name, &[ROW_SUMS], wanted)?, grid: Grid::Rows },
             Step { kernel: of_keys, grid: Grid::Keys },
             Step { kernel: found(name, &[QUERIES], wanted)?, grid: Grid::Queries },
         ];
@@ -211,18 +208,13 @@ impl BackwardPlan {
 /// The gradient of the sinks. Its kernel is for everything.
 const OF_SINKS: Step = Step { kernel: &SINKS[0], grid: Grid::Heads };
 
-/// Entry points that know what leaves the scores as they are.
-fn table<'a>(name: &'static str, kernels: &'a [&'static [EntryPoint<Params, Config>]]) -> Table<'a, Params> {
-    Table { name, kernels, plain: Feature::PLAIN, pads: true }
-}
-
 /// That of them which suits a problem best, or what stands against all of them.
 fn found(
     name: &'static str,
     kernels: &[&'static [EntryPoint<Params, Config>]],
     wanted: &Wanted,
 ) -> Result<&'static EntryPoint<Params, Config>, String> {
-    table(name, kernels).find(wanted)
+    Table { name, kernels, plain: Feature::PLAIN, pads: true }.find(wanted)
 }
 
 impl Step {

@@ -27,12 +27,6 @@ pub(super) fn exponent_base(lse: f32) -> f32 {
     if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse * LOG2_E }
 }
 
-/// Whether anything may be hidden in a block, of which the window hides a part if it is `partial`.
-#[inline(always)]
-pub(super) fn hides<T, const GENERAL: bool>(a: &Attention<T>, partial: bool) -> bool {
-    partial || GENERAL && !(a.bias.data.is_null() && a.mask.data.is_null())
-}
-
 impl<T: Element> Probabilities<T> {
     /// Those of `head`.
     #[inline(always)]
@@ -67,11 +61,7 @@ impl<T: Element> Probabilities<T> {
         };
         scores.cap(s);
         let capped = *s;
-        if partial || scores.depend_on_place() {
-            scores.finish(s, first_row, first_key);
-        } else {
-            scores.finish_whole(s);
-        }
+        scores.finish(s, (first_row, first_key), partial);
         s.zip_rows(bases, |s, base| ex2(s - base));
         let mut weights = *s;
         scores.cap_gradient(&mut weights, &capped);
@@ -97,11 +87,7 @@ impl<T: Element> Probabilities<T> {
         };
         scores.cap(s);
         let capped = *s;
-        if partial || scores.depend_on_place() {
-            scores.finish_transposed(s, first_key, first_row);
-        } else {
-            scores.finish_whole(s);
-        }
+        scores.finish_transposed(s, (first_key, first_row), partial);
         s.zip_columns(bases, |s, base| ex2(s - base));
         let mut weights = *s;
         scores.cap_gradient(&mut weights, &capped);

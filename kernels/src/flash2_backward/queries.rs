@@ -1,5 +1,5 @@
 //! dQ.
-use super::probabilities::{Probabilities, exponent_base, hides};
+use super::probabilities::{Probabilities, exponent_base};
 use super::{Params, STAGES, config};
 use crate::config::Config;
 use crate::flash2::threads;
@@ -146,7 +146,7 @@ pub fn queries<
         copy::wait::<0>();
         let partial = key_blocks.is_partial(j);
         // Whether a part of the block is hidden, and something is not finite: then the product must leave out what is hidden.
-        let poisonous = if (CAUSAL || GENERAL) && hides::<T, GENERAL>(&a, partial) {
+        let poisonous = if (CAUSAL || GENERAL) && (partial || a.may_hide::<GENERAL>()) {
             let of_rows = match rows_nonfinite {
                 Some(nonfinite) => nonfinite,
                 None => q_rows.copied_nonfinite(q) | d_o_rows.copied_nonfinite(d_o_tile),

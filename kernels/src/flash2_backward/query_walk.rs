@@ -1,5 +1,5 @@
 //! The walk of a block of keys over the queries that see it.
-use super::probabilities::{exponent_base, hides};
+use super::probabilities::exponent_base;
 use super::{Params, STAGES};
 use crate::attention::{Attention, Tensor, divisor};
 use crate::mask::Blocks;
@@ -150,7 +150,8 @@ impl<
         self.store_statistics();
         copy::wait::<0>();
         let partial = self.blocks.is_partial(self.block);
-        let poisonous = if (CAUSAL || GENERAL) && self.head < self.end_head && hides::<T, GENERAL>(self.a, partial) {
+        let hides = self.head < self.end_head && (partial || self.a.may_hide::<GENERAL>());
+        let poisonous = if (CAUSAL || GENERAL) && hides {
             sync_threads_or(self.copied_nonfinite())
         } else {
             sync_threads();

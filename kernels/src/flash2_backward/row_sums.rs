@@ -20,7 +20,6 @@ const ELEMENTS: u32 = 4;
 const fn row_sums_config<T: MatrixElement>() -> Config {
     Config {
         family: "flash2.row_sums",
-        causal: None,
         block_m: THREADS / LANES,
         threads: THREADS,
         min_blocks_per_sm: 8,

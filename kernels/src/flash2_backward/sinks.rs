@@ -1,11 +1,11 @@
 //! The gradient of the sinks: logits that take part in the softmax of all rows of their head, and that no value belongs to.
-use super::{Params, Rows};
+use super::{Params, Rows, config};
 use crate::attention::divisor;
 use crate::config::Config;
 use cuda_std::math::{LOG2_E, ex2};
 use cuda_std::thread::{WARP, block_idx_x, lane_id, sync_threads, thread_idx_x, warp_id};
 use cuda_std::warp::reduce;
-use cuda_std::{DType, kernel, shared_array};
+use cuda_std::{kernel, shared_array};
 
 const THREADS: u32 = 1024;
 const WARPS: usize = (THREADS / WARP) as usize;
@@ -13,18 +13,10 @@ const WARPS: usize = (THREADS / WARP) as usize;
 const fn sinks_config() -> Config {
     Config {
         family: "flash2.sinks",
-        dtype: DType::F32,
-        tf32: false,
-        headdim: 0,
-        headdim_v: 0,
-        causal: None,
-        general: true,
         block_m: THREADS,
-        block_n: 0,
         threads: THREADS,
-        min_blocks_per_sm: 1,
-        shared_bytes: 0,
         barriers: 1,
+        ..config::<f32>(0, 0, false, true)
     }
 }
 
@@ -36,7 +28,7 @@ const fn sinks_config() -> Config {
 pub fn sinks(p: Params) {
     let a = p.attention;
     let head = block_idx_x();
-    let sink = a.sinks.load(head as usize) * LOG2_E;
+    let sink = a.sink(head);
     let Rows { batches, tokens } = Rows::of(&a);
     let rows = batches * tokens;
     let tokens = divisor(tokens);

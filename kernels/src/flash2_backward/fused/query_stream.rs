@@ -51,7 +51,6 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
 
     /// The blocks of `head` of Q and of those after it. `statistics` is where those of the stages go.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
     pub fn new(
         p: &Params,
         threads: u32,

@@ -116,7 +116,8 @@ const PREFACE: &str = "\
 
 `ferroflash info --kernels` prints this page. It asks what chooses kernels for calls, with heads of 64 elements where
 it says nothing else. `yes`: as fast as without; `general`: by a kernel that asks its arguments for all features, which
-costs time; `no`: refused, with the reason. `auto` takes the first family here that can run a problem.
+costs time; `no`: refused, with the reason. Gradients of flash2 that are `deterministic` compute S and dP twice, which costs
+time too. `auto` takes the first family here that can run a problem.
 
 ";
 

@@ -1,7 +1,7 @@
 //! The grid: every kernel, dtype, head dimension and mask, at lengths around the edges of tiles.
 use crate::inputs::normal;
 use ferroflash::accuracy::{self, Accuracy};
-use ferroflash::{Attention, AttentionOptions, DType, Kernel, Session, Tensor};
+use ferroflash::{Attention, AttentionOptions, DType, Session, Tensor};
 
 /// (seqlen_q, seqlen_k): one token, the edges of 16 and 64, several blocks, and lengths unlike each other both ways.
 pub const LENGTHS: [(usize, usize); 14] = [
@@ -24,13 +24,8 @@ pub const LENGTHS: [(usize, usize); 14] = [
 /// Head dimensions that every kernel has.
 pub const HEAD_DIMS: [usize; 3] = [32, 64, 128];
 
-/// The dtypes of a kernel.
-pub fn dtypes(kernel: Kernel) -> &'static [DType] {
-    match kernel {
-        Kernel::Flash2 => &[DType::F16, DType::BF16],
-        _ => &[DType::F32, DType::F16, DType::BF16],
-    }
-}
+/// Dtypes that every kernel has.
+pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// One problem of the grid.
 #[derive(Clone, Copy, Debug)]
@@ -94,9 +89,9 @@ impl Case {
     }
 }
 
-/// All cases of one kernel, with one head of one sequence each.
-pub fn cases(kernel: Kernel) -> impl Iterator<Item = Case> {
-    dtypes(kernel).iter().flat_map(|&dtype| {
+/// One head of one sequence each.
+pub fn cases() -> impl Iterator<Item = Case> {
+    DTYPES.into_iter().flat_map(|dtype| {
         HEAD_DIMS.into_iter().flat_map(move |headdim| {
             [false, true].into_iter().flat_map(move |causal| {
                 LENGTHS.into_iter().map(move |lengths| Case::single(dtype, lengths, headdim, causal))
@@ -107,8 +102,8 @@ pub fn cases(kernel: Kernel) -> impl Iterator<Item = Case> {
 
 /// Several sequences and heads, with K and V of their own and shared; and large inputs, whose softmax is almost one key
 /// (less large in f32, where the bound is absolute and scores of hundreds are rounded by more than it allows).
-pub fn batches(kernel: Kernel) -> impl Iterator<Item = Case> {
-    dtypes(kernel).iter().flat_map(|&dtype| {
+pub fn batches() -> impl Iterator<Item = Case> {
+    DTYPES.into_iter().flat_map(|dtype| {
         let large = if dtype == DType::F32 { 4.0 } else { 8.0 };
         [(2, 3, 3, 1.0), (2, 4, 2, 1.0), (3, 2, 1, 1.0), (1, 2, 2, large)].into_iter().map(
             move |(batch, nheads, nheads_k, deviation)| Case {

@@ -1,6 +1,6 @@
 //! Gradients against f64: on the CPU, on the simulated GPU, and on a real one, where the tests else say `skipped:`.
 use ferroflash::{AttentionOptions, Backend, DType, Gradients, Kernel, Session, SimulatorOptions, Tensor};
-use ferroflash_tests::grid::{Case, HEAD_DIMS, LENGTHS, batches, cases};
+use ferroflash_tests::grid::{Case, DTYPES, HEAD_DIMS, LENGTHS, batches, cases};
 use ferroflash_tests::inputs::{normal, tensor};
 
 const BACKENDS: [Backend; 2] = [Backend::Cpu, Backend::Simulator];
@@ -34,13 +34,13 @@ fn assert_same_bits(a: &Gradients, b: &Gradients) {
 #[test]
 fn on_the_simulator() {
     let session = session(Backend::Simulator);
-    cases(Kernel::Flash2).chain(batches(Kernel::Flash2)).for_each(|case| case.check_backward(&session));
+    cases().chain(batches()).for_each(|case| case.check_backward(&session));
 }
 
 #[test]
 fn on_the_cpu() {
     let session = session(Backend::Cpu);
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
+    for dtype in DTYPES {
         for headdim in HEAD_DIMS.into_iter().chain([40, 256]) {
             for causal in [false, true] {
                 for lengths in LENGTHS {
@@ -49,13 +49,13 @@ fn on_the_cpu() {
             }
         }
     }
-    batches(Kernel::Standard).for_each(|case| case.check_backward(&session));
+    batches().for_each(|case| case.check_backward(&session));
 }
 
 #[test]
 fn on_the_gpu() {
     let Some(session) = gpu("on_the_gpu") else { return };
-    cases(Kernel::Flash2).chain(batches(Kernel::Flash2)).for_each(|case| case.check_backward(&session));
+    cases().chain(batches()).for_each(|case| case.check_backward(&session));
     for headdim in HEAD_DIMS {
         for causal in [false, true] {
             Case { nheads: 2, ..Case::single(DType::BF16, (2048, 2500), headdim, causal) }.check_backward(&session);
@@ -76,7 +76,7 @@ fn reruns_on_the_gpu_are_bitwise_equal() {
 /// The order in which threads run must not matter.
 #[test]
 fn any_order_of_threads_gives_the_same_bits() {
-    for case in batches(Kernel::Flash2).take(2) {
+    for case in batches().step_by(2) {
         let run = |seed| {
             let mut options = SimulatorOptions::default();
             options.seed = seed;

@@ -2,10 +2,11 @@
 //! where the test else says `skipped:`.
 use ferroflash::{Backend, DType, Session};
 use ferroflash_tests::combination::{Combination, Limits, combinations};
+use ferroflash_tests::grid;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-const DTYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
+const DTYPES: &[DType] = &grid::DTYPES;
 
 /// Draws `cases` combinations, the same ones in every run, and shrinks the first that fails.
 fn check(session: &Session, cases: u32, limits: Limits) {

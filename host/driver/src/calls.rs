@@ -58,17 +58,6 @@ unsafe extern "C" {
     pub fn cuCtxGetCurrent(context: *mut Handle) -> Code;
     /// Makes a context current, in place of the one that is.
     pub fn cuCtxSetCurrent(context: Handle) -> Code;
-    /// Sets `count` words of 32 bits, in the order of a stream.
-    pub fn cuMemsetD32Async(address: u64, value: c_uint, count: usize, stream: Handle) -> Code;
-    /// Sets `height` rows of `width` bytes, `pitch` bytes apart, in the order of a stream.
-    pub fn cuMemsetD2D8Async(
-        address: u64,
-        pitch: usize,
-        value: u8,
-        width: usize,
-        height: usize,
-        stream: Handle,
-    ) -> Code;
     fn cuGetErrorName(code: Code, name: *mut *const c_char) -> Code;
 }
 

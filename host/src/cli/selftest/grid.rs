@@ -7,6 +7,8 @@ use std::fmt;
 
 /// Around the edges of blocks of 16, 64 and 128 rows.
 const LENGTHS: [usize; 9] = [1, 15, 16, 17, 63, 64, 65, 113, 257];
+/// Those of tensors.
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 /// Queries and keys of unequal lengths.
 const UNEQUAL: [(usize, usize); 4] = [(1, 257), (65, 17), (17, 65), (130, 113)];
 
@@ -67,11 +69,7 @@ pub fn groups(backend: Backend, quick: bool) -> Vec<Group> {
     };
     let mut groups = Vec::new();
     for &kernel in kernels {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            // FlashAttention-2 is for the tensor cores' 16-bit types.
-            if (kernel, dtype) == (Kernel::Flash2, DType::F32) {
-                continue;
-            }
+        for dtype in DTYPES {
             for &headdim in extent.headdims {
                 let name = if kernel == Kernel::Auto { "attention" } else { kernel.name() };
                 let name = format!("{name} {} headdim {headdim}", dtype.name());
@@ -79,18 +77,15 @@ pub fn groups(backend: Backend, quick: bool) -> Vec<Group> {
             }
         }
     }
-    let (kernel, dtypes): (_, &[DType]) = match backend {
-        Backend::Cpu => (Kernel::Auto, &[DType::F32, DType::F16, DType::BF16]),
-        _ => (Kernel::Flash2, &[DType::F16, DType::BF16]),
-    };
-    for &dtype in dtypes {
+    let kernel = if backend == Backend::Cpu { Kernel::Auto } else { Kernel::Flash2 };
+    for dtype in DTYPES {
         for &headdim in extent.headdims {
             let name = format!("backward {} headdim {headdim}", dtype.name());
             groups.push(Group { name, kernel, cases: backward_cases(&extent, dtype, headdim) });
         }
     }
     for &method in SoftmaxMethod::ALL {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for dtype in DTYPES {
             let cases = extent.columns.iter().map(|&columns| Case::Softmax { dtype, rows: 5, columns, method });
             let name = format!("softmax {method} {}", dtype.name());
             groups.push(Group { name, kernel: Kernel::Auto, cases: cases.collect() });

@@ -59,6 +59,12 @@ impl<const STAGES: u32> Pipeline<STAGES> {
         Consumer { pipeline: self, at: Position { index: 0, parity: 0 } }
     }
 
+    /// The state of a thread that empties stage `index` alone, of which each thread that fills takes its turn.
+    #[inline(always)]
+    pub fn consumer_at(self, index: u32) -> Consumer<STAGES> {
+        Consumer { pipeline: self, at: Position { index, parity: 0 } }
+    }
+
     #[inline(always)]
     fn slot(self, at: Position) -> Slot<STAGES> {
         Slot { index: at.index, pipeline: self }
@@ -126,6 +132,12 @@ impl<const STAGES: u32> Consumer<STAGES> {
     #[inline(always)]
     pub fn advance(&mut self) {
         self.at.advance::<STAGES>();
+    }
+
+    /// Goes on to the same stage in the next round.
+    #[inline(always)]
+    pub fn next_round(&mut self) {
+        self.at.parity ^= 1;
     }
 }
 

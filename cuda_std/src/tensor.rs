@@ -104,8 +104,8 @@ impl<'a> TensorMapRef<'a> {
         self.load_box(to.address(), RANK, five(at), barrier, Some(blocks));
     }
 
-    /// Loads a tile: the rows from `row` on, at coordinates `outer` in the dimensions beyond rows and columns. The map
-    /// is one of [tiles](TensorMapDescription::of_tiles) of this type.
+    /// Loads a tile, a panel at a time: the rows from `row` on, at coordinates `outer` in the dimensions beyond rows and
+    /// columns. The map is one of [tiles](TensorMapDescription::of_tiles) of this type.
     #[inline(always)]
     #[track_caller]
     pub fn load_tile<T: Element, const R: usize, const C: usize, const OUTER: usize>(
@@ -115,7 +115,10 @@ impl<'a> TensorMapRef<'a> {
         outer: [i32; OUTER],
         barrier: Mbarrier,
     ) {
-        self.load_box(to.chunk(0, 0).address(), 3 + OUTER, of_tile(row, outer), barrier, None);
+        for panel in 0..SmemTile::<T, R, C>::PANELS {
+            let (to, at) = (to.panel(panel).address(), of_panel::<T, R, C, OUTER>(panel, row, outer));
+            self.load_box(to, 2 + OUTER, at, barrier, None);
+        }
     }
 
     /// As [`load_tile`](Self::load_tile), to each of the `blocks` of the cluster.
@@ -129,7 +132,10 @@ impl<'a> TensorMapRef<'a> {
         barrier: Mbarrier,
         blocks: Blocks,
     ) {
-        self.load_box(to.chunk(0, 0).address(), 3 + OUTER, of_tile(row, outer), barrier, Some(blocks));
+        for panel in 0..SmemTile::<T, R, C>::PANELS {
+            let (to, at) = (to.panel(panel).address(), of_panel::<T, R, C, OUTER>(panel, row, outer));
+            self.load_box(to, 2 + OUTER, at, barrier, Some(blocks));
+        }
     }
 
     #[inline(always)]
@@ -157,7 +163,10 @@ impl<'a> TensorMapRef<'a> {
         outer: [i32; OUTER],
     ) {
         let policy = self.policy.map(|policy| policy.0);
-        machine::tensor_store(self.map, 3 + OUTER, of_tile(row, outer), from.chunk(0, 0).address(), policy);
+        for panel in 0..SmemTile::<T, R, C>::PANELS {
+            let (from, at) = (from.panel(panel).address(), of_panel::<T, R, C, OUTER>(panel, row, outer));
+            machine::tensor_store(self.map, 2 + OUTER, at, from, policy);
+        }
     }
 
     /// Adds the box to the tensor, of f32, each element atomically: the sum of several depends on their order.
@@ -177,7 +186,10 @@ impl<'a> TensorMapRef<'a> {
         row: i32,
         outer: [i32; OUTER],
     ) {
-        machine::tensor_add(self.map, 3 + OUTER, of_tile(row, outer), from.chunk(0, 0).address());
+        for panel in 0..SmemTile::<f32, R, C>::PANELS {
+            let (from, at) = (from.panel(panel).address(), of_panel::<f32, R, C, OUTER>(panel, row, outer));
+            machine::tensor_add(self.map, 2 + OUTER, at, from);
+        }
     }
 }
 
@@ -190,11 +202,15 @@ fn five<const RANK: usize>(at: [i32; RANK]) -> [i32; 5] {
     all
 }
 
-/// The coordinates of a tile: the column in a panel, the row, the panel, and the outer dimensions.
+/// The coordinates of a panel of a tile: its first column, the row, and the outer dimensions.
 #[inline(always)]
-fn of_tile<const OUTER: usize>(row: i32, outer: [i32; OUTER]) -> [i32; 5] {
-    const { assert!(OUTER <= 2, "a tensor has at most two dimensions beyond those of its tiles") };
-    let mut all = [0, row, 0, 0, 0];
-    all[3..3 + OUTER].copy_from_slice(&outer);
+fn of_panel<T: Element, const R: usize, const C: usize, const OUTER: usize>(
+    panel: u32,
+    row: i32,
+    outer: [i32; OUTER],
+) -> [i32; 5] {
+    const { assert!(OUTER <= 3, "a tensor has at most three dimensions beyond those of its tiles") };
+    let mut all = [(panel * SmemTile::<T, R, C>::PANEL_COLUMNS) as i32, row, 0, 0, 0];
+    all[2..2 + OUTER].copy_from_slice(&outer);
     all
 }

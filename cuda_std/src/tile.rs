@@ -5,6 +5,14 @@ use crate::shared::Shared;
 use crate::{Global, GlobalMatrix, copy, thread};
 use core::marker::PhantomData;
 
+/// Columns of a panel of a tile of so many columns, of elements of so many bytes: as many as make 128 bytes, or the largest
+/// power of two of 16 bytes that divides a row.
+pub(crate) const fn panel_columns(columns: u32, bytes: u32) -> u32 {
+    let chunks = columns * bytes / 16;
+    let panel = if chunks.trailing_zeros() < 3 { 1 << chunks.trailing_zeros() } else { 8 };
+    panel * 16 / bytes
+}
+
 /// A `ROWS` x `COLS` tile of T in shared memory.
 ///
 /// Layout: panels of at most 128 bytes of columns, one after the other; in a panel the rows follow each other, and the
@@ -33,8 +41,12 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
     pub const ELEMENTS: u32 = (ROWS * COLS) as u32;
 
     const ROW_CHUNKS: u32 = COLS as u32 / Self::CHUNK;
-    const PANEL_CHUNKS: u32 =
-        if Self::ROW_CHUNKS.trailing_zeros() < 3 { 1 << Self::ROW_CHUNKS.trailing_zeros() } else { 8 };
+    const PANEL_CHUNKS: u32 = Self::PANEL_COLUMNS / Self::CHUNK;
+    /// Columns of a panel: rows of at most 128 bytes, which the swizzle permutes.
+    pub const PANEL_COLUMNS: u32 = panel_columns(COLS as u32, size_of::<T>() as u32);
+    /// How many panels the tile has, one after the other.
+    pub const PANELS: u32 = Self::ROW_CHUNKS / Self::PANEL_CHUNKS;
+
     const VALID: () = assert!(
         matches!(Self::PANEL_CHUNKS, 2 | 4 | 8) && ROWS.is_multiple_of(8),
         "rows of a multiple of 32 bytes, eight by eight"
@@ -69,6 +81,12 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
     #[inline(always)]
     pub fn end<U>(self) -> Shared<U> {
         self.base.offset(Self::ELEMENTS).cast()
+    }
+
+    /// The first address of panel `panel`.
+    #[inline(always)]
+    pub fn panel(self, panel: u32) -> Shared<T> {
+        self.base.offset(panel * ROWS as u32 * Self::PANEL_COLUMNS)
     }
 
     /// The 16-byte chunk `chunk` of row `row`: elements `chunk * CHUNK` and on.

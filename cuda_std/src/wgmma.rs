@@ -91,10 +91,7 @@ impl<T: Element, const R: usize, const C: usize> SmemTile<T, R, C> {
     }
 
     /// Bytes of a row in a panel: the swizzle.
-    const PANEL_ROW: u32 = {
-        let row = (C * size_of::<T>()) as u32;
-        if row < 128 { row } else { 128 }
-    };
+    const PANEL_ROW: u32 = Self::PANEL_COLUMNS * size_of::<T>() as u32;
 
     /// Bytes of a panel.
     const PANEL: u32 = R as u32 * Self::PANEL_ROW;

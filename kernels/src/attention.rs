@@ -185,6 +185,12 @@ impl<T> Attention<T> {
         Sequence { batch, first_q, seqlen_q, first_k, seqlen_k }
     }
 
+    /// The batch that tensor maps know sequence `batch` by: sequences of different lengths lie in one.
+    #[inline(always)]
+    pub fn batch_of_map(&self, batch: u32) -> u32 {
+        if self.cu_seqlens_q.is_null() { batch } else { 0 }
+    }
+
     /// The sink of a head in log2 units; -inf if there is none.
     #[inline(always)]
     #[track_caller]

@@ -1,6 +1,6 @@
 //! All entry points, for tools that walk over them.
 use crate::config::Config;
-use crate::{flash1, flash2, flash2_backward, softmax, standard};
+use crate::{flash1, flash2, flash2_backward, flash3, softmax, standard};
 use cuda_std::Kernel;
 
 /// An entry point of any family, for tools that walk over all of them.
@@ -33,6 +33,7 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash2_backward::fused::WHOLE))
         .chain(info(flash2_backward::fused::SPLIT))
         .chain(info(flash2_backward::fused::FINISH))
+        .chain(info(flash3::FORWARD))
 }
 
 fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {

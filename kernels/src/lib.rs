@@ -13,6 +13,7 @@ mod entries;
 pub mod flash1;
 pub mod flash2;
 pub mod flash2_backward;
+pub mod flash3;
 pub mod mask;
 mod online_softmax;
 mod row_softmax;

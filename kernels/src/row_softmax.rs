@@ -44,6 +44,39 @@ impl<const M: usize> RowSoftmax<M> {
         rescale
     }
 
+    /// As [`take`](Self::take), but m follows only once an element exceeds it by more than a factor of 2⁸: until then the
+    /// weights are larger than 1, the sums no less exact, and nothing is to be rescaled. FlashAttention-4 does so.
+    #[inline(always)]
+    #[track_caller]
+    pub fn take_lazily<const N: usize>(&mut self, s: &mut Accumulator<M, N>, scale: f32) -> Rescale<M> {
+        const SLACK: f32 = 8.0;
+        let mut rescale = Rescale { alpha: [[1.0; 2]; M], any: false };
+        let mut block_max = [[0.0; 2]; M];
+        for m in 0..M {
+            for half in 0..2 {
+                block_max[m][half] = s.fold_row(m, half, math::max) * scale;
+                rescale.any |= block_max[m][half] > self.0[m][half].m + SLACK;
+            }
+        }
+        rescale.any = any(ALL, rescale.any);
+        if rescale.any {
+            for m in 0..M {
+                for half in 0..2 {
+                    rescale.alpha[m][half] = self.0[m][half].raise(reduce::<4, f32>(block_max[m][half], math::max));
+                }
+            }
+        }
+        for m in 0..M {
+            for half in 0..2 {
+                let state = &mut self.0[m][half];
+                let base = -state.base();
+                s.map_row(m, half, |s| ex2(fma(s, scale, base)));
+                state.l += s.fold_row(m, half, |x, y| x + y);
+            }
+        }
+        rescale
+    }
+
     /// O = diag(l)⁻¹ O, and gives each row with its final state to `row_state`. `sink` is one more element of each row, with
     /// a weight but no value, in log2 units; -inf if there is none.
     #[inline(always)]
@@ -71,6 +104,18 @@ impl<const M: usize> RowSoftmax<M> {
 }
 
 impl<const M: usize> Rescale<M> {
+    /// O = diag(alpha) O, if [`RowSoftmax::take_lazily`] asks for it: seldom.
+    #[inline(always)]
+    pub fn apply_if_any<const N: usize>(self, o: &mut Accumulator<M, N>) {
+        if self.any {
+            for m in 0..M {
+                for half in 0..2 {
+                    o.map_row(m, half, |o| o * self.alpha[m][half]);
+                }
+            }
+        }
+    }
+
     /// O = diag(alpha) O.
     ///
     /// Later blocks seldom bring a new maximum, and then alpha is 1. To ask first is worth it where O is wide: on an H100 it

@@ -56,7 +56,8 @@ type Tile = SmemTile<bf16, 64, 64>;
 fn tensor() -> (Memory, TensorMap) {
     let memory = Memory::new();
     let address = memory.upload("x", &[bf16::ONE; 64 * 64]).global().address();
-    let map = TensorMapDescription::of_tiles::<bf16, 64, 64>(address, 64, 64, &[]).and_then(|map| map.simulated());
+    let map =
+        TensorMapDescription::of_tiles::<bf16, 64, 64>(address, (64, 64), 64, &[]).and_then(|map| map.simulated());
     (memory, map.expect("a map"))
 }
 

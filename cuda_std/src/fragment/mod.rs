@@ -5,6 +5,7 @@
 //! block of an accumulator the rows g and g + 8 at columns 2q and 2q + 1.
 mod exact;
 mod kept;
+mod rows;
 mod tensor_cores;
 
 pub use tensor_cores::PackedMatrixElement;

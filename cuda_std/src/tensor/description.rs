@@ -104,33 +104,48 @@ impl std::error::Error for TensorMapError {}
 const SIMULATED: u64 = 0x7369_6d75_6c61_7465;
 
 impl TensorMapDescription {
-    /// A map whose boxes are whole [`SmemTile`](crate::SmemTile)s of `R` rows and `C` columns, of matrices of `rows`
-    /// rows and `C` columns that lie `row_stride` elements apart; of these there are as many as `outer` says, by
-    /// dimensions of `(count, stride in elements)`.
+    /// A map whose boxes are the panels of [`SmemTile`](crate::SmemTile)s of `R` rows and `C` columns: as
+    /// [`of_panels`](Self::of_panels).
     pub fn of_tiles<T: Element, const R: usize, const C: usize>(
         address: u64,
-        rows: u64,
+        extents: (u64, u64),
         row_stride: u64,
         outer: &[(u64, u64)],
     ) -> Result<Self, TensorMapError> {
-        let bytes = size_of::<T>() as u64;
-        let panel = (C as u64).min(128 / bytes);
-        let panels = C as u64 / panel;
-        if outer.len() > MOST_RANK - 3 {
-            return Err(TensorMapError::Rank(3 + outer.len()));
+        Self::of_panels(T::DTYPE, (R as u32, C as u32), address, extents, row_stride, outer)
+    }
+
+    /// A map whose boxes are the panels of [`SmemTile`](crate::SmemTile)s of so many rows and columns, of matrices of
+    /// `rows` rows that lie `row_stride` elements apart and of `columns` columns, at most those of a tile; of these there
+    /// are as many as `outer` says, by up to three dimensions of `(count, stride in elements)`.
+    pub fn of_panels(
+        dtype: DType,
+        (tile_rows, tile_columns): (u32, u32),
+        address: u64,
+        (rows, columns): (u64, u64),
+        row_stride: u64,
+        outer: &[(u64, u64)],
+    ) -> Result<Self, TensorMapError> {
+        let bytes = dtype.bytes() as u64;
+        let panel = crate::tile::panel_columns(tile_columns, bytes as u32);
+        if outer.len() > MOST_RANK - 2 {
+            return Err(TensorMapError::Rank(2 + outer.len()));
+        }
+        if columns > u64::from(tile_columns) {
+            return Err(TensorMapError::Dimension(0));
         }
         let mut map = TensorMapDescription {
             address,
-            dtype: T::DTYPE,
-            rank: 3 + outer.len(),
-            dimensions: [panel, rows, panels, 1, 1],
-            strides: [row_stride * bytes, panel * bytes, 0, 0],
-            tile: [panel as u32, R as u32, panels as u32, 1, 1],
-            swizzle: Swizzle::of_rows((panel * bytes) as u32).unwrap_or(Swizzle::None),
+            dtype,
+            rank: 2 + outer.len(),
+            dimensions: [columns, rows, 1, 1, 1],
+            strides: [row_stride * bytes, 0, 0, 0],
+            tile: [panel, tile_rows, 1, 1, 1],
+            swizzle: Swizzle::of_rows(panel * bytes as u32).unwrap_or(Swizzle::None),
         };
         for (i, &(count, stride)) in outer.iter().enumerate() {
-            map.dimensions[3 + i] = count;
-            map.strides[2 + i] = stride * bytes;
+            map.dimensions[2 + i] = count;
+            map.strides[1 + i] = stride * bytes;
         }
         map.check()?;
         Ok(map)

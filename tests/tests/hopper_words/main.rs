@@ -23,7 +23,7 @@ fn tiles<T: Element, const R: usize, const C: usize>(
     row_stride: usize,
     outer: &[(u64, u64)],
 ) -> TensorMap {
-    let map = TensorMapDescription::of_tiles::<T, R, C>(address, rows as u64, row_stride as u64, outer);
+    let map = TensorMapDescription::of_tiles::<T, R, C>(address, (rows as u64, C as u64), row_stride as u64, outer);
     map.and_then(|map| map.simulated()).expect("a tensor map")
 }
 

@@ -1,0 +1,50 @@
+//! Accumulators to global memory, without a detour through shared memory.
+use super::Accumulator;
+use crate::matrix::PackedElement;
+use crate::thread::lane_id;
+use crate::warp::{ALL, shuffle_xor};
+use crate::{Global, GlobalMatrix};
+
+impl<const N: usize> Accumulator<1, N> {
+    /// Writes the matrix, rounded to T, to the first 16 rows of an aligned matrix in global memory; what that does not
+    /// have is left out. The four lanes of a quad, which share a row, swap their pairs, so that each has eight columns.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_rows<T: PackedElement>(&self, to: GlobalMatrix<T>) {
+        const { assert!(N.is_multiple_of(4), "the lanes of a quad take a block of eight columns each") };
+        for half in 0..2 {
+            let row = Self::row(0, half);
+            for first in (0..N).step_by(4) {
+                let mut words = [0; 4];
+                for i in 0..4 {
+                    let block = &self.0[0][first + i];
+                    words[i] = T::pack(block[2 * half], block[2 * half + 1]);
+                }
+                let column = 8 * (first as u32 + lane_id() % 4);
+                let at: Global<u32> = to.data.offset((row as u64 * to.row_stride + column as u64) as usize).cast();
+                let words = transposed(words);
+                if row < to.rows && column < to.columns {
+                    at.store_vector(0, words);
+                }
+            }
+        }
+    }
+}
+
+/// The transpose of the 4 x 4 matrix whose columns the lanes of a quad have: word i of lane j becomes word j of lane i.
+#[inline(always)]
+#[track_caller]
+fn transposed([a, b, c, d]: [u32; 4]) -> [u32; 4] {
+    let ([a, c], [b, d]) = (swapped([a, c], 2), swapped([b, d], 2));
+    let ([a, b], [c, d]) = (swapped([a, b], 1), swapped([c, d], 1));
+    [a, b, c, d]
+}
+
+/// Of two words, the lanes at this distance swap the lower one's second and the upper one's first.
+#[inline(always)]
+#[track_caller]
+fn swapped([first, second]: [u32; 2], distance: u32) -> [u32; 2] {
+    let is_lower = lane_id() & distance == 0;
+    let received = shuffle_xor(ALL, if is_lower { second } else { first }, distance);
+    if is_lower { [first, received] } else { [received, second] }
+}

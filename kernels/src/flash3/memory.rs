@@ -1,0 +1,70 @@
+//! What a block of threads keeps in shared memory.
+use super::GROUP_ROWS;
+use cuda_std::SmemTile;
+use cuda_std::matrix::PackedElement;
+use cuda_std::pipeline::Pipeline;
+use cuda_std::shared::dynamic_shared;
+
+/// Tiles, and the pipelines that they come through.
+#[derive(Clone, Copy)]
+pub struct Memory<
+    T,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+> {
+    /// Q: a stage for each warpgroup of consumers.
+    pub q: SmemTile<T, { GROUP_ROWS as usize }, HEADDIM>,
+    /// Blocks of K.
+    pub k: SmemTile<T, BLOCK_N, HEADDIM>,
+    /// Blocks of V.
+    pub v: SmemTile<T, BLOCK_N, HEADDIM_V>,
+    /// Q's: each warpgroup has a stage of its own, which it alone empties.
+    pub queries: Pipeline<GROUPS>,
+    /// K's: all warpgroups empty each stage.
+    pub keys: Pipeline<STAGES>,
+    /// V's, likewise.
+    pub values: Pipeline<STAGES>,
+}
+
+/// Warps of a warpgroup: of each, one thread releases a stage.
+const WARPS: u32 = 4;
+
+impl<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+> Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>
+{
+    /// What it takes.
+    pub const BYTES: u32 = GROUPS * SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES
+        + STAGES * (SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + SmemTile::<T, BLOCK_N, HEADDIM_V>::BYTES)
+        + Pipeline::<GROUPS>::BYTES
+        + 2 * Pipeline::<STAGES>::BYTES;
+
+    /// The block's dynamic shared memory.
+    #[inline(always)]
+    pub fn of_block() -> Self {
+        let q = SmemTile::at(dynamic_shared());
+        let k = SmemTile::at(q.stage(GROUPS - 1).end());
+        let v = SmemTile::at(k.stage(STAGES - 1).end());
+        let queries = Pipeline::at(v.stage(STAGES - 1).end());
+        let keys = Pipeline::at(queries.end());
+        let values = Pipeline::at(keys.end());
+        Memory { q, k, v, queries, keys, values }
+    }
+
+    /// Said by one thread, before a fence and a barrier of the block.
+    #[inline(always)]
+    #[track_caller]
+    pub fn init_barriers(self) {
+        self.queries.init(1, WARPS);
+        self.keys.init(1, WARPS * GROUPS);
+        self.values.init(1, WARPS * GROUPS);
+    }
+}

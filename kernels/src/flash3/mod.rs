@@ -1,0 +1,326 @@
+//! FlashAttention-3, forward, for Hopper.
+//!
+//! Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", Algorithms 1
+//! and 2.
+//!
+//! Warps are specialised: a producer keeps copies of K and V in flight, and warpgroups of consumers, 64 query rows each,
+//! have the tensor cores multiply while they compute the softmax. Within a warpgroup the product S = Q Kᵀ of the next
+//! block of keys and the product P V of the present one run under the softmax; the warpgroups drift apart, and one's
+//! exponentials fall under the other's products. O is rescaled lazily: only when a maximum has grown by more than a
+//! factor of 2⁸ ([`RowSoftmax::take_lazily`]).
+//!
+//! Blocks of threads are persistent: each takes one tile of queries after the other ([`schedule`]), and the producer
+//! begins with the next tile while the consumers finish the last. Keys are walked from the last to the first: what is
+//! masked comes first, where nothing overlaps yet.
+//!
+//! HBM traffic: that of [`flash2`](crate::flash2).
+use crate::attention::{Attention, Sequence};
+use crate::config::Config;
+use crate::mask::{Blocks, Mask};
+use crate::row_softmax::RowSoftmax;
+use cuda_std::element::{bf16, f16};
+use cuda_std::fragment::Accumulator;
+use cuda_std::math::LOG2_E;
+use cuda_std::matrix::PackedElement;
+use cuda_std::pipeline::Slot;
+use cuda_std::tensor::{TensorMap, TensorMapRef};
+use cuda_std::thread::{lane_id, sync_threads, thread_idx_x};
+use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
+use cuda_std::wgmma::{self, Registers};
+use cuda_std::{fence, kernel};
+use memory::Memory;
+use schedule::{Tile, Tiles};
+
+mod memory;
+pub mod schedule;
+
+/// Query rows of a consumer warpgroup.
+pub const GROUP_ROWS: u32 = wgmma::ROWS;
+
+/// Arguments of the forward kernel.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Params {
+    /// Q: tiles of [`GROUP_ROWS`] rows and `headdim` columns of the configuration; heads and batches are its outer
+    /// dimensions.
+    pub q: TensorMap,
+    /// K: tiles of `block_n` rows and `headdim` columns.
+    pub k: TensorMap,
+    /// V: tiles of `block_n` rows and `headdim_v` columns.
+    pub v: TensorMap,
+    /// The problem.
+    pub attention: Attention,
+    /// Tiles of queries: `ceil(seqlen_q / block_m) * nheads * batch`.
+    pub tiles: u32,
+    /// Heads of Q whose tiles take turns ([`schedule`]); not 0.
+    pub heads_in_turn: u32,
+}
+
+const fn config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const O_COLUMNS: usize,
+    const CAUSAL: bool,
+>() -> Config {
+    assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
+    Config {
+        family: "flash3",
+        dtype: T::DTYPE,
+        tf32: false,
+        headdim: HEADDIM as u32,
+        headdim_v: HEADDIM_V as u32,
+        causal: Some(CAUSAL),
+        general: false,
+        block_m: GROUPS * GROUP_ROWS,
+        block_n: BLOCK_N as u32,
+        threads: (1 + GROUPS) * WARPGROUP,
+        min_blocks_per_sm: 1,
+        shared_bytes: Memory::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>::BYTES,
+        barriers: 1,
+    }
+}
+
+/// O = softmax(softmax_scale · Q Kᵀ) V and its LSE.
+///
+/// Grid: as many blocks as the GPU runs at once, at most one a tile. A tile has `GROUPS` times [`GROUP_ROWS`] query rows;
+/// S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of sixteen. Tensors may have fewer columns
+/// than `HEADDIM` and `HEADDIM_V`.
+#[kernel(
+    name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS) in [
+            (64, 64, 2, 192, 2, 12, 24, 8),
+            (128, 128, 2, 176, 2, 11, 22, 16),
+            (256, 256, 2, 80, 2, 5, 10, 32),
+        ],
+        CAUSAL in [false, true],
+    config = config,
+    table = FORWARD,
+)]
+pub fn forward<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const O_COLUMNS: usize,
+    const CAUSAL: bool,
+>(
+    p: Params,
+) {
+    let memory = Memory::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>::of_block();
+    if thread_idx_x() == 0 {
+        memory.init_barriers();
+        fence::mbarrier_init();
+    }
+    sync_threads();
+    let a = p.attention.of::<T>();
+    let tiles = Tiles::<CAUSAL>::new(&a, GROUPS * GROUP_ROWS, p.tiles, p.heads_in_turn);
+    let walk = Walk::<CAUSAL> { block_m: GROUPS * GROUP_ROWS, block_n: BLOCK_N as u32 };
+    match warpgroup_id() {
+        0 => {
+            release_registers::<40>();
+            if thread_idx_x() == 0 {
+                produce(&p, &a, memory, tiles, walk);
+            }
+        }
+        group => {
+            claim_registers::<232>();
+            consume::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL>(
+                &a,
+                memory,
+                tiles,
+                walk,
+                group - 1,
+            );
+        }
+    }
+}
+
+/// The blocks of keys of a tile.
+#[derive(Clone, Copy)]
+struct Walk<const CAUSAL: bool> {
+    block_m: u32,
+    block_n: u32,
+}
+
+impl<const CAUSAL: bool> Walk<CAUSAL> {
+    /// Those that rows of the tile need.
+    #[inline(always)]
+    fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
+        Mask::of::<T, CAUSAL, false>(a, &tile.sequence).key_blocks(tile.first_row, self.block_m, self.block_n)
+    }
+}
+
+/// The producer, one thread: Q of each tile, and its blocks of K and V in the order in which they are used.
+#[inline(always)]
+#[track_caller]
+fn produce<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+    const CAUSAL: bool,
+>(
+    p: &Params,
+    a: &Attention<T>,
+    memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
+    mut tiles: Tiles<CAUSAL>,
+    walk: Walk<CAUSAL>,
+) {
+    let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
+    let mut queries = memory.queries.producer();
+    let mut keys = memory.keys.producer();
+    let mut values = memory.values.producer();
+    while let Some(tile) = tiles.next(a) {
+        let blocks = walk.blocks(a, &tile);
+        if tile.rows() == 0 || blocks.count() == 0 {
+            continue;
+        }
+        let Sequence { batch, first_q, first_k, .. } = tile.sequence;
+        let (matrix_q, matrix_k) = (
+            [tile.head as i32, a.batch_of_map(batch) as i32],
+            [a.head_k(tile.head) as i32, a.batch_of_map(batch) as i32],
+        );
+        let mut load_queries = |group: u32| {
+            let slot = queries.acquire();
+            slot.expect(GROUP_ROWS * HEADDIM as u32 * size_of::<T>() as u32);
+            let row = first_q + tile.first_row + group * GROUP_ROWS;
+            q_map.load_tile(memory.q.stage(slot.index), row as i32, matrix_q, slot.full());
+            queries.advance();
+        };
+        let mut load_keys = |block: u32| {
+            let slot = keys.acquire();
+            slot.expect((BLOCK_N * HEADDIM * size_of::<T>()) as u32);
+            let row = first_k + block * BLOCK_N as u32;
+            k_map.load_tile(memory.k.stage(slot.index), row as i32, matrix_k, slot.full());
+            keys.advance();
+        };
+        let mut load_values = |block: u32| {
+            let slot = values.acquire();
+            slot.expect((BLOCK_N * HEADDIM_V * size_of::<T>()) as u32);
+            let row = first_k + block * BLOCK_N as u32;
+            v_map.load_tile(memory.v.stage(slot.index), row as i32, matrix_k, slot.full());
+            values.advance();
+        };
+        load_queries(0);
+        load_keys(blocks.end - 1);
+        for group in 1..GROUPS {
+            load_queries(group);
+        }
+        for block in (blocks.begin + 1..blocks.end).rev() {
+            load_keys(block - 1);
+            load_values(block);
+        }
+        load_values(blocks.begin);
+    }
+}
+
+/// A consumer warpgroup: Algorithm 2 for each tile.
+#[inline(always)]
+#[track_caller]
+fn consume<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const O_COLUMNS: usize,
+    const CAUSAL: bool,
+>(
+    a: &Attention<T>,
+    memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
+    mut tiles: Tiles<CAUSAL>,
+    walk: Walk<CAUSAL>,
+    group: u32,
+) {
+    let (q, scale) = (memory.q.stage(group), a.softmax_scale * LOG2_E);
+    let mut queries = memory.queries.consumer_at(group);
+    let (mut keys, mut values) = (memory.keys.consumer(), memory.values.consumer());
+    while let Some(tile) = tiles.next(a) {
+        if tile.rows() == 0 {
+            continue;
+        }
+        let own_row = tile.first_row + group * GROUP_ROWS + 16 * warp_in_group();
+        let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
+        let blocks = walk.blocks(a, &tile);
+        let own_blocks = mask.key_blocks(tile.first_row + group * GROUP_ROWS, GROUP_ROWS, BLOCK_N as u32);
+        let hide = |s: &mut Accumulator<1, S_COLUMNS>, block: u32| {
+            if own_blocks.is_partial(block) {
+                mask.apply(s, own_row, block * BLOCK_N as u32);
+            }
+        };
+        let mut softmax = RowSoftmax::<1>::EMPTY;
+        let mut o = Accumulator::<1, O_COLUMNS>::zero();
+        if blocks.count() > 0 {
+            let q_slot = queries.wait();
+            let k_slot = keys.wait();
+            keys.advance();
+            let mut s: Accumulator<1, S_COLUMNS> =
+                wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0)).wait::<0>();
+            release(k_slot);
+            hide(&mut s, blocks.end - 1);
+            softmax.take_lazily(&mut s, scale);
+            let mut p = Registers::<T, STEPS>::of(&s);
+            for block in (blocks.begin..blocks.end - 1).rev() {
+                let k_slot = keys.wait();
+                keys.advance();
+                let s_in_flight = wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0));
+                let v_slot = values.wait();
+                let o_in_flight = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0));
+                let mut s: Accumulator<1, S_COLUMNS> = s_in_flight.wait::<1>();
+                release(k_slot);
+                hide(&mut s, block);
+                let rescale = softmax.take_lazily(&mut s, scale);
+                // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
+                wgmma::pin(&mut s);
+                values.wait();
+                values.advance();
+                o = o_in_flight.wait::<0>();
+                wgmma::pin(&mut s);
+                release(v_slot);
+                p = Registers::of(&s);
+                rescale.apply_if_any(&mut o);
+            }
+            release(q_slot);
+            queries.next_round();
+            let v_slot = values.wait();
+            values.advance();
+            o = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0)).wait::<0>();
+            release(v_slot);
+        }
+        let rows = tile.sequence.seqlen_q;
+        let lse = a.softmax_lse.offset(a.first_row(&tile.sequence, tile.head));
+        softmax.finish(&mut o, f32::NEG_INFINITY, |row, state| {
+            let row = own_row + row;
+            if lane_id().is_multiple_of(4) && row < rows {
+                lse.store(row as usize, state.lse());
+            }
+        });
+        o.store_rows(tile.sequence.query_matrix(&a.o, tile.head, own_row, a.headdim_v, true));
+    }
+}
+
+/// This warp needs a stage no more.
+#[inline(always)]
+#[track_caller]
+fn release<const STAGES: u32>(slot: Slot<STAGES>) {
+    if lane_id() == 0 {
+        slot.release();
+    }
+}

@@ -14,10 +14,11 @@
 //! masked comes first, where nothing overlaps yet.
 //!
 //! HBM traffic: that of [`flash2`](crate::flash2).
-use crate::attention::{Attention, Sequence};
+use crate::attention::Attention;
 use crate::config::Config;
 use crate::mask::{Blocks, Mask};
 use crate::row_softmax::RowSoftmax;
+use cuda_std::barrier::Turns;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::LOG2_E;
@@ -27,7 +28,7 @@ use cuda_std::tensor::{TensorMap, TensorMapRef};
 use cuda_std::thread::{lane_id, sync_threads, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, Registers};
-use cuda_std::{fence, kernel};
+use cuda_std::{SmemTile, fence, kernel};
 use memory::Memory;
 use schedule::{Tile, Tiles};
 
@@ -50,10 +51,8 @@ pub struct Params {
     pub v: TensorMap,
     /// The problem.
     pub attention: Attention,
-    /// Tiles of queries: `ceil(seqlen_q / block_m) * nheads * batch`.
-    pub tiles: u32,
-    /// Heads of Q whose tiles take turns ([`schedule`]); not 0.
-    pub heads_in_turn: u32,
+    /// Units of work: [`units_of_head`](schedule::units_of_head) a head of Q.
+    pub units: u32,
 }
 
 const fn config<
@@ -67,6 +66,7 @@ const fn config<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
+    const TURNS: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
     Config {
@@ -88,7 +88,7 @@ const fn config<
 
 /// O = softmax(softmax_scale · Q Kᵀ) V and its LSE.
 ///
-/// Grid: as many blocks as the GPU runs at once, at most one a tile. A tile has `GROUPS` times [`GROUP_ROWS`] query rows;
+/// Grid: as many blocks as the GPU runs at once, at most one a unit of work. A tile has `GROUPS` times [`GROUP_ROWS`] query rows;
 /// S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of sixteen. Tensors may have fewer columns
 /// than `HEADDIM` and `HEADDIM_V`.
 #[kernel(
@@ -100,7 +100,7 @@ const fn config<
             (128, 128, 2, 176, 2, 11, 22, 16),
             (256, 256, 2, 80, 2, 5, 10, 32),
         ],
-        CAUSAL in [false, true],
+        (CAUSAL, TURNS) in [(false, false), (true, false)],
     config = config,
     table = FORWARD,
 )]
@@ -115,6 +115,7 @@ pub fn forward<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
+    const TURNS: bool,
 >(
     p: Params,
 ) {
@@ -125,40 +126,31 @@ pub fn forward<
     }
     sync_threads();
     let a = p.attention.of::<T>();
-    let tiles = Tiles::<CAUSAL>::new(&a, GROUPS * GROUP_ROWS, p.tiles, p.heads_in_turn);
-    let walk = Walk::<CAUSAL> { block_m: GROUPS * GROUP_ROWS, block_n: BLOCK_N as u32 };
+    let tiles = Tiles::<CAUSAL>::new(p.units, GROUPS * GROUP_ROWS, BLOCK_N as u32);
     match warpgroup_id() {
         0 => {
-            release_registers::<40>();
+            if const { GROUPS > 2 } {
+                release_registers::<32>()
+            } else {
+                release_registers::<40>()
+            }
             if thread_idx_x() == 0 {
-                produce(&p, &a, memory, tiles, walk);
+                produce(&p, &a, memory, tiles);
             }
         }
         group => {
-            claim_registers::<232>();
-            consume::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL>(
+            if const { GROUPS > 2 } {
+                claim_registers::<160>()
+            } else {
+                claim_registers::<232>()
+            }
+            consume::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, TURNS>(
                 &a,
                 memory,
                 tiles,
-                walk,
                 group - 1,
             );
         }
-    }
-}
-
-/// The blocks of keys of a tile.
-#[derive(Clone, Copy)]
-struct Walk<const CAUSAL: bool> {
-    block_m: u32,
-    block_n: u32,
-}
-
-impl<const CAUSAL: bool> Walk<CAUSAL> {
-    /// Those that rows of the tile need.
-    #[inline(always)]
-    fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
-        Mask::of::<T, CAUSAL, false>(a, &tile.sequence).key_blocks(tile.first_row, self.block_m, self.block_n)
     }
 }
 
@@ -178,41 +170,35 @@ fn produce<
     a: &Attention<T>,
     memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
     mut tiles: Tiles<CAUSAL>,
-    walk: Walk<CAUSAL>,
 ) {
     let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
     let mut queries = memory.queries.producer();
     let mut keys = memory.keys.producer();
     let mut values = memory.values.producer();
-    while let Some(tile) = tiles.next(a) {
-        let blocks = walk.blocks(a, &tile);
-        if tile.rows() == 0 || blocks.count() == 0 {
+    while let Some(Tile { first_row, head, sequence, blocks }) = tiles.next(a) {
+        if blocks.count() == 0 {
             continue;
         }
-        let Sequence { batch, first_q, first_k, .. } = tile.sequence;
-        let (matrix_q, matrix_k) = (
-            [tile.head as i32, a.batch_of_map(batch) as i32],
-            [a.head_k(tile.head) as i32, a.batch_of_map(batch) as i32],
-        );
+        let batch = a.batch_of_map(sequence.batch) as i32;
+        let (of_q, of_k) = ([head as i32, batch], [a.head_k(head) as i32, batch]);
         let mut load_queries = |group: u32| {
             let slot = queries.acquire();
-            slot.expect(GROUP_ROWS * HEADDIM as u32 * size_of::<T>() as u32);
-            let row = first_q + tile.first_row + group * GROUP_ROWS;
-            q_map.load_tile(memory.q.stage(slot.index), row as i32, matrix_q, slot.full());
+            slot.expect(SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES);
+            let row = sequence.first_q + first_row + group * GROUP_ROWS;
+            q_map.load_tile(memory.q.stage(slot.index), row as i32, of_q, slot.full());
             queries.advance();
         };
+        let row_of = |block: u32| (sequence.first_k + block * BLOCK_N as u32) as i32;
         let mut load_keys = |block: u32| {
             let slot = keys.acquire();
-            slot.expect((BLOCK_N * HEADDIM * size_of::<T>()) as u32);
-            let row = first_k + block * BLOCK_N as u32;
-            k_map.load_tile(memory.k.stage(slot.index), row as i32, matrix_k, slot.full());
+            slot.expect(SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
+            k_map.load_tile(memory.k.stage(slot.index), row_of(block), of_k, slot.full());
             keys.advance();
         };
         let mut load_values = |block: u32| {
             let slot = values.acquire();
-            slot.expect((BLOCK_N * HEADDIM_V * size_of::<T>()) as u32);
-            let row = first_k + block * BLOCK_N as u32;
-            v_map.load_tile(memory.v.stage(slot.index), row as i32, matrix_k, slot.full());
+            slot.expect(SmemTile::<T, BLOCK_N, HEADDIM_V>::BYTES);
+            v_map.load_tile(memory.v.stage(slot.index), row_of(block), of_k, slot.full());
             values.advance();
         };
         load_queries(0);
@@ -228,7 +214,7 @@ fn produce<
     }
 }
 
-/// A consumer warpgroup: Algorithm 2 for each tile.
+/// A consumer warpgroup: Algorithm 2 for its rows of each tile.
 #[inline(always)]
 #[track_caller]
 fn consume<
@@ -242,50 +228,57 @@ fn consume<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
+    const TURNS: bool,
 >(
     a: &Attention<T>,
     memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
     mut tiles: Tiles<CAUSAL>,
-    walk: Walk<CAUSAL>,
     group: u32,
 ) {
     let (q, scale) = (memory.q.stage(group), a.softmax_scale * LOG2_E);
-    let mut queries = memory.queries.consumer_at(group);
     let (mut keys, mut values) = (memory.keys.consumer(), memory.values.consumer());
+    let mut queries = memory.queries.consumer_at(group);
+    let turns = Turns::<1, GROUPS, WARPGROUP>;
+    let rows = Rows::<CAUSAL> { first: group * GROUP_ROWS, block_n: BLOCK_N as u32 };
+
+    if TURNS && group + 1 == GROUPS {
+        turns.pass(group);
+    }
     while let Some(tile) = tiles.next(a) {
-        if tile.rows() == 0 {
-            continue;
-        }
-        let own_row = tile.first_row + group * GROUP_ROWS + 16 * warp_in_group();
-        let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
-        let blocks = walk.blocks(a, &tile);
-        let own_blocks = mask.key_blocks(tile.first_row + group * GROUP_ROWS, GROUP_ROWS, BLOCK_N as u32);
-        let hide = |s: &mut Accumulator<1, S_COLUMNS>, block: u32| {
-            if own_blocks.is_partial(block) {
-                mask.apply(s, own_row, block * BLOCK_N as u32);
-            }
-        };
-        let mut softmax = RowSoftmax::<1>::EMPTY;
-        let mut o = Accumulator::<1, O_COLUMNS>::zero();
-        if blocks.count() > 0 {
+        let (mut softmax, mut o) = (RowSoftmax::<1>::EMPTY, Accumulator::<1, O_COLUMNS>::zero());
+        let Blocks { begin, end, .. } = tile.blocks;
+        if begin < end {
             let q_slot = queries.wait();
             let k_slot = keys.wait();
             keys.advance();
-            let mut s: Accumulator<1, S_COLUMNS> =
-                wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0)).wait::<0>();
+            if TURNS {
+                turns.take(group);
+            }
+            let s_in_flight = wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0));
+            if TURNS {
+                turns.pass(group);
+            }
+            let mut s: Accumulator<1, S_COLUMNS> = s_in_flight.wait::<0>();
             release(k_slot);
-            hide(&mut s, blocks.end - 1);
+            rows.hide(a, &tile, end - 1, &mut s);
             softmax.take_lazily(&mut s, scale);
             let mut p = Registers::<T, STEPS>::of(&s);
-            for block in (blocks.begin..blocks.end - 1).rev() {
+            for block in (begin..end - 1).rev() {
+                // S is of this block of keys, P of the one before.
                 let k_slot = keys.wait();
                 keys.advance();
+                if TURNS {
+                    turns.take(group);
+                }
                 let s_in_flight = wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0));
                 let v_slot = values.wait();
                 let o_in_flight = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0));
+                if TURNS {
+                    turns.pass(group);
+                }
                 let mut s: Accumulator<1, S_COLUMNS> = s_in_flight.wait::<1>();
                 release(k_slot);
-                hide(&mut s, block);
+                rows.hide(a, &tile, block, &mut s);
                 let rescale = softmax.take_lazily(&mut s, scale);
                 // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
                 wgmma::pin(&mut s);
@@ -304,15 +297,52 @@ fn consume<
             o = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0)).wait::<0>();
             release(v_slot);
         }
-        let rows = tile.sequence.seqlen_q;
-        let lse = a.softmax_lse.offset(a.first_row(&tile.sequence, tile.head));
+        rows.store(a, &tile, softmax, o);
+    }
+    if TURNS && group == 0 {
+        turns.take(group);
+    }
+}
+
+/// The rows of a tile that a consumer warpgroup has, from `first` on.
+#[derive(Clone, Copy)]
+struct Rows<const CAUSAL: bool> {
+    first: u32,
+    block_n: u32,
+}
+
+impl<const CAUSAL: bool> Rows<CAUSAL> {
+    /// Sets the scores of keys that rows do not see to -inf.
+    #[inline(always)]
+    #[track_caller]
+    fn hide<T, const N: usize>(self, a: &Attention<T>, tile: &Tile, block: u32, s: &mut Accumulator<1, N>) {
+        let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
+        let first_row = tile.first_row + self.first;
+        if mask.key_blocks(first_row, GROUP_ROWS, self.block_n).is_partial(block) {
+            mask.apply(s, first_row + 16 * warp_in_group(), block * self.block_n);
+        }
+    }
+
+    /// O = diag(l)⁻¹ O and LSE = m + log(l), to global memory.
+    #[inline(always)]
+    #[track_caller]
+    fn store<T: PackedElement, const N: usize>(
+        self,
+        a: &Attention<T>,
+        tile: &Tile,
+        softmax: RowSoftmax<1>,
+        mut o: Accumulator<1, N>,
+    ) {
+        let Tile { head, sequence, .. } = tile;
+        let first_row = tile.first_row + self.first + 16 * warp_in_group();
+        let lse = a.softmax_lse.offset(a.first_row(sequence, *head));
         softmax.finish(&mut o, f32::NEG_INFINITY, |row, state| {
-            let row = own_row + row;
-            if lane_id().is_multiple_of(4) && row < rows {
+            let row = first_row + row;
+            if lane_id().is_multiple_of(4) && row < sequence.seqlen_q {
                 lse.store(row as usize, state.lse());
             }
         });
-        o.store_rows(tile.sequence.query_matrix(&a.o, tile.head, own_row, a.headdim_v, true));
+        o.store_rows(sequence.query_matrix(&a.o, *head, first_row, a.headdim_v, true));
     }
 }
 

@@ -1,77 +1,80 @@
 //! Which tiles of queries a persistent block of threads takes, and in which order.
 //!
-//! Tiles are numbered so that those that run at the same time read the same K and V, which stay in the L2 cache: the
-//! tiles of a few heads take turns, those with the most keys first. Block b of n takes the tiles b, n + b, 2 n + b ...;
-//! under a causal mask, where tiles grow shorter with their number, every other round goes backwards, so that who got
-//! the longest tile of one round gets the shortest of the next.
+//! Work comes in units that cost the same: a tile, or under a causal mask two of one head, the last and the first, the
+//! last but one and the second, and so on. So block b of n takes the units b, n + b, 2 n + b ..., and all end together.
+//! Units that run at the same time are of few heads, whose K and V stay in the L2 cache.
 use crate::attention::{Attention, Sequence, divisor};
+use crate::mask::{Blocks, Mask};
 use crate::schedule::head_of;
 use cuda_std::thread::{block_idx_x, grid_dim_x};
 
-/// A tile of queries: rows of one head of one sequence.
+/// A tile of queries, rows of one head of one sequence, and the blocks of keys that they see.
 #[derive(Clone, Copy)]
 pub struct Tile {
-    /// Its first row. In a sequence that is shorter than others it may lie beyond the last.
+    /// Its first row.
     pub first_row: u32,
     /// The head of Q and O.
     pub head: u32,
     /// The sequence.
     pub sequence: Sequence,
+    /// The blocks of keys.
+    pub blocks: Blocks,
 }
 
-impl Tile {
-    /// Rows from the first on; 0 if there is nothing to do.
-    #[inline(always)]
-    pub fn rows(&self) -> u32 {
-        self.sequence.seqlen_q.saturating_sub(self.first_row)
-    }
-}
-
-/// The tiles of this block of threads.
+/// The tiles of a block of threads.
 #[derive(Clone, Copy)]
 pub struct Tiles<const CAUSAL: bool> {
-    /// Where the round begins.
-    first: u32,
-    /// Whether this round goes backwards.
-    backwards: bool,
-    /// How many tiles there are.
-    count: u32,
+    /// The unit that comes next.
+    unit: u32,
+    /// Whether it is its second tile that comes next.
+    second: bool,
+    /// How many units there are.
+    units: u32,
     block_m: u32,
-    /// Tiles of a head.
-    blocks: u32,
-    heads_in_turn: u32,
+    block_n: u32,
+}
+
+/// Tiles of a head: `ceil(seqlen_q / block_m)`.
+const fn tiles_of_head(seqlen_q: u32, block_m: u32) -> u32 {
+    seqlen_q.div_ceil(block_m)
+}
+
+/// How many units a head has.
+pub const fn units_of_head(seqlen_q: u32, block_m: u32, causal: bool) -> u32 {
+    let tiles = tiles_of_head(seqlen_q, block_m);
+    if causal { tiles.div_ceil(2) } else { tiles }
 }
 
 impl<const CAUSAL: bool> Tiles<CAUSAL> {
-    /// `count` tiles of `block_m` rows.
+    /// Those of this block of threads, of `units` in all; a tile has `block_m` rows, a block of keys `block_n`.
     #[inline(always)]
-    pub fn new<T>(a: &Attention<T>, block_m: u32, count: u32, heads_in_turn: u32) -> Self {
-        let blocks = divisor(a.seqlen_q.div_ceil(block_m));
-        Tiles { first: 0, backwards: false, count, block_m, blocks, heads_in_turn }
+    pub fn new(units: u32, block_m: u32, block_n: u32) -> Self {
+        Tiles { unit: block_idx_x(), second: false, units, block_m, block_n }
     }
 
-    /// The next one.
+    /// The next tile that has rows. It may have no keys.
     #[inline(always)]
     #[track_caller]
     pub fn next<T>(&mut self, a: &Attention<T>) -> Option<Tile> {
-        let place = if self.backwards { grid_dim_x() - 1 - block_idx_x() } else { block_idx_x() };
-        let number = self.first + place;
-        if number >= self.count {
-            return None;
+        while self.unit < self.units {
+            let tiles = tiles_of_head(a.seqlen_q, self.block_m);
+            let units = divisor(units_of_head(a.seqlen_q, self.block_m, CAUSAL));
+            let (place, (head, batch)) = (self.unit % units, head_of(self.unit / units, a.nheads));
+            // The last rows first.
+            let index = if self.second { place } else { tiles - 1 - place };
+            if !CAUSAL || self.second || index == place {
+                self.second = false;
+                self.unit += grid_dim_x();
+            } else {
+                self.second = true;
+            }
+            let (first_row, sequence) = (index * self.block_m, a.sequence(batch));
+            if first_row < sequence.seqlen_q {
+                let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
+                let blocks = mask.key_blocks(first_row, self.block_m, self.block_n);
+                return Some(Tile { first_row, head, sequence, blocks });
+            }
         }
-        self.first += grid_dim_x();
-        self.backwards ^= CAUSAL;
-        Some(self.tile(a, number))
-    }
-
-    #[inline(always)]
-    #[track_caller]
-    fn tile<T>(&self, a: &Attention<T>, number: u32) -> Tile {
-        let turn = divisor(self.heads_in_turn * self.blocks);
-        let first_pair = number / turn * self.heads_in_turn;
-        let pairs = divisor((a.nheads * a.batch - first_pair).min(self.heads_in_turn));
-        let (index, pair) = (number % turn / pairs, first_pair + number % turn % pairs);
-        let (head, batch) = head_of(pair, a.nheads);
-        Tile { first_row: (self.blocks - 1 - index) * self.block_m, head, sequence: a.sequence(batch) }
+        None
     }
 }

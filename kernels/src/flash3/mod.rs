@@ -23,11 +23,11 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::LOG2_E;
 use cuda_std::matrix::PackedElement;
-use cuda_std::pipeline::Slot;
+use cuda_std::pipeline::{self, Slot};
 use cuda_std::tensor::{TensorMap, TensorMapRef};
 use cuda_std::thread::{lane_id, sync_threads, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
-use cuda_std::wgmma::{self, Registers};
+use cuda_std::wgmma::{self, InFlight, Registers};
 use cuda_std::{SmemTile, fence, kernel};
 use memory::Memory;
 use schedule::{Tile, Tiles};
@@ -144,12 +144,20 @@ pub fn forward<
             } else {
                 claim_registers::<232>()
             }
-            consume::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, TURNS>(
-                &a,
-                memory,
-                tiles,
-                group - 1,
-            );
+            let consumer = Consumer::<
+                T,
+                HEADDIM,
+                HEADDIM_V,
+                GROUPS,
+                BLOCK_N,
+                STAGES,
+                STEPS,
+                S_COLUMNS,
+                O_COLUMNS,
+                CAUSAL,
+                TURNS,
+            >::new(memory, group - 1, a.softmax_scale);
+            consumer.run(&a, tiles);
         }
     }
 }
@@ -214,10 +222,8 @@ fn produce<
     }
 }
 
-/// A consumer warpgroup: Algorithm 2 for its rows of each tile.
-#[inline(always)]
-#[track_caller]
-fn consume<
+/// A warpgroup of consumers, and what it has of its rows of a tile.
+struct Consumer<
     T: PackedElement,
     const HEADDIM: usize,
     const HEADDIM_V: usize,
@@ -229,78 +235,168 @@ fn consume<
     const O_COLUMNS: usize,
     const CAUSAL: bool,
     const TURNS: bool,
->(
-    a: &Attention<T>,
+> {
     memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
-    mut tiles: Tiles<CAUSAL>,
     group: u32,
-) {
-    let (q, scale) = (memory.q.stage(group), a.softmax_scale * LOG2_E);
-    let (mut keys, mut values) = (memory.keys.consumer(), memory.values.consumer());
-    let mut queries = memory.queries.consumer_at(group);
-    let turns = Turns::<1, GROUPS, WARPGROUP>;
-    let rows = Rows::<CAUSAL> { first: group * GROUP_ROWS, block_n: BLOCK_N as u32 };
+    rows: Rows<CAUSAL>,
+    queries: pipeline::Consumer<GROUPS>,
+    keys: pipeline::Consumer<STAGES>,
+    values: pipeline::Consumer<STAGES>,
+    /// The softmax scale in log2 units.
+    scale: f32,
+    softmax: RowSoftmax<1>,
+    p: Registers<T, STEPS>,
+    o: Accumulator<1, O_COLUMNS>,
+}
 
-    if TURNS && group + 1 == GROUPS {
-        turns.pass(group);
-    }
-    while let Some(tile) = tiles.next(a) {
-        let (mut softmax, mut o) = (RowSoftmax::<1>::EMPTY, Accumulator::<1, O_COLUMNS>::zero());
-        let Blocks { begin, end, .. } = tile.blocks;
-        if begin < end {
-            let q_slot = queries.wait();
-            let k_slot = keys.wait();
-            keys.advance();
-            if TURNS {
-                turns.take(group);
-            }
-            let s_in_flight = wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0));
-            if TURNS {
-                turns.pass(group);
-            }
-            let mut s: Accumulator<1, S_COLUMNS> = s_in_flight.wait::<0>();
-            release(k_slot);
-            rows.hide(a, &tile, end - 1, &mut s);
-            softmax.take_lazily(&mut s, scale);
-            let mut p = Registers::<T, STEPS>::of(&s);
-            for block in (begin..end - 1).rev() {
-                // S is of this block of keys, P of the one before.
-                let k_slot = keys.wait();
-                keys.advance();
-                if TURNS {
-                    turns.take(group);
-                }
-                let s_in_flight = wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0));
-                let v_slot = values.wait();
-                let o_in_flight = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0));
-                if TURNS {
-                    turns.pass(group);
-                }
-                let mut s: Accumulator<1, S_COLUMNS> = s_in_flight.wait::<1>();
-                release(k_slot);
-                rows.hide(a, &tile, block, &mut s);
-                let rescale = softmax.take_lazily(&mut s, scale);
-                // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
-                wgmma::pin(&mut s);
-                values.wait();
-                values.advance();
-                o = o_in_flight.wait::<0>();
-                wgmma::pin(&mut s);
-                release(v_slot);
-                p = Registers::of(&s);
-                rescale.apply_if_any(&mut o);
-            }
-            release(q_slot);
-            queries.next_round();
-            let v_slot = values.wait();
-            values.advance();
-            o = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0)).wait::<0>();
-            release(v_slot);
+impl<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const O_COLUMNS: usize,
+    const CAUSAL: bool,
+    const TURNS: bool,
+> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, TURNS>
+{
+    const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
+
+    /// Before the first tile.
+    #[inline(always)]
+    #[track_caller]
+    fn new(memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>, group: u32, softmax_scale: f32) -> Self {
+        if TURNS && group + 1 == GROUPS {
+            Self::TURN.pass(group);
         }
-        rows.store(a, &tile, softmax, o);
+        Consumer {
+            memory,
+            group,
+            rows: Rows { first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
+            queries: memory.queries.consumer_at(group),
+            keys: memory.keys.consumer(),
+            values: memory.values.consumer(),
+            scale: softmax_scale * LOG2_E,
+            softmax: RowSoftmax::EMPTY,
+            p: Registers::zero(),
+            o: Accumulator::zero(),
+        }
     }
-    if TURNS && group == 0 {
-        turns.take(group);
+
+    /// Algorithm 2 for each tile. S of a block of keys is in flight together with the O of the one before it.
+    #[inline(always)]
+    #[track_caller]
+    fn run(mut self, a: &Attention<T>, mut tiles: Tiles<CAUSAL>) {
+        let mut next = tiles.next(a);
+        while let Some(tile) = next {
+            (self.softmax, self.o) = (RowSoftmax::EMPTY, Accumulator::zero());
+            let Blocks { begin, full_end, end, .. } = tile.blocks;
+            if begin < end {
+                let mut block = end - 1;
+                self.first(a, &tile, block);
+                while CAUSAL && block > begin && block > full_end {
+                    block -= 1;
+                    self.step(a, &tile, block, true);
+                }
+                while block > begin {
+                    block -= 1;
+                    self.step(a, &tile, block, false);
+                }
+                next = self.last(a, &mut tiles);
+            } else {
+                next = tiles.next(a);
+            }
+            self.rows.store(a, &tile, self.softmax, &mut self.o);
+        }
+        if TURNS && self.group == 0 {
+            Self::TURN.take(self.group);
+        }
+    }
+
+    /// P of the first block.
+    #[inline(always)]
+    #[track_caller]
+    fn first(&mut self, a: &Attention<T>, tile: &Tile, block: u32) {
+        self.queries.wait();
+        let k = self.keys.wait();
+        self.keys.advance();
+        self.take_turn();
+        let s = self.product_with(k);
+        self.pass_turn();
+        let mut s = s.wait::<0>();
+        release(k);
+        self.rows.hide(a, tile, block, &mut s);
+        self.softmax.take_lazily(&mut s, self.scale);
+        self.p = Registers::of(&s);
+    }
+
+    /// O += P V of the block before, and P of this one.
+    #[inline(always)]
+    #[track_caller]
+    fn step(&mut self, a: &Attention<T>, tile: &Tile, block: u32, is_partial: bool) {
+        let k = self.keys.wait();
+        self.keys.advance();
+        self.take_turn();
+        let s = self.product_with(k);
+        let v = self.values.wait();
+        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
+        self.pass_turn();
+        let mut s = s.wait::<1>();
+        release(k);
+        if is_partial {
+            self.rows.hide(a, tile, block, &mut s);
+        }
+        let rescale = self.softmax.take_lazily(&mut s, self.scale);
+        // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
+        wgmma::pin(&mut s);
+        self.values.wait();
+        self.values.advance();
+        self.o = o.wait::<0>();
+        wgmma::pin(&mut s);
+        release(v);
+        self.p = Registers::of(&s);
+        rescale.apply_if_any(&mut self.o);
+    }
+
+    /// O += P V of the last block. The next tile is looked up meanwhile.
+    #[inline(always)]
+    #[track_caller]
+    fn last(&mut self, a: &Attention<T>, tiles: &mut Tiles<CAUSAL>) -> Option<Tile> {
+        release(self.queries.slot());
+        self.queries.next_round();
+        let v = self.values.wait();
+        self.values.advance();
+        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
+        let next = tiles.next(a);
+        self.o = o.wait::<0>();
+        release(v);
+        next
+    }
+
+    /// S = Q Kᵀ, in flight.
+    #[inline(always)]
+    #[track_caller]
+    fn product_with(&self, k: Slot<STAGES>) -> InFlight<S_COLUMNS> {
+        wgmma::product(self.memory.q.stage(self.group).rows(0), self.memory.k.stage(k.index).rows(0))
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn take_turn(&self) {
+        if TURNS {
+            Self::TURN.take(self.group);
+        }
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn pass_turn(&self) {
+        if TURNS {
+            Self::TURN.pass(self.group);
+        }
     }
 }
 
@@ -331,12 +427,12 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         a: &Attention<T>,
         tile: &Tile,
         softmax: RowSoftmax<1>,
-        mut o: Accumulator<1, N>,
+        o: &mut Accumulator<1, N>,
     ) {
         let Tile { head, sequence, .. } = tile;
         let first_row = tile.first_row + self.first + 16 * warp_in_group();
         let lse = a.softmax_lse.offset(a.first_row(sequence, *head));
-        softmax.finish(&mut o, f32::NEG_INFINITY, |row, state| {
+        softmax.finish(o, f32::NEG_INFINITY, |row, state| {
             let row = first_row + row;
             if lane_id().is_multiple_of(4) && row < sequence.seqlen_q {
                 lse.store(row as usize, state.lse());

@@ -30,7 +30,7 @@ use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in
 use cuda_std::wgmma::{self, InFlight, Registers};
 use cuda_std::{SmemTile, fence, kernel};
 use memory::Memory;
-use schedule::{Tile, Tiles};
+use schedule::{Schedule, Tile, Tiles};
 
 mod memory;
 pub mod schedule;
@@ -51,8 +51,8 @@ pub struct Params {
     pub v: TensorMap,
     /// The problem.
     pub attention: Attention,
-    /// Units of work: [`units_of_head`](schedule::units_of_head) a head of Q.
-    pub units: u32,
+    /// Who does what.
+    pub schedule: Schedule,
 }
 
 const fn config<
@@ -88,7 +88,7 @@ const fn config<
 
 /// O = softmax(softmax_scale · Q Kᵀ) V and its LSE.
 ///
-/// Grid: as many blocks as the GPU runs at once, at most one a unit of work. A tile has `GROUPS` times [`GROUP_ROWS`] query rows;
+/// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each. A tile has `GROUPS` times [`GROUP_ROWS`] query rows;
 /// S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of sixteen. Tensors may have fewer columns
 /// than `HEADDIM` and `HEADDIM_V`.
 #[kernel(
@@ -126,7 +126,7 @@ pub fn forward<
     }
     sync_threads();
     let a = p.attention.of::<T>();
-    let tiles = Tiles::<CAUSAL>::new(p.units, GROUPS * GROUP_ROWS, BLOCK_N as u32);
+    let tiles = Tiles::<CAUSAL>::new(p.schedule, GROUPS * GROUP_ROWS, BLOCK_N as u32);
     match warpgroup_id() {
         0 => {
             if const { GROUPS > 2 } {

@@ -350,9 +350,10 @@ impl<
             self.rows.hide(a, tile, block, &mut s);
         }
         let rescale = self.softmax.take_lazily(&mut s, self.scale);
-        // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
+        // The exponentials and their sums stay before the wait: the assembler moves it up to the next barrier, and sums
+        // down below it. This is a barrier, and needs the sums.
         wgmma::pin(&mut s);
-        self.values.wait();
+        self.values.wait_once(self.softmax.sums());
         self.values.advance();
         self.o = o.wait::<0>();
         wgmma::pin(&mut s);

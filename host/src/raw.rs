@@ -26,7 +26,7 @@
 //! bytes; where they are not, another one runs.
 use std::ffi::c_void;
 
-use cuda_std::Global;
+use cuda_std::{Global, sim};
 use kernels::attention::{Attention, Untyped};
 
 use crate::backend::Backend;
@@ -40,6 +40,7 @@ use crate::options::{AttentionOptions, Kernel};
 use crate::parameters;
 use crate::problem::Problem;
 use crate::report::LaunchReport;
+use crate::simulator::{self, SimulatorOptions};
 
 mod backward;
 
@@ -143,6 +144,24 @@ impl Call {
         let launches = self.plan.launches(&self.problem, self.attention, &addresses)?;
         // SAFETY: as the caller promises.
         unsafe { launch_all(&launches, device, stream) }
+    }
+
+    /// Runs the launches on a simulated GPU, in whose memory the tensors and the workspace are, and waits for them. The
+    /// same kernels with the same arguments as [`launch`](Self::launch)'s; but addresses need no promise, as each access
+    /// is checked.
+    ///
+    /// # Errors
+    /// [`Error::Alignment`] for the workspace; [`Error::Simulation`] for a kernel that accesses what is not allocated, or
+    /// is at fault otherwise.
+    pub fn simulate(
+        &self,
+        memory: &sim::Memory,
+        workspace: u64,
+        options: &SimulatorOptions,
+    ) -> Result<Vec<LaunchReport>> {
+        let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
+        let launches = self.plan.launches(&self.problem, self.attention, &addresses)?;
+        launches.iter().map(|launch| simulator::run(launch, memory, options)).collect()
     }
 }
 

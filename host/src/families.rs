@@ -1,14 +1,20 @@
 //! The kernel families of attention: which problems each runs, with what memory, in which launches.
 //!
 //! All that the host knows of a family's entry points is here.
+use std::fmt;
+
 use cuda_std::{DType, Global, Kernel};
 use kernels::attention::{Attention, Untyped};
-use kernels::{Config, flash1, flash2, standard};
+use kernels::{Config, flash1, flash2, flash3, standard};
 
 use crate::error::Result;
 use crate::features::Feature;
 use crate::launch::{Launch, Workspace};
+use crate::parameters::Access;
 use crate::problem::Problem;
+use crate::target::Resources;
+
+mod hopper;
 
 /// A problem, and what it asks of kernels.
 #[derive(Clone, Debug)]
@@ -18,10 +24,9 @@ pub(crate) struct Wanted<'a> {
 }
 
 impl<'a> Wanted<'a> {
-    /// `aligned`: whether the problem's tensors are, as [`RawTensor::is_aligned`](crate::raw::RawTensor::is_aligned)
-    /// says.
-    pub fn new(problem: &'a Problem, aligned: bool) -> Self {
-        Wanted { problem, features: Feature::of(problem, aligned) }
+    /// A problem whose tensors may be accessed so.
+    pub fn new(problem: &'a Problem, access: Access) -> Self {
+        Wanted { problem, features: Feature::of(problem, access) }
     }
 }
 
@@ -103,7 +108,7 @@ fn listed<X: ToString>(all: impl IntoIterator<Item = X>) -> String {
 }
 
 /// The entry points of one family that run a problem.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) enum Family {
     Standard {
         scores: &'static Kernel<standard::Params, Config>,
@@ -112,6 +117,13 @@ pub(crate) enum Family {
     },
     Flash1(&'static Kernel<flash1::Params, Config>),
     Flash2(&'static Kernel<flash2::Params, Config>),
+    Flash3(&'static Kernel<flash3::Params, Config>),
+}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 impl Family {
@@ -138,12 +150,19 @@ impl Family {
         table.find(wanted).map(Family::Flash2)
     }
 
+    /// FlashAttention-3 for this problem, or why there is none.
+    pub fn flash3(wanted: &Wanted) -> Result<Self, String> {
+        let table = Table { name: "flash3", kernels: &[flash3::FORWARD], plain: Feature::OF_HOPPER, pads: true };
+        table.find(wanted).map(Family::Flash3)
+    }
+
     /// Its name in reports.
     pub fn name(&self) -> &'static str {
         match self {
             Family::Standard { .. } => "standard",
             Family::Flash1(_) => "flash1",
             Family::Flash2(_) => "flash2",
+            Family::Flash3(_) => "flash3",
         }
     }
 
@@ -153,6 +172,7 @@ impl Family {
             Family::Standard { scores, .. } => scores.config.general,
             Family::Flash1(kernel) => kernel.config.general,
             Family::Flash2(kernel) => kernel.config.general,
+            Family::Flash3(kernel) => kernel.config.general,
         }
     }
 
@@ -168,16 +188,17 @@ impl Family {
                 let of = |name, len| Workspace { name, dtype: DType::F32, len };
                 vec![of("O", rows.saturating_mul(problem.headdim as u64)), of("l", rows), of("m", rows)]
             }
-            Family::Flash2(_) => Vec::new(),
+            Family::Flash2(_) | Family::Flash3(_) => Vec::new(),
         }
     }
 
-    /// Its launches, in order, with the workspace at these addresses. Without rows there are none.
+    /// Its launches on a machine, in order, with the workspace at these addresses. Without rows there are none.
     pub fn launches(
         &self,
         problem: &Problem,
         attention: Attention,
         workspace: &[Global<Untyped>],
+        machine: &Resources,
     ) -> Result<Vec<Launch>> {
         if problem.rows() == 0 {
             return Ok(Vec::new());
@@ -203,6 +224,7 @@ impl Family {
             (Family::Flash2(kernel), &[]) => {
                 Ok(vec![Launch::new(kernel, query_blocks(kernel.config), flash2::Params { attention })?])
             }
+            (Family::Flash3(kernel), &[]) => Ok(vec![hopper::launch(kernel, problem, attention, machine)?]),
             _ => unreachable!("the workspace is what `workspace` lists"),
         }
     }
@@ -265,7 +287,7 @@ mod tests {
         let (q, v) = (layout(headdims[0]), layout(headdims[1]));
         let problem = Problem::new(&q, &q, &v, options).expect("valid");
         let table = Table { name: "test", kernels: &[&KERNELS], plain: Feature::PLAIN, pads: true };
-        table.find(&Wanted::new(&problem, aligned)).map(|kernel| kernel.name)
+        table.find(&Wanted::new(&problem, Access { aligned, mapped: true })).map(|kernel| kernel.name)
     }
 
     #[test]

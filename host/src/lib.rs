@@ -70,6 +70,7 @@ mod report;
 mod sequences;
 mod session;
 mod simulator;
+mod target;
 mod tensor;
 pub mod traffic;
 

@@ -94,7 +94,7 @@ impl BackwardCall {
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
         let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
         let launches =
-            self.plan.launches(&self.problem, self.parameters, &addresses, device.info().shared_memory_per_block)?;
+            self.plan.launches(&self.problem, self.parameters, &addresses, &device.resources())?;
         // SAFETY: as the caller promises.
         unsafe { launch_all(&launches, device, stream) }
     }
@@ -110,7 +110,7 @@ impl BackwardCall {
         options: &SimulatorOptions,
     ) -> Result<Vec<LaunchReport>> {
         let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
-        let launches = self.plan.launches(&self.problem, self.parameters, &addresses, sim::MOST_SHARED_BYTES)?;
+        let launches = self.plan.launches(&self.problem, self.parameters, &addresses, &simulator::RESOURCES)?;
         launches.iter().map(|launch| simulator::run(launch, memory, options)).collect()
     }
 }

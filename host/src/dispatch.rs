@@ -73,6 +73,11 @@ impl Plan {
         self.family.name()
     }
 
+    /// Its kernels, in the order in which they run.
+    pub fn kernels(&self) -> Vec<(&'static str, Config)> {
+        self.family.kernels()
+    }
+
     /// Whether its kernels are for Hopper alone.
     pub fn is_for_hopper(&self) -> bool {
         matches!(self.family, Family::Flash3(_))

@@ -166,6 +166,19 @@ impl Family {
         }
     }
 
+    /// Its kernels, in the order in which they run.
+    pub fn kernels(&self) -> Vec<(&'static str, Config)> {
+        fn of<P>(kernel: &Kernel<P, Config>) -> (&'static str, Config) {
+            (kernel.name, kernel.config)
+        }
+        match self {
+            Family::Standard { scores, probabilities, output } => vec![of(scores), of(probabilities), of(output)],
+            Family::Flash1(kernel) => vec![of(kernel)],
+            Family::Flash2(kernel) => vec![of(kernel)],
+            Family::Flash3(kernel) => vec![of(kernel)],
+        }
+    }
+
     /// Whether its kernel asks its arguments for all features.
     pub fn is_general(&self) -> bool {
         match self {

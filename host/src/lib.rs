@@ -52,6 +52,7 @@ pub mod cuda;
 mod dispatch;
 mod element;
 mod error;
+pub mod explanation;
 mod families;
 mod features;
 mod heads;

@@ -126,6 +126,9 @@ macro_rules! named_choices {
             /// All of them.
             pub const ALL: &'static [$choice] = &[$($choice::$variant),*];
 
+            /// Their names, in the same order.
+            pub const NAMES: &'static [&'static str] = &[$($name),*];
+
             /// Its name, as commands and reports use it.
             pub const fn name(self) -> &'static str {
                 match self {

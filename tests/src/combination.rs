@@ -227,6 +227,17 @@ impl Combination {
         session.attention_with(&tensors.inputs(), &self.options)
     }
 
+    /// Runs it forward, and says what breaks the accuracy rule.
+    ///
+    /// # Errors
+    /// That, or what the backend says.
+    pub fn check_forward(&self, session: &Session) -> Result<(), String> {
+        let tensors = self.tensors();
+        let checked = self.forward(session, &tensors).and_then(|forward| self.accuracy(&tensors, &forward));
+        let accuracy = checked.map_err(|error| format!("{self:?}: {error}"))?;
+        if accuracy.passed() { Ok(()) } else { Err(format!("{self:?}: {accuracy}")) }
+    }
+
     /// Runs it backward, from the results of [`forward`](Self::forward).
     ///
     /// # Errors

@@ -186,7 +186,7 @@ impl Combination {
         let tensors = self.tensors();
         // The same by host tensors: what to compare with, and the frame that the accuracy rule takes results in.
         let mut forward = self.forward(session, &tensors).map_err(failed)?;
-        let has_backward = !matches!(kernel, Kernel::Standard | Kernel::Flash1);
+        let has_backward = !matches!(kernel, Kernel::Standard | Kernel::Flash1 | Kernel::Flash3);
         let gradients = has_backward.then(|| self.backward(session, &tensors, &forward)).transpose().map_err(failed)?;
 
         let inputs = place_all(memory, &tensors.inputs(), gaps);

@@ -197,13 +197,21 @@ impl BackwardPlan {
             };
             *of_part = address.cast();
         }
-        let fits = |step: &Step| step.kernel.config.shared_bytes <= machine.shared_memory;
-        let steps = self.leaner.as_ref().filter(|_| !self.steps.iter().all(fits)).unwrap_or(&self.steps);
         let launch = |step: &Step| {
             let blocks = step.blocks(problem);
             (blocks > 0).then(|| Launch::new(step.kernel, blocks, parameters))
         };
-        steps.iter().filter_map(launch).collect()
+        self.steps_in(machine.shared_memory).iter().filter_map(launch).collect()
+    }
+
+    /// The kernels on a machine with so many bytes of shared memory a block, in the order in which they run.
+    pub fn kernels(&self, shared_memory: u32) -> Vec<(&'static str, Config)> {
+        self.steps_in(shared_memory).iter().map(|Step { kernel, .. }| (kernel.name, kernel.config)).collect()
+    }
+
+    fn steps_in(&self, shared_memory: u32) -> &[Step] {
+        let fits = |step: &Step| step.kernel.config.shared_bytes <= shared_memory;
+        self.leaner.as_ref().filter(|_| !self.steps.iter().all(fits)).unwrap_or(&self.steps)
     }
 }
 

@@ -37,12 +37,7 @@ pub struct Arguments {
     backend: BackendArgument,
     /// The kernels [default: all of them; with --backward flash2, which alone has gradients; on the CPU, which has one
     /// algorithm of its own, auto]
-    #[arg(
-        long,
-        value_name = "KERNEL,...",
-        value_delimiter = ',',
-        value_parser = one_of::<Kernel>(&["auto", "standard", "flash1", "flash2"])
-    )]
+    #[arg(long, value_name = "KERNEL,...", value_delimiter = ',', value_parser = one_of::<Kernel>(Kernel::NAMES))]
     kernels: Option<Vec<Kernel>>,
     #[command(flatten)]
     shapes: ShapeArguments,

@@ -128,6 +128,12 @@ impl<const STAGES: u32> Consumer<STAGES> {
         self.pipeline.slot(self.at)
     }
 
+    /// The stage that it is at, which it has waited for.
+    #[inline(always)]
+    pub fn slot(&self) -> Slot<STAGES> {
+        self.pipeline.slot(self.at)
+    }
+
     /// Goes on to the next stage. The slot of this one may be released later.
     #[inline(always)]
     pub fn advance(&mut self) {

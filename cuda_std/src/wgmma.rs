@@ -167,6 +167,13 @@ pub struct Registers<T, const STEPS: usize> {
 }
 
 impl<T: PackedElement, const STEPS: usize> Registers<T, STEPS> {
+    /// All zeros.
+    #[inline(always)]
+    pub fn zero() -> Self {
+        // SAFETY: numbers; an array expression would be a loop that stays one, and keep the array in local memory.
+        unsafe { core::mem::zeroed() }
+    }
+
     /// The rows of a matrix of `16 STEPS` columns, rounded to T.
     #[inline(always)]
     pub fn of<const N: usize>(matrix: &Accumulator<1, N>) -> Self {

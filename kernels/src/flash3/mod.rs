@@ -14,22 +14,23 @@
 //! masked comes first, where nothing overlaps yet.
 //!
 //! HBM traffic: that of [`flash2`](crate::flash2).
-use crate::attention::{Attention, Sequence};
+use crate::attention::Attention;
 use crate::config::Config;
 use crate::mask::{Blocks, Mask};
 use crate::row_softmax::RowSoftmax;
+use cuda_std::barrier::Turns;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::LOG2_E;
 use cuda_std::matrix::PackedElement;
-use cuda_std::pipeline::Slot;
+use cuda_std::pipeline::{self, Slot};
 use cuda_std::tensor::{TensorMap, TensorMapRef};
 use cuda_std::thread::{lane_id, sync_threads, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
-use cuda_std::wgmma::{self, Registers};
-use cuda_std::{fence, kernel};
+use cuda_std::wgmma::{self, InFlight, Registers};
+use cuda_std::{SmemTile, fence, kernel};
 use memory::Memory;
-use schedule::{Tile, Tiles};
+use schedule::{Schedule, Tile, Tiles};
 
 mod memory;
 pub mod schedule;
@@ -50,10 +51,8 @@ pub struct Params {
     pub v: TensorMap,
     /// The problem.
     pub attention: Attention,
-    /// Tiles of queries: `ceil(seqlen_q / block_m) * nheads * batch`.
-    pub tiles: u32,
-    /// Heads of Q whose tiles take turns ([`schedule`]); not 0.
-    pub heads_in_turn: u32,
+    /// Who does what.
+    pub schedule: Schedule,
 }
 
 const fn config<
@@ -67,6 +66,7 @@ const fn config<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
+    const TURNS: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
     Config {
@@ -88,7 +88,7 @@ const fn config<
 
 /// O = softmax(softmax_scale · Q Kᵀ) V and its LSE.
 ///
-/// Grid: as many blocks as the GPU runs at once, at most one a tile. A tile has `GROUPS` times [`GROUP_ROWS`] query rows;
+/// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each. A tile has `GROUPS` times [`GROUP_ROWS`] query rows;
 /// S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of sixteen. Tensors may have fewer columns
 /// than `HEADDIM` and `HEADDIM_V`.
 #[kernel(
@@ -100,7 +100,7 @@ const fn config<
             (128, 128, 2, 176, 2, 11, 22, 16),
             (256, 256, 2, 80, 2, 5, 10, 32),
         ],
-        CAUSAL in [false, true],
+        (CAUSAL, TURNS) in [(false, false), (true, false)],
     config = config,
     table = FORWARD,
 )]
@@ -115,6 +115,7 @@ pub fn forward<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
+    const TURNS: bool,
 >(
     p: Params,
 ) {
@@ -125,40 +126,39 @@ pub fn forward<
     }
     sync_threads();
     let a = p.attention.of::<T>();
-    let tiles = Tiles::<CAUSAL>::new(&a, GROUPS * GROUP_ROWS, p.tiles, p.heads_in_turn);
-    let walk = Walk::<CAUSAL> { block_m: GROUPS * GROUP_ROWS, block_n: BLOCK_N as u32 };
+    let tiles = Tiles::<CAUSAL>::new(p.schedule, GROUPS * GROUP_ROWS, BLOCK_N as u32);
     match warpgroup_id() {
         0 => {
-            release_registers::<40>();
+            if const { GROUPS > 2 } {
+                release_registers::<32>()
+            } else {
+                release_registers::<40>()
+            }
             if thread_idx_x() == 0 {
-                produce(&p, &a, memory, tiles, walk);
+                produce(&p, &a, memory, tiles);
             }
         }
         group => {
-            claim_registers::<232>();
-            consume::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL>(
-                &a,
-                memory,
-                tiles,
-                walk,
-                group - 1,
-            );
+            if const { GROUPS > 2 } {
+                claim_registers::<160>()
+            } else {
+                claim_registers::<232>()
+            }
+            let consumer = Consumer::<
+                T,
+                HEADDIM,
+                HEADDIM_V,
+                GROUPS,
+                BLOCK_N,
+                STAGES,
+                STEPS,
+                S_COLUMNS,
+                O_COLUMNS,
+                CAUSAL,
+                TURNS,
+            >::new(memory, group - 1, a.softmax_scale);
+            consumer.run(&a, tiles);
         }
-    }
-}
-
-/// The blocks of keys of a tile.
-#[derive(Clone, Copy)]
-struct Walk<const CAUSAL: bool> {
-    block_m: u32,
-    block_n: u32,
-}
-
-impl<const CAUSAL: bool> Walk<CAUSAL> {
-    /// Those that rows of the tile need.
-    #[inline(always)]
-    fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
-        Mask::of::<T, CAUSAL, false>(a, &tile.sequence).key_blocks(tile.first_row, self.block_m, self.block_n)
     }
 }
 
@@ -178,41 +178,35 @@ fn produce<
     a: &Attention<T>,
     memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
     mut tiles: Tiles<CAUSAL>,
-    walk: Walk<CAUSAL>,
 ) {
     let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
     let mut queries = memory.queries.producer();
     let mut keys = memory.keys.producer();
     let mut values = memory.values.producer();
-    while let Some(tile) = tiles.next(a) {
-        let blocks = walk.blocks(a, &tile);
-        if tile.rows() == 0 || blocks.count() == 0 {
+    while let Some(Tile { first_row, head, sequence, blocks }) = tiles.next(a) {
+        if blocks.count() == 0 {
             continue;
         }
-        let Sequence { batch, first_q, first_k, .. } = tile.sequence;
-        let (matrix_q, matrix_k) = (
-            [tile.head as i32, a.batch_of_map(batch) as i32],
-            [a.head_k(tile.head) as i32, a.batch_of_map(batch) as i32],
-        );
+        let batch = a.batch_of_map(sequence.batch) as i32;
+        let (of_q, of_k) = ([head as i32, batch], [a.head_k(head) as i32, batch]);
         let mut load_queries = |group: u32| {
             let slot = queries.acquire();
-            slot.expect(GROUP_ROWS * HEADDIM as u32 * size_of::<T>() as u32);
-            let row = first_q + tile.first_row + group * GROUP_ROWS;
-            q_map.load_tile(memory.q.stage(slot.index), row as i32, matrix_q, slot.full());
+            slot.expect(SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES);
+            let row = sequence.first_q + first_row + group * GROUP_ROWS;
+            q_map.load_tile(memory.q.stage(slot.index), row as i32, of_q, slot.full());
             queries.advance();
         };
+        let row_of = |block: u32| (sequence.first_k + block * BLOCK_N as u32) as i32;
         let mut load_keys = |block: u32| {
             let slot = keys.acquire();
-            slot.expect((BLOCK_N * HEADDIM * size_of::<T>()) as u32);
-            let row = first_k + block * BLOCK_N as u32;
-            k_map.load_tile(memory.k.stage(slot.index), row as i32, matrix_k, slot.full());
+            slot.expect(SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
+            k_map.load_tile(memory.k.stage(slot.index), row_of(block), of_k, slot.full());
             keys.advance();
         };
         let mut load_values = |block: u32| {
             let slot = values.acquire();
-            slot.expect((BLOCK_N * HEADDIM_V * size_of::<T>()) as u32);
-            let row = first_k + block * BLOCK_N as u32;
-            v_map.load_tile(memory.v.stage(slot.index), row as i32, matrix_k, slot.full());
+            slot.expect(SmemTile::<T, BLOCK_N, HEADDIM_V>::BYTES);
+            v_map.load_tile(memory.v.stage(slot.index), row_of(block), of_k, slot.full());
             values.advance();
         };
         load_queries(0);
@@ -228,10 +222,8 @@ fn produce<
     }
 }
 
-/// A consumer warpgroup: Algorithm 2 for each tile.
-#[inline(always)]
-#[track_caller]
-fn consume<
+/// A warpgroup of consumers, and what it has of its rows of a tile.
+struct Consumer<
     T: PackedElement,
     const HEADDIM: usize,
     const HEADDIM_V: usize,
@@ -242,77 +234,211 @@ fn consume<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
->(
-    a: &Attention<T>,
+    const TURNS: bool,
+> {
     memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
-    mut tiles: Tiles<CAUSAL>,
-    walk: Walk<CAUSAL>,
     group: u32,
-) {
-    let (q, scale) = (memory.q.stage(group), a.softmax_scale * LOG2_E);
-    let mut queries = memory.queries.consumer_at(group);
-    let (mut keys, mut values) = (memory.keys.consumer(), memory.values.consumer());
-    while let Some(tile) = tiles.next(a) {
-        if tile.rows() == 0 {
-            continue;
+    rows: Rows<CAUSAL>,
+    queries: pipeline::Consumer<GROUPS>,
+    keys: pipeline::Consumer<STAGES>,
+    values: pipeline::Consumer<STAGES>,
+    /// The softmax scale in log2 units.
+    scale: f32,
+    softmax: RowSoftmax<1>,
+    p: Registers<T, STEPS>,
+    o: Accumulator<1, O_COLUMNS>,
+}
+
+impl<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HEADDIM_V: usize,
+    const GROUPS: u32,
+    const BLOCK_N: usize,
+    const STAGES: u32,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const O_COLUMNS: usize,
+    const CAUSAL: bool,
+    const TURNS: bool,
+> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, TURNS>
+{
+    const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
+
+    /// Before the first tile.
+    #[inline(always)]
+    #[track_caller]
+    fn new(memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>, group: u32, softmax_scale: f32) -> Self {
+        if TURNS && group + 1 == GROUPS {
+            Self::TURN.pass(group);
         }
-        let own_row = tile.first_row + group * GROUP_ROWS + 16 * warp_in_group();
+        Consumer {
+            memory,
+            group,
+            rows: Rows { first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
+            queries: memory.queries.consumer_at(group),
+            keys: memory.keys.consumer(),
+            values: memory.values.consumer(),
+            scale: softmax_scale * LOG2_E,
+            softmax: RowSoftmax::EMPTY,
+            p: Registers::zero(),
+            o: Accumulator::zero(),
+        }
+    }
+
+    /// Algorithm 2 for each tile. S of a block of keys is in flight together with the O of the one before it.
+    #[inline(always)]
+    #[track_caller]
+    fn run(mut self, a: &Attention<T>, mut tiles: Tiles<CAUSAL>) {
+        let mut next = tiles.next(a);
+        while let Some(tile) = next {
+            (self.softmax, self.o) = (RowSoftmax::EMPTY, Accumulator::zero());
+            let Blocks { begin, full_end, end, .. } = tile.blocks;
+            if begin < end {
+                let mut block = end - 1;
+                self.first(a, &tile, block);
+                while CAUSAL && block > begin && block > full_end {
+                    block -= 1;
+                    self.step(a, &tile, block, true);
+                }
+                while block > begin {
+                    block -= 1;
+                    self.step(a, &tile, block, false);
+                }
+                next = self.last(a, &mut tiles);
+            } else {
+                next = tiles.next(a);
+            }
+            self.rows.store(a, &tile, self.softmax, &mut self.o);
+        }
+        if TURNS && self.group == 0 {
+            Self::TURN.take(self.group);
+        }
+    }
+
+    /// P of the first block.
+    #[inline(always)]
+    #[track_caller]
+    fn first(&mut self, a: &Attention<T>, tile: &Tile, block: u32) {
+        self.queries.wait();
+        let k = self.keys.wait();
+        self.keys.advance();
+        self.take_turn();
+        let s = self.product_with(k);
+        self.pass_turn();
+        let mut s = s.wait::<0>();
+        release(k);
+        self.rows.hide(a, tile, block, &mut s);
+        self.softmax.take_lazily(&mut s, self.scale);
+        self.p = Registers::of(&s);
+    }
+
+    /// O += P V of the block before, and P of this one.
+    #[inline(always)]
+    #[track_caller]
+    fn step(&mut self, a: &Attention<T>, tile: &Tile, block: u32, is_partial: bool) {
+        let k = self.keys.wait();
+        self.keys.advance();
+        self.take_turn();
+        let s = self.product_with(k);
+        let v = self.values.wait();
+        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
+        self.pass_turn();
+        let mut s = s.wait::<1>();
+        release(k);
+        if is_partial {
+            self.rows.hide(a, tile, block, &mut s);
+        }
+        let rescale = self.softmax.take_lazily(&mut s, self.scale);
+        // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
+        wgmma::pin(&mut s);
+        self.values.wait();
+        self.values.advance();
+        self.o = o.wait::<0>();
+        wgmma::pin(&mut s);
+        release(v);
+        self.p = Registers::of(&s);
+        rescale.apply_if_any(&mut self.o);
+    }
+
+    /// O += P V of the last block. The next tile is looked up meanwhile.
+    #[inline(always)]
+    #[track_caller]
+    fn last(&mut self, a: &Attention<T>, tiles: &mut Tiles<CAUSAL>) -> Option<Tile> {
+        release(self.queries.slot());
+        self.queries.next_round();
+        let v = self.values.wait();
+        self.values.advance();
+        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
+        let next = tiles.next(a);
+        self.o = o.wait::<0>();
+        release(v);
+        next
+    }
+
+    /// S = Q Kᵀ, in flight.
+    #[inline(always)]
+    #[track_caller]
+    fn product_with(&self, k: Slot<STAGES>) -> InFlight<S_COLUMNS> {
+        wgmma::product(self.memory.q.stage(self.group).rows(0), self.memory.k.stage(k.index).rows(0))
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn take_turn(&self) {
+        if TURNS {
+            Self::TURN.take(self.group);
+        }
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn pass_turn(&self) {
+        if TURNS {
+            Self::TURN.pass(self.group);
+        }
+    }
+}
+
+/// The rows of a tile that a consumer warpgroup has, from `first` on.
+#[derive(Clone, Copy)]
+struct Rows<const CAUSAL: bool> {
+    first: u32,
+    block_n: u32,
+}
+
+impl<const CAUSAL: bool> Rows<CAUSAL> {
+    /// Sets the scores of keys that rows do not see to -inf.
+    #[inline(always)]
+    #[track_caller]
+    fn hide<T, const N: usize>(self, a: &Attention<T>, tile: &Tile, block: u32, s: &mut Accumulator<1, N>) {
         let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
-        let blocks = walk.blocks(a, &tile);
-        let own_blocks = mask.key_blocks(tile.first_row + group * GROUP_ROWS, GROUP_ROWS, BLOCK_N as u32);
-        let hide = |s: &mut Accumulator<1, S_COLUMNS>, block: u32| {
-            if own_blocks.is_partial(block) {
-                mask.apply(s, own_row, block * BLOCK_N as u32);
-            }
-        };
-        let mut softmax = RowSoftmax::<1>::EMPTY;
-        let mut o = Accumulator::<1, O_COLUMNS>::zero();
-        if blocks.count() > 0 {
-            let q_slot = queries.wait();
-            let k_slot = keys.wait();
-            keys.advance();
-            let mut s: Accumulator<1, S_COLUMNS> =
-                wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0)).wait::<0>();
-            release(k_slot);
-            hide(&mut s, blocks.end - 1);
-            softmax.take_lazily(&mut s, scale);
-            let mut p = Registers::<T, STEPS>::of(&s);
-            for block in (blocks.begin..blocks.end - 1).rev() {
-                let k_slot = keys.wait();
-                keys.advance();
-                let s_in_flight = wgmma::product(q.rows(0), memory.k.stage(k_slot.index).rows(0));
-                let v_slot = values.wait();
-                let o_in_flight = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0));
-                let mut s: Accumulator<1, S_COLUMNS> = s_in_flight.wait::<1>();
-                release(k_slot);
-                hide(&mut s, block);
-                let rescale = softmax.take_lazily(&mut s, scale);
-                // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
-                wgmma::pin(&mut s);
-                values.wait();
-                values.advance();
-                o = o_in_flight.wait::<0>();
-                wgmma::pin(&mut s);
-                release(v_slot);
-                p = Registers::of(&s);
-                rescale.apply_if_any(&mut o);
-            }
-            release(q_slot);
-            queries.next_round();
-            let v_slot = values.wait();
-            values.advance();
-            o = wgmma::add_product(o, p, memory.v.stage(v_slot.index).columns(0)).wait::<0>();
-            release(v_slot);
+        let first_row = tile.first_row + self.first;
+        if mask.key_blocks(first_row, GROUP_ROWS, self.block_n).is_partial(block) {
+            mask.apply(s, first_row + 16 * warp_in_group(), block * self.block_n);
         }
-        let rows = tile.sequence.seqlen_q;
-        let lse = a.softmax_lse.offset(a.first_row(&tile.sequence, tile.head));
-        softmax.finish(&mut o, f32::NEG_INFINITY, |row, state| {
-            let row = own_row + row;
-            if lane_id().is_multiple_of(4) && row < rows {
+    }
+
+    /// O = diag(l)⁻¹ O and LSE = m + log(l), to global memory.
+    #[inline(always)]
+    #[track_caller]
+    fn store<T: PackedElement, const N: usize>(
+        self,
+        a: &Attention<T>,
+        tile: &Tile,
+        softmax: RowSoftmax<1>,
+        o: &mut Accumulator<1, N>,
+    ) {
+        let Tile { head, sequence, .. } = tile;
+        let first_row = tile.first_row + self.first + 16 * warp_in_group();
+        let lse = a.softmax_lse.offset(a.first_row(sequence, *head));
+        softmax.finish(o, f32::NEG_INFINITY, |row, state| {
+            let row = first_row + row;
+            if lane_id().is_multiple_of(4) && row < sequence.seqlen_q {
                 lse.store(row as usize, state.lse());
             }
         });
-        o.store_rows(tile.sequence.query_matrix(&a.o, tile.head, own_row, a.headdim_v, true));
+        o.store_rows(sequence.query_matrix(&a.o, *head, first_row, a.headdim_v, true));
     }
 }
 

@@ -201,6 +201,17 @@ impl Session {
         }
     }
 
+    /// The kernel families that run there, the oldest first. The CPU has none.
+    pub fn kernels(&self) -> Vec<Kernel> {
+        let target = match self.executor {
+            Executor::Cpu => return Vec::new(),
+            Executor::Cuda(device) => device.target(),
+            Executor::Simulator => Target::SIMULATOR,
+        };
+        let families = Kernel::ALL.iter().copied().filter(|&kernel| kernel != Kernel::Auto);
+        families.filter(|&kernel| kernel != Kernel::Flash3 || target.against_hopper(kernel).is_none()).collect()
+    }
+
     /// Why it computes there.
     pub fn reason(&self) -> &str {
         &self.reason

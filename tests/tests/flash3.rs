@@ -66,10 +66,10 @@ fn tensors_with_gaps() {
     }
 }
 
-/// The order in which threads run must not matter.
+/// The order in which threads run must not matter, where stages are used again and again.
 #[test]
 fn any_order_of_threads_gives_the_same_bits() {
-    let case = Case { batch: 1, nheads: 3, ..Case::single(DType::F16, (200, 420), 64, true) };
+    let case = Case { nheads: 3, ..Case::single(DType::F16, (200, 700), 64, true) };
     let [q, k, v] = case.inputs();
     let run = |seed| {
         let mut options = SimulatorOptions::default();

@@ -59,10 +59,9 @@ pub struct Arguments {
 
 pub fn execute(arguments: Arguments) -> Result<()> {
     let session = arguments.backend.session()?;
-    let backend = session.backend();
-    let defaults = Defaults::on(backend, arguments.backward);
-    let kernels = arguments.kernels.unwrap_or_else(|| defaults.kernels.to_vec());
+    let defaults = Defaults::on(&session, arguments.backward);
     let shapes = arguments.shapes.or(&defaults)?;
+    let kernels = arguments.kernels.unwrap_or(defaults.kernels);
     let repetitions = arguments.repetitions.map_or(defaults.repetitions, NonZeroUsize::get);
     let setting = Setting {
         session,

@@ -13,8 +13,7 @@ const ROUNDS: usize = 30;
 
 fn main() -> Result<()> {
     let device = Device::get(0)?;
-    let tensors: Vec<_> =
-        (0..4).map(|_| DeviceTensor::<bf16>::uninitialised(device, &SHAPE)).collect::<Result<_>>()?;
+    let tensors: Vec<_> = (0..4).map(|_| DeviceTensor::<bf16>::uninitialised(device, &SHAPE)).collect::<Result<_>>()?;
     let lse = DeviceTensor::<f32>::uninitialised(device, &[SHAPE[0], SHAPE[2], SHAPE[1]])?;
     let layout = Layout::contiguous(DType::BF16, &SHAPE)?;
     let tensor = |i: usize| RawTensor { address: tensors[i].address(), layout: layout.clone() };

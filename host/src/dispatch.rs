@@ -31,7 +31,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Chooses the kernels for a problem, whose tensors may be accessed so: the family that is asked for, or with
+    /// Chooses the kernels for a problem, whose tensors may be accessed so, on a machine: the family that is asked for, or with
     /// [`Kernel::Auto`] the newest that can.
     ///
     /// # Errors

@@ -49,18 +49,18 @@ impl FromStr for Architecture {
     /// `sm_90`: with the shared memory that the table "Technical Specifications per Compute Capability" of the CUDA
     /// programming guide says.
     fn from_str(name: &str) -> Result<Self> {
-        let number = name.strip_prefix("sm_").and_then(|number| number.parse::<u32>().ok());
-        let compute_capability = number.map(|number| (number / 10, number % 10));
+        let number = name.strip_prefix("sm_").and_then(|number| number.parse::<u32>().ok()).unwrap_or_default();
+        let compute_capability = (number / 10, number % 10);
         let kibibytes = match compute_capability {
-            Some((8, 0 | 7)) => 163,
-            Some((8, _) | (12, _)) => 99,
-            Some((9 | 10 | 11, _)) => 227,
-            _ => return Err(Error::Choice { what: "architecture", found: name.to_owned(), allowed: "sm_80 to sm_121" }),
+            (8, 0 | 7) => 163,
+            (8, _) | (12, _) => 99,
+            (9..=11, _) => 227,
+            _ => {
+                let allowed = "sm_80 to sm_121";
+                return Err(Error::Choice { what: "architecture", found: name.to_owned(), allowed });
+            }
         };
-        Ok(Architecture {
-            compute_capability: compute_capability.unwrap_or_default(),
-            shared_memory_per_block: kibibytes << 10,
-        })
+        Ok(Architecture { compute_capability, shared_memory_per_block: kibibytes << 10 })
     }
 }
 

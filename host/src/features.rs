@@ -56,8 +56,7 @@ impl Feature {
     ];
 
     /// What flash3 knows.
-    pub const OF_HOPPER: &[Feature] =
-        &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen, Feature::HeaddimV];
+    pub const OF_HOPPER: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen, Feature::HeaddimV];
 
     /// What flash1 and standard attention know.
     pub const OF_ELDERS: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Unmapped];

@@ -29,7 +29,10 @@ impl Access {
     /// Of these tensors and O.
     pub fn of(inputs: &Inputs<RawTensor>, out: &RawTensor) -> Self {
         let Inputs { q, k, v, .. } = inputs;
-        Access { aligned: [q, k, v, out].into_iter().all(RawTensor::is_aligned), ..Self::on_machine(inputs, |x| &x.layout) }
+        Access {
+            aligned: [q, k, v, out].into_iter().all(RawTensor::is_aligned),
+            ..Self::on_machine(inputs, |x| &x.layout)
+        }
     }
 
     /// Of copies of these tensors, without gaps but for what is repeated by strides of 0.
@@ -43,9 +46,8 @@ impl Access {
 fn is_mapped(layout: &Layout) -> bool {
     const TOO_LONG: usize = 1 << 40;
     let element = layout.dtype().bytes();
-    let is_mapped = |(&extent, &stride): (&usize, &usize)| {
-        extent <= 1 || (1..TOO_LONG).contains(&stride.saturating_mul(element))
-    };
+    let is_mapped =
+        |(&extent, &stride): (&usize, &usize)| extent <= 1 || (1..TOO_LONG).contains(&stride.saturating_mul(element));
     layout.shape().iter().zip(layout.strides()).all(is_mapped)
 }
 

@@ -35,8 +35,7 @@ impl Target {
     pub const HOPPER: Target = Target { backend: Backend::Cuda, against_hopper: None };
 
     /// The oldest GPU that any kernel here runs on.
-    pub const OLDEST: Target =
-        Target { backend: Backend::Cuda, against_hopper: Some(AgainstHopper::Capability(8, 0)) };
+    pub const OLDEST: Target = Target { backend: Backend::Cuda, against_hopper: Some(AgainstHopper::Capability(8, 0)) };
 
     /// The simulated GPU.
     pub const SIMULATOR: Target =

@@ -55,8 +55,7 @@ fn flash3() {
 fn long_sequences() {
     for (kernel, session) in sessions("long_sequences") {
         let problems = DTYPES.into_iter().flat_map(|dtype| {
-            [false, true]
-                .map(|causal| Case { nheads: 2, ..Case::single(dtype, (2048, 2500), 128, causal) })
+            [false, true].map(|causal| Case { nheads: 2, ..Case::single(dtype, (2048, 2500), 128, causal) })
         });
         of_kernel(problems, kernel).for_each(|case| case.check(&session));
     }
@@ -65,12 +64,8 @@ fn long_sequences() {
 #[test]
 fn reruns_are_bitwise_equal() {
     for (kernel, session) in sessions("reruns_are_bitwise_equal") {
-        let problems = DTYPES.map(|dtype| Case {
-            batch: 2,
-            nheads: 4,
-            nheads_k: 2,
-            ..Case::single(dtype, (513, 700), 64, true)
-        });
+        let problems =
+            DTYPES.map(|dtype| Case { batch: 2, nheads: 4, nheads_k: 2, ..Case::single(dtype, (513, 700), 64, true) });
         for case in of_kernel(problems.into_iter(), kernel) {
             let (first, _) = case.run(&session);
             for _ in 0..20 {

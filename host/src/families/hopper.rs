@@ -1,10 +1,10 @@
 //! The launch of FlashAttention-3: its grid and its tensor maps.
 use cuda_std::Kernel;
 use cuda_std::tensor::TensorMapDescription;
+use kernels::Config;
 use kernels::attention::{Attention, Tensor};
 use kernels::flash3::schedule::{Schedule, tiles_of_head, units_of_head};
 use kernels::flash3::{GROUP_ROWS, Params};
-use kernels::Config;
 
 use crate::error::{Error, Result};
 use crate::launch::Launch;
@@ -90,6 +90,7 @@ mod tests {
     use super::*;
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
+    use cuda_std::element::bf16;
     use cuda_std::{DType, Global};
     use kernels::flash3::FORWARD;
 
@@ -127,7 +128,7 @@ mod tests {
     #[test]
     fn maps_hold_heads_and_batches_and_no_stride_that_is_never_taken() {
         let problem = problem([1, 300, 4, 40], false);
-        let tensor = Tensor { data: Global::NULL, batch_stride: 7, row_stride: 192, head_stride: 48 };
+        let tensor = Tensor::<bf16> { data: Global::NULL, batch_stride: 7, row_stride: 192, head_stride: 48 };
         let config = Config { headdim: 64, headdim_v: 64, block_n: 192, dtype: DType::BF16, ..FORWARD[0].config };
         let [q, k, _] = maps(&problem, [&tensor; 3], &config).expect("valid");
         assert_eq!((q.dimensions, q.strides), ([40, 300, 4, 1, 1], [384, 96, 32, 0]));

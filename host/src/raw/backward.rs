@@ -93,8 +93,7 @@ impl BackwardCall {
     /// As [`Call::launch`](super::Call::launch), of these tensors; the outputs are the gradients.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
         let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
-        let launches =
-            self.plan.launches(&self.problem, self.parameters, &addresses, &device.resources())?;
+        let launches = self.plan.launches(&self.problem, self.parameters, &addresses, &device.resources())?;
         // SAFETY: as the caller promises.
         unsafe { launch_all(&launches, device, stream) }
     }

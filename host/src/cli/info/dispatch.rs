@@ -69,8 +69,7 @@ pub struct DispatchArguments {
 /// Those of [`OptionArguments`].
 const OPTIONS: [&str; 7] = ["causal", "window", "softmax_scale", "softcap", "dropout", "deterministic", "tf32"];
 
-const ARCHITECTURES: [&str; 9] =
-    ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"];
+const ARCHITECTURES: [&str; 9] = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"];
 
 impl DispatchArguments {
     /// Whether this is what is asked for.
@@ -131,18 +130,12 @@ impl DispatchArguments {
         let (bias, mask) = (Layout::contiguous(self.dtype, &scores)?, Layout::contiguous(DType::U8, &scores)?);
         let of_heads = Layout::contiguous(DType::F32, &[nheads])?;
         let starts = Layout::contiguous(DType::I32, &[batch + 1])?;
-        let inputs = Inputs {
-            bias: self.bias.then_some(&bias),
-            mask: self.mask.then_some(&mask),
-            alibi_slopes: self.alibi.then_some(&of_heads),
-            sinks: self.sinks.then_some(&of_heads),
-            cu_seqlens_q: self.varlen.then_some(&starts),
-            cu_seqlens_k: self.varlen.then_some(&starts),
-            ..Inputs::new(&q, &k, &v)
-        };
+        let mut inputs = Inputs::new(&q, &k, &v);
+        (inputs.bias, inputs.mask) = (self.bias.then_some(&bias), self.mask.then_some(&mask));
+        (inputs.alibi_slopes, inputs.sinks) = (self.alibi.then_some(&of_heads), self.sinks.then_some(&of_heads));
         let mut options = self.options.options();
         if self.varlen {
-            options = options.max_seqlens(seqlen_q, seqlen_k);
+            (inputs, options) = (inputs.cu_seqlens(&starts, &starts), options.max_seqlens(seqlen_q, seqlen_k));
         }
         Ok(Problem::of(&inputs, None, &options)?)
     }

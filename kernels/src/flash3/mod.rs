@@ -265,6 +265,10 @@ impl<
 {
     const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
 
+    /// Steps of P V before whose end the turn is passed: as many as keep the tensor cores busy until the next warpgroup
+    /// has woken up, 128 cycles.
+    const PASSED_EARLY: usize = 256usize.div_ceil(HEADDIM_V);
+
     /// Before the first tile.
     #[inline(always)]
     #[track_caller]
@@ -342,8 +346,12 @@ impl<
         self.take_turn();
         let s = self.product_with(k);
         let v = self.values.wait();
-        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
-        self.pass_turn();
+        let v_block = self.memory.v.stage(v.index).columns(0);
+        let o = wgmma::add_product_and(self.o, self.p, v_block, |step| {
+            if step + Self::PASSED_EARLY == STEPS {
+                self.pass_turn();
+            }
+        });
         let mut s = s.wait::<1>();
         release(k);
         if is_partial {

@@ -9,6 +9,7 @@
 //! producer.advance();                     consumer.advance();
 //! ```
 use crate::Shared;
+use crate::math::once;
 use crate::mbarrier::Mbarrier;
 
 /// The barriers of `STAGES` stages.
@@ -125,6 +126,14 @@ impl<const STAGES: u32> Consumer<STAGES> {
     #[track_caller]
     pub fn wait(&self) -> Slot<STAGES> {
         self.pipeline.barriers.offset(self.at.index).wait(self.at.parity);
+        self.pipeline.slot(self.at)
+    }
+
+    /// As [`wait`](Self::wait), but not before `x` has been computed, which is not negative: [`once`].
+    #[inline(always)]
+    #[track_caller]
+    pub fn wait_once(&self, x: f32) -> Slot<STAGES> {
+        self.pipeline.barriers.offset(self.at.index).wait(once(self.at.parity, x));
         self.pipeline.slot(self.at)
     }
 

@@ -66,12 +66,16 @@ impl<const M: usize> RowSoftmax<M> {
                 }
             }
         }
+        let mut base = [[0.0; 2]; M];
         for m in 0..M {
             for half in 0..2 {
-                let state = &mut self.0[m][half];
-                let base = -state.base();
-                s.map_row(m, half, |s| ex2(fma(s, scale, base)));
-                state.l += s.fold_row(m, half, |x, y| x + y);
+                base[m][half] = -self.0[m][half].base();
+            }
+        }
+        let sums = s.map_and_fold_rows(|m, half, s| ex2(fma(s, scale, base[m][half])), |x, y| x + y);
+        for m in 0..M {
+            for half in 0..2 {
+                self.0[m][half].l += sums[m][half];
             }
         }
         rescale
@@ -100,6 +104,14 @@ impl<const M: usize> RowSoftmax<M> {
     pub fn sum(&self, m: usize, half: usize) -> OnlineSoftmax {
         let state = self.0[m][half];
         OnlineSoftmax { l: reduce::<4, f32>(state.l, |x, y| x + y), ..state }
+    }
+}
+
+impl RowSoftmax<1> {
+    /// A number that is known once the sums are; not negative.
+    #[inline(always)]
+    pub fn sums(&self) -> f32 {
+        self.0[0][0].l + self.0[0][1].l
     }
 }
 

@@ -67,6 +67,33 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         }
     }
 
+    /// Replaces each of this lane's elements by `f(m, half, element)`, and folds those of each row meanwhile, in two chains:
+    /// `fold[m][half]`. Said together, so that what folds fills the gaps of a slow `f`.
+    #[inline(always)]
+    pub fn map_and_fold_rows(
+        &mut self,
+        f: impl Fn(usize, usize, f32) -> f32,
+        combine: impl Fn(f32, f32) -> f32,
+    ) -> [[f32; 2]; M] {
+        let mut fold = [[0.0; 2]; M];
+        for m in 0..M {
+            let mut chains = [[0.0; 2]; 2];
+            for n in 0..N {
+                for half in 0..2 {
+                    for i in 0..2 {
+                        let x = f(m, half, self.0[m][n][2 * half + i]);
+                        self.0[m][n][2 * half + i] = x;
+                        chains[half][i] = if n == 0 { x } else { combine(chains[half][i], x) };
+                    }
+                }
+            }
+            for half in 0..2 {
+                fold[m][half] = combine(chains[half][0], chains[half][1]);
+            }
+        }
+        fold
+    }
+
     /// Replaces this lane's elements of a row, two neighbours at a time, by `f(column of the first, elements)`.
     #[inline(always)]
     #[track_caller]

@@ -265,6 +265,10 @@ impl<
 {
     const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
 
+    /// Steps of P V before whose end the turn is passed: as many as keep the tensor cores busy until the next warpgroup
+    /// has woken up, 128 cycles.
+    const PASSED_EARLY: usize = 256usize.div_ceil(HEADDIM_V);
+
     /// Before the first tile.
     #[inline(always)]
     #[track_caller]
@@ -342,17 +346,22 @@ impl<
         self.take_turn();
         let s = self.product_with(k);
         let v = self.values.wait();
-        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
-        self.pass_turn();
+        let v_block = self.memory.v.stage(v.index).columns(0);
+        let o = wgmma::add_product_and(self.o, self.p, v_block, |step| {
+            if step + Self::PASSED_EARLY == STEPS {
+                self.pass_turn();
+            }
+        });
         let mut s = s.wait::<1>();
         release(k);
         if is_partial {
             self.rows.hide(a, tile, block, &mut s);
         }
         let rescale = self.softmax.take_lazily(&mut s, self.scale);
-        // The exponentials stay before the wait: the assembler moves it up to the next barrier, which this is.
+        // The exponentials and their sums stay before the wait: the assembler moves it up to the next barrier, and sums
+        // down below it. This is a barrier, and needs the sums.
         wgmma::pin(&mut s);
-        self.values.wait();
+        self.values.wait_once(self.softmax.sums());
         self.values.advance();
         self.o = o.wait::<0>();
         wgmma::pin(&mut s);

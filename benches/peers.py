@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Times ferroflash's FlashAttention-2 beside PyTorch's FlashAttention-2 and cuDNN, on one GPU, in one process.
+"""Times ferroflash beside PyTorch's FlashAttention-2 and cuDNN, on one GPU, in one process.
 
     cargo build --release
     python3 benches/peers.py
+    python3 benches/peers.py --kernel flash2
     python3 benches/peers.py --backward
     python3 benches/peers.py --headdim 128 --seqlens 4096,16384 --json peers.json --svg peers.svg
 
-The kernels are those that the command `ferroflash` embeds: `ferroflash ptx` gives their PTX and how to launch them.
+The kernels are those that the command `ferroflash` embeds: `ferroflash ptx` gives their PTX and how to launch them, and
+`ferroflash info --explain-dispatch` says which family it takes on this GPU.
 Needs PyTorch with CUDA, on a GPU of compute capability 8.0 or newer; for --svg also matplotlib.
 
 How it measures, and why:
@@ -170,7 +172,9 @@ class Kernel:
 
     def launch(self, rows, block, heads, parameters):
         """As many blocks as it takes for so many rows a head, `block` ("block_m" or "block_n") rows each."""
-        blocks = math.ceil(rows / self.entry[block]) * heads
+        self.launch_blocks(math.ceil(rows / self.entry[block]) * heads, parameters)
+
+    def launch_blocks(self, blocks, parameters):
         self.driver.launch(self.function, blocks, self.entry["threads"], self.entry["shared_bytes"], parameters)
 
 
@@ -218,6 +222,89 @@ class Flash2:
             window_right=0 if self.causal else unbounded,
             aligned=1,
         )
+
+
+class TensorMap(ctypes.Structure):
+    """`cuda_std::tensor::TensorMap`: what the driver encodes."""
+
+    _fields_ = [("bits", ctypes.c_uint64 * 16)]
+    DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # of CUtensorMapDataType
+    SWIZZLES = {32: 1, 64: 2, 128: 3}  # of CUtensorMapSwizzle
+    L2_PROMOTION_256B = 3  # of CUtensorMapL2promotion
+
+    @classmethod
+    def of(cls, driver, x, rows, headdim):
+        """Tiles of so many rows of x (batch, seqlen, heads, headdim), for a kernel of this head dimension."""
+        panel = next(columns for columns in (64, 32, 16) if headdim % columns == 0)
+        batch, seqlen, heads, columns = x.shape
+        strides = [stride * x.element_size() for stride in (x.stride(1), x.stride(2), x.stride(0))]
+        memory = ctypes.create_string_buffer(192)
+        aligned = (ctypes.addressof(memory) + 63) // 64 * 64
+        driver.call(
+            "cuTensorMapEncodeTiled",
+            ctypes.c_void_p(aligned),
+            cls.DTYPES[x.dtype],
+            4,
+            ctypes.c_void_p(x.data_ptr()),
+            (ctypes.c_uint64 * 4)(columns, seqlen, heads, batch),
+            (ctypes.c_uint64 * 3)(*strides),
+            (ctypes.c_uint32 * 4)(panel, rows, 1, 1),
+            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            0,
+            cls.SWIZZLES[panel * x.element_size()],
+            cls.L2_PROMOTION_256B,
+            0,
+        )
+        return cls.from_buffer_copy(ctypes.string_at(aligned, 128))
+
+
+class Flash3Parameters(ctypes.Structure):
+    """`kernels::flash3::Params`."""
+
+    _fields_ = [
+        ("q", TensorMap),
+        ("k", TensorMap),
+        ("v", TensorMap),
+        ("attention", Attention),
+        ("walkers", ctypes.c_uint32),
+        ("walked_heads", ctypes.c_uint32),
+    ]
+
+
+class Flash3(Flash2):
+    """The family flash3, scheduled as `host/src/families/hopper.rs` does it."""
+
+    ROWS = 64  # of a tile of Q
+    LONG_TILE = 16
+
+    def __init__(self, driver, command, dtype, headdim, causal):
+        wanted = {"family": "flash3", "dtype": dtype, "headdim": headdim, "causal": causal}
+        self.kernel, self.causal, self.headdim = Kernel(driver, command, Flash3Parameters, **wanted), causal, headdim
+
+    def launch(self, q, k, v, o, lse):
+        batch, seqlen_q, nheads, _ = q.shape
+        multiprocessors, entry = torch.cuda.get_device_properties(0).multi_processor_count, self.kernel.entry
+        heads, tiles = batch * nheads, math.ceil(seqlen_q / entry["block_m"])
+        units = math.ceil(tiles / 2) if self.causal else tiles
+        is_long = k.shape[1] // 2 // entry["block_n"] >= self.LONG_TILE
+        unwalked = math.ceil(3 * multiprocessors / (2 * units)) if self.causal and is_long else 0
+        walked_heads = max(0, heads - unwalked)
+        walkers = min(multiprocessors, walked_heads * units)
+        maps = [
+            TensorMap.of(self.kernel.driver, x, rows, self.headdim)
+            for x, rows in ((q, self.ROWS), (k, entry["block_n"]), (v, entry["block_n"]))
+        ]
+        parameters = Flash3Parameters(*maps, self.parameters(q, k, v, o, lse), walkers, walked_heads)
+        self.kernel.launch_blocks((heads - walked_heads) * tiles + walkers, parameters)
+
+
+FAMILIES = {"flash2": Flash2, "flash3": Flash3}
+
+
+def family(command, dtype, headdim, causal):
+    """The family that the host takes on this GPU."""
+    shape = ["--dtype", dtype, "--headdim", str(headdim), *(["--causal"] if causal else [])]
+    return FAMILIES[answer(command, "info", "--explain-dispatch", *shape)["forward"]["kernel"]]
 
 
 class Flash2Backward:
@@ -468,7 +555,11 @@ def measure_all(options):
     for headdim in options.headdim:
         for causal in options.causal:
             say(f"headdim {headdim}{', causal' if causal else ''}")
-            ours, peer, keeps_rule = Flash2, sdpa, check
+            peer, keeps_rule = sdpa, check
+            if options.kernel == "auto":
+                ours = family(options.ferroflash, options.dtype, headdim, causal)
+            else:
+                ours = FAMILIES[options.kernel]
             if options.backward:
                 ours = DeterministicBackward if options.deterministic else FusedBackward
                 peer, keeps_rule = sdpa_backward, check_backward
@@ -584,6 +675,7 @@ def arguments():
     add("--tokens", metavar="N", type=positive, default=16384, help="batch x seqlen [16384]")
     add("--hidden", metavar="N", type=positive, default=2048, help="heads x headdim [2048]")
     add("--causal", choices=masks, default="both", help="[both]")
+    add("--kernel", choices=["auto", *FAMILIES], default="auto", help="of the forward pass [auto]")
     add("--backward", action="store_true", help="time the gradients")
     add("--deterministic", action="store_true", help="ours the same bits in every run")
     add("--dtype", choices=DTYPES, default="bf16", help="[bf16]")

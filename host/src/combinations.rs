@@ -12,7 +12,9 @@ use crate::error::Result;
 use crate::inputs::Inputs;
 use crate::layout::Layout;
 use crate::options::{AttentionOptions, Kernel};
+use crate::parameters::Access;
 use crate::problem::Problem;
+use crate::target::Target;
 
 /// An algorithm, one of its passes, and what it computes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,7 +119,7 @@ const PREFACE: &str = "\
 `ferroflash info --kernels` prints this page. It asks what chooses kernels for calls, with heads of 64 elements where
 it says nothing else. `yes`: as fast as without; `general`: by a kernel that asks its arguments for all features, which
 costs time; `no`: refused, with the reason. Gradients of flash2 that are `deterministic` compute S and dP twice, which costs
-time too. `auto` takes the first family here that can run a problem.
+time too. flash3 runs on Hopper. `auto` takes the first family here that can run a problem.
 
 ";
 
@@ -137,7 +139,8 @@ impl Pass {
 }
 
 /// What computes, without a kernel the CPU, and in which pass.
-const ROWS: [(Option<Kernel>, Pass); 6] = [
+const ROWS: [(Option<Kernel>, Pass); 7] = [
+    (Some(Kernel::Flash3), Pass::Forward),
     (Some(Kernel::Flash2), Pass::Forward),
     (Some(Kernel::Flash2), Pass::Backward),
     (Some(Kernel::Flash1), Pass::Forward),
@@ -237,7 +240,10 @@ impl Probe {
         // The CPU refuses nothing.
         let Some(kernel) = algorithm else { return Ok(Support::Full) };
         let is_general = match pass {
-            Pass::Forward => Plan::new(&problem, self.aligned, kernel, Backend::Cuda)?.is_general(),
+            Pass::Forward => {
+                let access = Access { aligned: self.aligned, mapped: true };
+                Plan::new(&problem, access, kernel, Target::HOPPER)?.is_general()
+            }
             Pass::Backward => {
                 BackwardPlan::new(&problem, self.gradients, self.aligned, kernel, Backend::Cuda)?.is_general()
             }

@@ -4,12 +4,13 @@ use kernels::Config;
 use kernels::attention::{Attention, Untyped};
 use kernels::softmax::{self, ROW_A_BLOCK, ROW_A_WARP};
 
-use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::families::{Family, Wanted};
 use crate::launch::{Launch, Workspace};
 use crate::options::{Kernel, SoftmaxMethod};
+use crate::parameters::Access;
 use crate::problem::Problem;
+use crate::target::{Resources, Target};
 
 mod backward;
 
@@ -22,49 +23,64 @@ type FamilyFor = fn(&Wanted) -> Result<Family, String>;
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     family: Family,
-    /// Why this family.
-    pub reason: String,
+    asked: Kernel,
+    /// What stands against newer families, each with its name.
+    pub refused: Vec<String>,
     /// The memory that it needs besides Q, K, V, O and LSE.
     pub workspace: Vec<Workspace>,
 }
 
 impl Plan {
-    /// Chooses the kernels for a problem: the family that is asked for, or with [`Kernel::Auto`] the newest that can.
-    /// `aligned`: whether the problem's tensors are.
+    /// Chooses the kernels for a problem, whose tensors may be accessed so, on a machine: the family that is asked for, or with
+    /// [`Kernel::Auto`] the newest that can.
     ///
     /// # Errors
     /// [`Error::Unsupported`], with the reason of each family.
-    pub fn new(problem: &Problem, aligned: bool, kernel: Kernel, backend: Backend) -> Result<Self> {
-        let wanted = Wanted::new(problem, aligned);
+    pub fn new(problem: &Problem, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
+        let wanted = Wanted::new(problem, access);
         let families: &[FamilyFor] = match kernel {
             Kernel::Auto => &[Family::flash2, Family::flash1, Family::standard],
+            Kernel::Flash3 => &[],
             Kernel::Flash2 => &[Family::flash2],
             Kernel::Flash1 => &[Family::flash1],
             Kernel::Standard => &[Family::standard],
         };
-        let mut reasons = Vec::new();
-        for family in families {
-            match family(&wanted) {
-                Ok(family) => return Ok(Plan::of(family, problem, kernel, &reasons)),
-                Err(reason) => reasons.push(reason),
+        let hopper = matches!(kernel, Kernel::Auto | Kernel::Flash3).then(|| flash3(&wanted, kernel, target));
+        let mut refused = Vec::new();
+        for family in hopper.into_iter().chain(families.iter().map(|family| family(&wanted))) {
+            match family {
+                Ok(family) => {
+                    return Ok(Plan { family, asked: kernel, refused, workspace: family.workspace(problem) });
+                }
+                Err(reason) => refused.push(reason),
             }
         }
-        Err(Error::Unsupported { kernel, backend, reasons })
+        Err(Error::Unsupported { kernel, backend: target.backend, reasons: refused })
     }
 
-    fn of(family: Family, problem: &Problem, asked: Kernel, refused: &[String]) -> Self {
-        let name = family.name();
-        let reason = match (asked, refused) {
+    /// Why this family.
+    pub fn reason(&self) -> String {
+        let name = self.family.name();
+        match (self.asked, &self.refused[..]) {
             (Kernel::Auto, []) => format!("{name} is the newest kernel"),
             (Kernel::Auto, refused) => format!("{name} is the newest kernel that can: {}", refused.join("; ")),
             _ => format!("{name} was asked for"),
-        };
-        Plan { family, reason, workspace: family.workspace(problem) }
+        }
     }
 
     /// The name of the family.
     pub fn algorithm(&self) -> &'static str {
         self.family.name()
+    }
+
+    /// Its kernels, in the order in which they run.
+    pub fn kernels(&self) -> Vec<(&'static str, Config)> {
+        self.family.kernels()
+    }
+
+    /// Whether its kernels are for Hopper alone.
+    pub fn is_for_hopper(&self) -> bool {
+        matches!(self.family, Family::Flash3(_))
     }
 
     /// Whether a kernel runs that asks its arguments for all features.
@@ -78,14 +94,23 @@ impl Plan {
         self.workspace.iter().map(Workspace::bytes).fold(lse, u64::saturating_add)
     }
 
-    /// The launches, in order, for tensors and a workspace at these addresses.
+    /// The launches, in order, for tensors and a workspace at these addresses of a machine.
     pub fn launches(
         &self,
         problem: &Problem,
         attention: Attention,
         workspace: &[Global<Untyped>],
+        machine: &Resources,
     ) -> Result<Vec<Launch>> {
-        self.family.launches(problem, attention, workspace)
+        self.family.launches(problem, attention, workspace, machine)
+    }
+}
+
+/// FlashAttention-3, where it runs.
+fn flash3(wanted: &Wanted, asked: Kernel, target: Target) -> Result<Family, String> {
+    match target.against_hopper(asked) {
+        Some(against) => Err(format!("flash3: {against}")),
+        None => Family::flash3(wanted),
     }
 }
 

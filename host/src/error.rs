@@ -1,4 +1,6 @@
 //! What can go wrong, in one enum. Every variant names the argument, what it was, and what is allowed.
+use cuda_std::tensor::TensorMapError;
+
 use crate::backend::Backend;
 use crate::options::Kernel;
 
@@ -75,6 +77,14 @@ pub enum Error {
         found: u64,
         /// The alignment that is needed, in bytes.
         allowed: usize,
+    },
+    /// A tensor that the tensor copy engine cannot address.
+    #[error("{argument}: no tensor map: {reason}")]
+    TensorMap {
+        /// Which tensor.
+        argument: &'static str,
+        /// What it has, and what is allowed.
+        reason: TensorMapError,
     },
     /// Grouped queries whose heads do not divide evenly.
     #[error(

@@ -1,14 +1,21 @@
 //! The kernel families of attention: which problems each runs, with what memory, in which launches.
 //!
 //! All that the host knows of a family's entry points is here.
+use std::cmp::Reverse;
+use std::fmt;
+
 use cuda_std::{DType, Global, Kernel};
 use kernels::attention::{Attention, Untyped};
-use kernels::{Config, flash1, flash2, standard};
+use kernels::{Config, flash1, flash2, flash3, standard};
 
 use crate::error::Result;
 use crate::features::Feature;
 use crate::launch::{Launch, Workspace};
+use crate::parameters::Access;
 use crate::problem::Problem;
+use crate::target::Resources;
+
+mod hopper;
 
 /// A problem, and what it asks of kernels.
 #[derive(Clone, Debug)]
@@ -18,10 +25,9 @@ pub(crate) struct Wanted<'a> {
 }
 
 impl<'a> Wanted<'a> {
-    /// `aligned`: whether the problem's tensors are, as [`RawTensor::is_aligned`](crate::raw::RawTensor::is_aligned)
-    /// says.
-    pub fn new(problem: &'a Problem, aligned: bool) -> Self {
-        Wanted { problem, features: Feature::of(problem, aligned) }
+    /// A problem whose tensors may be accessed so.
+    pub fn new(problem: &'a Problem, access: Access) -> Self {
+        Wanted { problem, features: Feature::of(problem, access) }
     }
 }
 
@@ -38,8 +44,8 @@ pub(crate) struct Table<'a, P: 'static> {
 
 impl<P> Table<'_, P> {
     /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in
-    /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, and the
-    /// smallest.
+    /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
+    /// of several tiles the one for sequences of this length.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
         let Wanted { problem, features } = wanted;
         let Problem { headdim, headdim_v, .. } = **problem;
@@ -69,11 +75,15 @@ impl<P> Table<'_, P> {
         let knows = |config: &Config, feature: &Feature| config.general || self.plain.contains(feature);
         let runs_mask =
             |config: &Config| config.general || config.causal.is_none_or(|causal| causal == problem.is_causal());
-        let able = fitting()
-            .filter(|Kernel { config, .. }| runs_mask(config) && features.iter().all(|feature| knows(config, feature)));
+        let able = fitting().filter(|Kernel { config, .. }| {
+            runs_mask(config)
+                && features.iter().all(|feature| knows(config, feature))
+                && config.from_keys as usize <= problem.seqlen_k
+        });
         let size = |config: &Config| (config.headdim == 0, config.headdim, config.headdim_v);
-        let best =
-            able.min_by_key(|Kernel { config, .. }| (config.tf32 != problem.allow_tf32, config.general, size(config)));
+        let best = able.min_by_key(|Kernel { config, .. }| {
+            (config.tf32 != problem.allow_tf32, config.general, size(config), Reverse(config.from_keys))
+        });
         best.ok_or_else(|| {
             let unknown = |feature: &&Feature| !fitting().any(|kernel| knows(&kernel.config, feature));
             let unknown = listed(features.iter().filter(unknown));
@@ -103,7 +113,7 @@ fn listed<X: ToString>(all: impl IntoIterator<Item = X>) -> String {
 }
 
 /// The entry points of one family that run a problem.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) enum Family {
     Standard {
         scores: &'static Kernel<standard::Params, Config>,
@@ -112,6 +122,13 @@ pub(crate) enum Family {
     },
     Flash1(&'static Kernel<flash1::Params, Config>),
     Flash2(&'static Kernel<flash2::Params, Config>),
+    Flash3(&'static Kernel<flash3::Params, Config>),
+}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 impl Family {
@@ -138,12 +155,32 @@ impl Family {
         table.find(wanted).map(Family::Flash2)
     }
 
+    /// FlashAttention-3 for this problem, or why there is none.
+    pub fn flash3(wanted: &Wanted) -> Result<Self, String> {
+        let table = Table { name: "flash3", kernels: &[flash3::FORWARD], plain: Feature::OF_HOPPER, pads: true };
+        table.find(wanted).map(Family::Flash3)
+    }
+
     /// Its name in reports.
     pub fn name(&self) -> &'static str {
         match self {
             Family::Standard { .. } => "standard",
             Family::Flash1(_) => "flash1",
             Family::Flash2(_) => "flash2",
+            Family::Flash3(_) => "flash3",
+        }
+    }
+
+    /// Its kernels, in the order in which they run.
+    pub fn kernels(&self) -> Vec<(&'static str, Config)> {
+        fn of<P>(kernel: &Kernel<P, Config>) -> (&'static str, Config) {
+            (kernel.name, kernel.config)
+        }
+        match self {
+            Family::Standard { scores, probabilities, output } => vec![of(scores), of(probabilities), of(output)],
+            Family::Flash1(kernel) => vec![of(kernel)],
+            Family::Flash2(kernel) => vec![of(kernel)],
+            Family::Flash3(kernel) => vec![of(kernel)],
         }
     }
 
@@ -153,6 +190,7 @@ impl Family {
             Family::Standard { scores, .. } => scores.config.general,
             Family::Flash1(kernel) => kernel.config.general,
             Family::Flash2(kernel) => kernel.config.general,
+            Family::Flash3(kernel) => kernel.config.general,
         }
     }
 
@@ -168,16 +206,17 @@ impl Family {
                 let of = |name, len| Workspace { name, dtype: DType::F32, len };
                 vec![of("O", rows.saturating_mul(problem.headdim as u64)), of("l", rows), of("m", rows)]
             }
-            Family::Flash2(_) => Vec::new(),
+            Family::Flash2(_) | Family::Flash3(_) => Vec::new(),
         }
     }
 
-    /// Its launches, in order, with the workspace at these addresses. Without rows there are none.
+    /// Its launches on a machine, in order, with the workspace at these addresses. Without rows there are none.
     pub fn launches(
         &self,
         problem: &Problem,
         attention: Attention,
         workspace: &[Global<Untyped>],
+        machine: &Resources,
     ) -> Result<Vec<Launch>> {
         if problem.rows() == 0 {
             return Ok(Vec::new());
@@ -203,6 +242,7 @@ impl Family {
             (Family::Flash2(kernel), &[]) => {
                 Ok(vec![Launch::new(kernel, query_blocks(kernel.config), flash2::Params { attention })?])
             }
+            (Family::Flash3(kernel), &[]) => Ok(vec![hopper::launch(kernel, problem, attention, machine)?]),
             _ => unreachable!("the workspace is what `workspace` lists"),
         }
     }
@@ -238,6 +278,7 @@ mod tests {
         general: true,
         block_m: 64,
         block_n: 64,
+        from_keys: 0,
         threads: 128,
         min_blocks_per_sm: 1,
         shared_bytes: 0,
@@ -265,7 +306,7 @@ mod tests {
         let (q, v) = (layout(headdims[0]), layout(headdims[1]));
         let problem = Problem::new(&q, &q, &v, options).expect("valid");
         let table = Table { name: "test", kernels: &[&KERNELS], plain: Feature::PLAIN, pads: true };
-        table.find(&Wanted::new(&problem, aligned)).map(|kernel| kernel.name)
+        table.find(&Wanted::new(&problem, Access { aligned, mapped: true })).map(|kernel| kernel.name)
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::options::WindowSize;
+use crate::parameters::Access;
 use crate::problem::Problem;
 
 /// One thing that not every kernel can do.
@@ -38,6 +39,8 @@ pub(crate) enum Feature {
     OddHeaddim,
     /// Addresses or strides that are no multiples of 16 bytes.
     Unaligned,
+    /// Strides that no tensor map has.
+    Unmapped,
 }
 
 impl Feature {
@@ -49,16 +52,20 @@ impl Feature {
         Feature::Varlen,
         Feature::NoKeys,
         Feature::HeaddimV,
+        Feature::Unmapped,
     ];
 
-    /// What flash1 and standard attention know.
-    pub const OF_ELDERS: &[Feature] = &[Feature::Causal, Feature::GroupedQueries];
+    /// What flash3 knows.
+    pub const OF_HOPPER: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen, Feature::HeaddimV];
 
-    /// All that a problem asks for. `aligned`: whether its tensors are, as
-    /// [`RawTensor::is_aligned`](crate::raw::RawTensor::is_aligned) says.
-    pub fn of(problem: &Problem, aligned: bool) -> Vec<Feature> {
+    /// What flash1 and standard attention know.
+    pub const OF_ELDERS: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Unmapped];
+
+    /// All that a problem asks for, whose tensors may be accessed so.
+    pub fn of(problem: &Problem, Access { aligned, mapped }: Access) -> Vec<Feature> {
         let is_odd = |headdim: usize| !headdim.is_multiple_of(8);
         let odd = is_odd(problem.headdim) || is_odd(problem.headdim_v);
+        let no_keys = problem.seqlen_k == 0 || problem.varlen.as_ref().is_some_and(|varlen| varlen.total_k == 0);
         let windowed = problem.window != WindowSize::default() && !problem.is_causal();
         [
             (problem.is_causal(), Feature::Causal),
@@ -72,10 +79,11 @@ impl Feature {
             (problem.sinks, Feature::Sinks),
             (problem.nheads_k != problem.nheads, Feature::GroupedQueries),
             (problem.varlen.is_some(), Feature::Varlen),
-            (problem.seqlen_k == 0, Feature::NoKeys),
+            (no_keys, Feature::NoKeys),
             (problem.headdim_v != problem.headdim, Feature::HeaddimV),
             (odd, Feature::OddHeaddim),
             (!aligned && !odd, Feature::Unaligned),
+            (!mapped, Feature::Unmapped),
         ]
         .into_iter()
         .filter_map(|(asked, feature)| asked.then_some(feature))
@@ -101,6 +109,7 @@ impl fmt::Display for Feature {
             Feature::HeaddimV => "another headdim of v",
             Feature::OddHeaddim => "a headdim that is no multiple of 8",
             Feature::Unaligned => "addresses and strides that are no multiples of 16 bytes",
+            Feature::Unmapped => "strides of 0 or of 2^40 bytes and more",
         })
     }
 }

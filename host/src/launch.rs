@@ -20,6 +20,8 @@ pub(crate) struct Launch {
     pub block: u32,
     /// Dynamic shared memory a block, in bytes.
     pub shared_bytes: u32,
+    /// Blocks a cluster.
+    pub cluster: u32,
     call: Box<dyn Call>,
 }
 
@@ -33,13 +35,21 @@ impl Launch {
         blocks: u64,
         parameters: P,
     ) -> Result<Self> {
-        if blocks > MOST_BLOCKS {
-            let what = "blocks of a kernel";
-            return Err(Error::TooLarge { what, found: u128::from(blocks), limit: u128::from(MOST_BLOCKS) });
+        let grid = Self::check_blocks(blocks)?;
+        let Kernel { name: entry, cluster, config: Config { threads: block, shared_bytes, .. }, run, .. } = *kernel;
+        Ok(Launch { entry, grid, block, shared_bytes, cluster, call: Box::new(Bound { run, parameters }) })
+    }
+
+    /// As many blocks, if a grid has so many.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if not.
+    pub fn check_blocks(blocks: u64) -> Result<u32> {
+        if blocks <= MOST_BLOCKS {
+            return Ok(blocks as u32);
         }
-        let Config { threads, shared_bytes, .. } = kernel.config;
-        let call = Box::new(Bound { run: kernel.run, parameters });
-        Ok(Launch { entry: kernel.name, grid: blocks as u32, block: threads, shared_bytes, call })
+        let what = "blocks of a kernel";
+        Err(Error::TooLarge { what, found: u128::from(blocks), limit: u128::from(MOST_BLOCKS) })
     }
 
     /// Where its parameter struct is: what a driver takes.

@@ -52,6 +52,7 @@ pub mod cuda;
 mod dispatch;
 mod element;
 mod error;
+pub mod explanation;
 mod families;
 mod features;
 mod heads;
@@ -70,6 +71,7 @@ mod report;
 mod sequences;
 mod session;
 mod simulator;
+mod target;
 mod tensor;
 pub mod traffic;
 

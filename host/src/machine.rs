@@ -11,6 +11,7 @@ use crate::options::SoftmaxMethod;
 use crate::parameters;
 use crate::problem::Problem;
 use crate::report::LaunchReport;
+use crate::target::Resources;
 use crate::tensor::{TensorMut, TensorRef};
 
 mod placed;
@@ -37,8 +38,8 @@ pub(crate) trait Machine {
     /// Copies an allocation, all of it, to host memory.
     fn download<T: Datum>(&self, buffer: &Self::Buffer<T>, to: &mut [T]) -> Result<()>;
 
-    /// The most shared memory that a block may have, in bytes.
-    fn shared_memory(&self) -> u32;
+    /// What launches need to know of it.
+    fn resources(&self) -> Resources;
 
     /// Runs launches one after the other, and waits for them: what came of each, and the seconds they took together.
     fn run(&self, launches: &[Launch]) -> Result<(Vec<LaunchReport>, f64)>;
@@ -88,7 +89,7 @@ pub(crate) fn attention<M: Machine>(
 
     let located = inputs.map(|_, tensor| tensor.located());
     let attention = parameters::attention(problem, &located, &placed_out.located(), placed_lse.address());
-    let launches = plan.launches(problem, attention, &addresses)?;
+    let launches = plan.launches(problem, attention, &addresses, &machine.resources())?;
     let done = repetitions.run(|| machine.run(&launches))?;
     placed_out.download(out)?;
     placed_lse.download(softmax_lse)?;
@@ -110,7 +111,7 @@ pub(crate) fn attention_backward<M: Machine>(
 
     let located = (inputs.map(|_, tensor| tensor.located()), placed.map(|_, gradient| gradient.located()));
     let parameters = parameters::backward(problem, &located.0, &located.1);
-    let launches = plan.launches(problem, parameters, &addresses, machine.shared_memory())?;
+    let launches = plan.launches(problem, parameters, &addresses, &machine.resources())?;
     let done = repetitions.run(|| machine.run(&launches))?;
     placed.into_each().zip(gradients.into_each()).try_for_each(|(placed, to)| placed.download(to))?;
     Ok(done)

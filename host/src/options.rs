@@ -126,6 +126,9 @@ macro_rules! named_choices {
             /// All of them.
             pub const ALL: &'static [$choice] = &[$($choice::$variant),*];
 
+            /// Their names, in the same order.
+            pub const NAMES: &'static [&'static str] = &[$($name),*];
+
             /// Its name, as commands and reports use it.
             pub const fn name(self) -> &'static str {
                 match self {
@@ -156,7 +159,7 @@ named_choices! {
     /// Which kernel family computes attention on a GPU, or on the simulated one.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     #[non_exhaustive]
-    pub enum Kernel: "kernel", "auto, standard, flash1, flash2" {
+    pub enum Kernel: "kernel", "auto, standard, flash1, flash2, flash3" {
         /// The best that can run the problem.
         #[default]
         Auto = "auto",
@@ -166,6 +169,8 @@ named_choices! {
         Flash1 = "flash1",
         /// FlashAttention-2: outer loop over Q, tensor cores.
         Flash2 = "flash2",
+        /// FlashAttention-3: the same on Hopper, with asynchronous copies and products, and specialised warps.
+        Flash3 = "flash3",
     }
 }
 

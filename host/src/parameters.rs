@@ -6,11 +6,50 @@ use kernels::flash2_backward::Params;
 use kernels::mask::UNBOUNDED;
 
 use crate::inputs::{BackwardInputs, GradientOutputs, Inputs};
+use crate::layout::Layout;
 use crate::problem::Problem;
 use crate::raw::RawTensor;
 
 /// What addresses and strides of tensors are multiples of, in bytes, for the widest accesses of kernels.
 pub(crate) const ALIGNMENT: usize = 16;
+
+/// How kernels may access the tensors of a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Access {
+    /// Eight elements at a time, as [`RawTensor::is_aligned`] says of each.
+    pub aligned: bool,
+    /// Q, K and V by tensor maps, if they are aligned.
+    pub mapped: bool,
+}
+
+impl Access {
+    /// In any way.
+    pub const ANY: Access = Access { aligned: true, mapped: true };
+
+    /// Of these tensors and O.
+    pub fn of(inputs: &Inputs<RawTensor>, out: &RawTensor) -> Self {
+        let Inputs { q, k, v, .. } = inputs;
+        Access {
+            aligned: [q, k, v, out].into_iter().all(RawTensor::is_aligned),
+            ..Self::on_machine(inputs, |x| &x.layout)
+        }
+    }
+
+    /// Of copies of these tensors, without gaps but for what is repeated by strides of 0.
+    pub fn on_machine<X>(inputs: &Inputs<X>, layout: fn(&X) -> &Layout) -> Self {
+        let mapped = [&inputs.q, &inputs.k, &inputs.v].into_iter().all(|tensor| is_mapped(layout(tensor)));
+        Access { aligned: true, mapped }
+    }
+}
+
+/// Whether a tensor map has such strides. The driver does not say that it takes strides of 0.
+fn is_mapped(layout: &Layout) -> bool {
+    const TOO_LONG: usize = 1 << 40;
+    let element = layout.dtype().bytes();
+    let is_mapped =
+        |(&extent, &stride): (&usize, &usize)| extent <= 1 || (1..TOO_LONG).contains(&stride.saturating_mul(element));
+    layout.shape().iter().zip(layout.strides()).all(is_mapped)
+}
 
 /// The arguments of a forward pass. `softmax_lse` is an address.
 pub(crate) fn attention(problem: &Problem, inputs: &Inputs<RawTensor>, out: &RawTensor, softmax_lse: u64) -> Attention {

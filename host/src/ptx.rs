@@ -1,5 +1,6 @@
 //! The kernels that are embedded in this build.
 use std::io::Read;
+use std::sync::LazyLock;
 
 use crate::error::{Error, Result};
 
@@ -21,6 +22,12 @@ pub struct Entry {
 /// All embedded kernels.
 pub fn embedded() -> &'static [Entry] {
     EMBEDDED
+}
+
+/// Whether there are kernels for Hopper among them.
+pub(crate) fn embeds_hopper() -> bool {
+    static EMBEDS: LazyLock<bool> = LazyLock::new(|| EMBEDDED.iter().any(|entry| entry.arch == "sm_90a"));
+    *EMBEDS
 }
 
 impl Entry {

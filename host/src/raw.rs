@@ -26,10 +26,9 @@
 //! bytes; where they are not, another one runs.
 use std::ffi::c_void;
 
-use cuda_std::Global;
+use cuda_std::{Global, sim};
 use kernels::attention::{Attention, Untyped};
 
-use crate::backend::Backend;
 use crate::cuda::Device;
 use crate::dispatch::Plan;
 use crate::error::{Error, Result};
@@ -37,9 +36,11 @@ use crate::inputs::Inputs;
 use crate::launch::{Launch, Workspace};
 use crate::layout::Layout;
 use crate::options::{AttentionOptions, Kernel};
-use crate::parameters;
+use crate::parameters::{self, Access};
 use crate::problem::Problem;
 use crate::report::LaunchReport;
+use crate::simulator::{self, SimulatorOptions};
+use crate::target::{Resources, Target};
 
 mod backward;
 
@@ -83,7 +84,11 @@ pub struct Arguments {
 #[derive(Clone, Debug)]
 pub struct Call {
     problem: Problem,
+    kernel: Kernel,
+    /// With the newest kernels.
     plan: Plan,
+    /// With those that all GPUs run, where the newest are for Hopper alone and these can run the problem too.
+    elsewhere: Option<Plan>,
     attention: Attention,
 }
 
@@ -104,8 +109,11 @@ impl Call {
         out.check_distinct("out")?;
         softmax_lse.check_contiguous("softmax_lse")?;
         let attention = parameters::attention(&problem, inputs, out, softmax_lse.address);
-        let plan = Plan::new(&problem, attention.aligned == 1, *kernel, Backend::Cuda)?;
-        Ok(Call { problem, plan, attention })
+        let (kernel, access) = (*kernel, Access::of(inputs, out));
+        let plan = Plan::new(&problem, access, kernel, Target::HOPPER)?;
+        let elsewhere =
+            if plan.is_for_hopper() { Plan::new(&problem, access, kernel, Target::OLDEST).ok() } else { None };
+        Ok(Call { problem, kernel, plan, elsewhere, attention })
     }
 
     /// The problem.
@@ -113,14 +121,37 @@ impl Call {
         &self.problem
     }
 
-    /// The kernel family that will run.
-    pub fn algorithm(&self) -> &'static str {
-        self.plan.algorithm()
+    /// The kernel family that will run on a device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
+    pub fn algorithm(&self, device: &Device) -> Result<&'static str> {
+        self.plan_for(device.target()).map(Plan::algorithm)
     }
 
-    /// Device memory that the kernels work in, in bytes; none for FlashAttention-2.
+    /// Device memory that the kernels work in on any device, in bytes; none for FlashAttention-2 and -3.
     pub fn workspace_bytes(&self) -> u64 {
-        workspace_offsets(&self.plan.workspace).1
+        let bytes = |plan: &Plan| workspace_offsets(&plan.workspace).1;
+        bytes(&self.plan).max(self.elsewhere.as_ref().map_or(0, bytes))
+    }
+
+    fn plan_for(&self, target: Target) -> Result<&Plan> {
+        let against = target.against_hopper(self.kernel).filter(|_| self.plan.is_for_hopper());
+        match (against, &self.elsewhere) {
+            (None, _) => Ok(&self.plan),
+            (Some(_), Some(elsewhere)) => Ok(elsewhere),
+            (Some(against), None) => {
+                let reasons = vec![format!("{}: {against}", self.plan.algorithm())];
+                Err(Error::Unsupported { kernel: self.kernel, backend: target.backend, reasons })
+            }
+        }
+    }
+
+    /// The launches on a machine, in a workspace at this address.
+    fn launches(&self, target: Target, machine: &Resources, workspace: u64) -> Result<Vec<Launch>> {
+        let plan = self.plan_for(target)?;
+        let addresses = workspace_addresses(&plan.workspace, workspace)?;
+        plan.launches(&self.problem, self.attention, &addresses, machine)
     }
 
     /// Puts the launches on a stream. Returns at once; what is in the workspace afterwards means nothing.
@@ -129,8 +160,8 @@ impl Call {
     /// [`WORKSPACE_ALIGNMENT`]. The device's primary context is current during the call, and afterwards the one that was.
     ///
     /// # Errors
-    /// [`Error::Alignment`] for the workspace; [`Error::MissingKernel`]; [`Error::UnsupportedArchitecture`];
-    /// [`Error::Driver`]. A kernel that fails while it runs shows at the next synchronisation.
+    /// [`Error::Alignment`] for the workspace; [`Error::Unsupported`] if the kernel that was asked for does not run on
+    /// this device; [`Error::MissingKernel`]; [`Error::UnsupportedArchitecture`]; [`Error::Driver`]. A kernel that fails while it runs shows at the next synchronisation.
     ///
     /// # Safety
     /// The tensors and the workspace lie in memory of `device`, as large as their layouts say, until the stream has
@@ -139,10 +170,26 @@ impl Call {
     /// total_k, no two neighbours further apart than the options say that the longest sequences are. `stream` is a
     /// stream of the device's primary context, or null.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
-        let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
-        let launches = self.plan.launches(&self.problem, self.attention, &addresses)?;
+        let launches = self.launches(device.target(), &device.resources(), workspace)?;
         // SAFETY: as the caller promises.
         unsafe { launch_all(&launches, device, stream) }
+    }
+
+    /// Runs the launches on a simulated GPU, in whose memory the tensors and the workspace are, and waits for them. The
+    /// same kernels with the same arguments as [`launch`](Self::launch)'s; but addresses need no promise, as each access
+    /// is checked.
+    ///
+    /// # Errors
+    /// [`Error::Alignment`] for the workspace; [`Error::Simulation`] for a kernel that accesses what is not allocated, or
+    /// is at fault otherwise.
+    pub fn simulate(
+        &self,
+        memory: &sim::Memory,
+        workspace: u64,
+        options: &SimulatorOptions,
+    ) -> Result<Vec<LaunchReport>> {
+        let launches = self.launches(Target::SIMULATOR, &simulator::RESOURCES, workspace)?;
+        launches.iter().map(|launch| simulator::run(launch, memory, options)).collect()
     }
 }
 

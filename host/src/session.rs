@@ -14,10 +14,12 @@ use crate::layout::Layout;
 use crate::machine::{self, Repetitions};
 use crate::operands::Operands;
 use crate::options::{AttentionOptions, Kernel, SoftmaxMethod};
+use crate::parameters::Access;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
 use crate::sequences::Sequences;
 use crate::simulator::{self, Progress, Simulator, SimulatorOptions};
+use crate::target::Target;
 use crate::tensor::{Tensor, TensorMut, TensorRef};
 
 mod backward;
@@ -199,6 +201,17 @@ impl Session {
         }
     }
 
+    /// The kernel families that run there, the oldest first. The CPU has none.
+    pub fn kernels(&self) -> Vec<Kernel> {
+        let target = match self.executor {
+            Executor::Cpu => return Vec::new(),
+            Executor::Cuda(device) => device.target(),
+            Executor::Simulator => Target::SIMULATOR,
+        };
+        let families = Kernel::ALL.iter().copied().filter(|&kernel| kernel != Kernel::Auto);
+        families.filter(|&kernel| kernel != Kernel::Flash3 || target.against_hopper(kernel).is_none()).collect()
+    }
+
     /// Why it computes there.
     pub fn reason(&self) -> &str {
         &self.reason
@@ -285,8 +298,12 @@ impl Session {
                 });
             }
             Executor::Cuda(_) | Executor::Simulator => {
-                // On a machine all tensors are aligned.
-                let plan = Plan::new(problem, true, self.kernel, self.backend())?;
+                let target = match self.executor {
+                    Executor::Cuda(device) => device.target(),
+                    _ => Target::SIMULATOR,
+                };
+                let access = Access::on_machine(inputs, TensorRef::layout);
+                let plan = Plan::new(problem, access, self.kernel, target)?;
                 let lse = TensorMut::new(softmax_lse, &problem.lse_shape())?;
                 let times = self.repetitions;
                 (launches, seconds) = match self.executor {
@@ -300,7 +317,7 @@ impl Session {
                 };
                 algorithm = plan.algorithm();
                 extra_bytes = plan.extra_bytes(problem);
-                reason = plan.reason;
+                reason = plan.reason();
             }
         }
         Ok(Report {

@@ -11,11 +11,19 @@ use crate::error::{Error, Result};
 use crate::launch::Launch;
 use crate::machine::Machine;
 use crate::report::LaunchReport;
+use crate::target::Resources;
 
 /// The name of the device in reports.
 pub(crate) fn device_name() -> String {
     "simulated GPU".to_owned()
 }
+
+/// What the simulated GPU has. Of multiprocessors so few that blocks which stay take several tiles each.
+pub(crate) const RESOURCES: Resources = Resources {
+    multiprocessors: 2,
+    shared_memory: sim::MOST_SHARED_BYTES,
+    tensor_map: |map| map.simulated().map_err(|reason| Error::TensorMap { argument: "a tensor", reason }),
+};
 
 /// How the simulator runs. Start from `SimulatorOptions::default()`.
 #[derive(Clone)]
@@ -72,25 +80,26 @@ impl<'a> Simulator<'a> {
     pub fn new(options: &'a SimulatorOptions) -> Self {
         Simulator { options, memory: Memory::new() }
     }
+}
 
-    fn launch(&self, launch: &Launch) -> Result<LaunchReport> {
-        let entry = launch.entry;
-        let progress = |done, total| {
-            if let Some(progress) = &self.options.progress {
-                progress(Progress { entry, done, total });
-            }
-        };
-        let SimulatorOptions { race_detector, counters, seed, workers, .. } = *self.options;
-        let options = sim::Options { race_detector, counters, seed, workers, progress: Some(&progress) };
-        let (grid, block) = ([launch.grid, 1, 1], [launch.block, 1, 1]);
-        let how = sim::Launch { kernel: entry, grid, block, shared_bytes: launch.shared_bytes };
-        let simulation = sim::launch(&how, &self.memory, &options, || launch.run());
-        if !simulation.findings.is_empty() {
-            let findings = simulation.findings.iter().map(ToString::to_string).collect();
-            return Err(Error::Simulation { entry, findings });
+/// Runs a launch, whose tensors are in this memory.
+pub(crate) fn run(launch: &Launch, memory: &Memory, options: &SimulatorOptions) -> Result<LaunchReport> {
+    let entry = launch.entry;
+    let progress = |done, total| {
+        if let Some(progress) = &options.progress {
+            progress(Progress { entry, done, total });
         }
-        Ok(LaunchReport { simulation: Some(simulation), ..launch.report() })
+    };
+    let SimulatorOptions { race_detector, counters, seed, workers, .. } = *options;
+    let options = sim::Options { race_detector, counters, seed, workers, progress: Some(&progress) };
+    let (grid, block) = ([launch.grid, 1, 1], [launch.block, 1, 1]);
+    let how = sim::Launch { kernel: entry, grid, block, shared_bytes: launch.shared_bytes };
+    let simulation = sim::launch_clusters(&how, launch.cluster, memory, &options, || launch.run());
+    if !simulation.findings.is_empty() {
+        let findings = simulation.findings.iter().map(ToString::to_string).collect();
+        return Err(Error::Simulation { entry, findings });
     }
+    Ok(LaunchReport { simulation: Some(simulation), ..launch.report() })
 }
 
 impl Machine for Simulator<'_> {
@@ -118,13 +127,14 @@ impl Machine for Simulator<'_> {
         Ok(())
     }
 
-    fn shared_memory(&self) -> u32 {
-        sim::MOST_SHARED_BYTES
+    fn resources(&self) -> Resources {
+        RESOURCES
     }
 
     fn run(&self, launches: &[Launch]) -> Result<(Vec<LaunchReport>, f64)> {
         let start = Instant::now();
-        let reports = launches.iter().map(|launch| self.launch(launch)).collect::<Result<_>>()?;
+        let run = |launch| run(launch, &self.memory, self.options);
+        let reports = launches.iter().map(run).collect::<Result<_>>()?;
         Ok((reports, start.elapsed().as_secs_f64()))
     }
 }

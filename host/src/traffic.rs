@@ -14,6 +14,7 @@ use kernels::mask::{Mask, UNBOUNDED};
 
 use crate::features::Feature;
 use crate::options::Kernel;
+use crate::parameters::Access;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
 
@@ -60,12 +61,13 @@ pub fn formula(kernel: Kernel, problem: &Problem) -> Option<Vec<Step>> {
         Kernel::Standard => is_plain.then(|| standard(problem)),
         Kernel::Flash1 => is_plain.then(|| flash1(problem)),
         Kernel::Flash2 => flash2(problem),
+        Kernel::Flash3 => flash3(problem),
     }
 }
 
 /// Whether the formulas count all that is moved for a problem.
 fn is_plain(problem: &Problem) -> bool {
-    Feature::of(problem, true).iter().all(|feature| Feature::OF_ELDERS.contains(feature))
+    Feature::of(problem, Access::ANY).iter().all(|feature| Feature::OF_ELDERS.contains(feature))
 }
 
 /// The configuration of the kernel of a table that is built for just this problem.
@@ -163,13 +165,29 @@ pub fn flash1(problem: &Problem) -> Vec<Step> {
 pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash2::FORWARD, problem)?;
     let Head { q, rows, element, mask, .. } = Head::of(problem);
-    let keys_met: u64 = query_blocks(mask, config.block_m)
-        .map(|(first_row, _)| mask.key_blocks(first_row, config.block_m, config.block_n).end)
-        .map(|blocks| (blocks * config.block_n).min(mask.seqlen_k) as u64)
-        .sum();
-    let k = keys_met * element * problem.headdim as u64;
+    let k = meetings(mask, config).map(|(_, keys)| keys).sum::<u64>() * element * problem.headdim as u64;
     let tensors = vec![load("Q", q), load("K", k), load("V", k), store("O", q), store("LSE", 4 * rows)];
     Some(for_all_heads(problem, [(FUSED, tensors)]))
+}
+
+/// FlashAttention-3: what FlashAttention-2 moves with its tiles, but that it does not load the Q of blocks which see no key.
+/// `None` where [`formula`] has none.
+pub fn flash3(problem: &Problem) -> Option<Vec<Step>> {
+    let config = config(kernels::flash3::FORWARD, problem)?;
+    let Head { q, rows, element, mask, .. } = Head::of(problem);
+    let row = element * problem.headdim as u64;
+    let of_q = meetings(mask, config).filter(|&(_, keys)| keys > 0).map(|(rows, _)| rows).sum::<u64>() * row;
+    let k = meetings(mask, config).map(|(_, keys)| keys).sum::<u64>() * row;
+    let tensors = vec![load("Q", of_q), load("K", k), load("V", k), store("O", q), store("LSE", 4 * rows)];
+    Some(for_all_heads(problem, [(FUSED, tensors)]))
+}
+
+/// The rows of each block of queries, and the keys in those blocks of keys that these see.
+fn meetings(mask: Mask, Config { block_m, block_n, .. }: Config) -> impl Iterator<Item = (u64, u64)> {
+    query_blocks(mask, block_m).map(move |(first_row, rows)| {
+        let blocks = mask.key_blocks(first_row, block_m, block_n).end;
+        (rows, (blocks * block_n).min(mask.seqlen_k) as u64)
+    })
 }
 
 /// All bytes of all steps, loaded and stored.

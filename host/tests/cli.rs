@@ -291,7 +291,7 @@ fn run_takes_sequences_of_different_lengths() {
 fn run_has_each_kernel_on_the_simulator() {
     let directory = Directory::new("kernels");
     let input = directory.attention("in.safetensors", Dtype::F16, &[1, 70, 2, 32], &[1, 70, 2, 32]);
-    for kernel in ["standard", "flash1", "flash2"] {
+    for kernel in ["standard", "flash1", "flash2", "flash3"] {
         for causal in [None, Some("--causal")] {
             let arguments = ["run", &input, "--backend=simulator", "--kernel", kernel, "--verify"];
             let answer = answers(arguments.into_iter().chain(causal));
@@ -421,7 +421,7 @@ fn bench_measures_each_kernel_on_the_simulator() {
     let names: Vec<_> =
         rows.iter().map(|row| (row["seqlen"].as_u64(), row["batch"].as_u64(), &row["kernel"])).collect();
     let expected = [(17, 2), (32, 1)].map(|(seqlen, batch)| {
-        ["standard", "flash1", "flash2"].map(|kernel| (Some(seqlen), Some(batch), Value::from(kernel)))
+        ["standard", "flash1", "flash2", "flash3"].map(|kernel| (Some(seqlen), Some(batch), Value::from(kernel)))
     });
     assert!(
         names.iter().copied().eq(expected.as_flattened().iter().map(|(s, b, kernel)| (*s, *b, kernel))),
@@ -502,6 +502,29 @@ fn ptx_prints_what_is_embedded() {
     assert_eq!(succeeds(["ptx", name, "-o", &file]), "");
     assert_eq!(fs::read_to_string(&file).expect("written"), ptx);
     refuses(["ptx", "flash9_fwd"], "no kernel \"flash9_fwd\" is embedded here");
+}
+
+#[test]
+fn info_explains_which_kernels_would_run() {
+    let explained = |arguments: &[&str]| {
+        let all = ["info", "--explain-dispatch", "--seqlen=512", "--headdim=128"];
+        let printed = succeeds(all.iter().chain(arguments));
+        // The sizes of tiles are the kernels' affair.
+        let without_sizes = |line: &str| line.split_once(": tiles").map_or(line, |(name, _)| name).to_owned();
+        printed.lines().map(without_sizes).collect::<Vec<_>>()
+    };
+    let sizes = "batch 1, seqlen_q 512, seqlen_k 512, nheads 16, nheads_k 16, headdim 128";
+    assert_eq!(
+        explained(&["--arch=sm_80", "--causal"]),
+        [
+            &format!("problem       bf16, {sizes}, causal"),
+            "architecture  sm_80, 163 KiB of shared memory a block",
+            "forward       flash2: flash2 is the newest kernel that can: flash3: runs on sm_90, not on sm_80",
+            "              flash2_fwd_bf16_d128_causal",
+            "backward      flash2: flash2 is the family with a backward pass; fused: dQ is summed by atomic additions, \
+             unless deterministic forbids it",
+        ][..]
+    );
 }
 
 #[test]

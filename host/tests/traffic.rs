@@ -47,6 +47,12 @@ fn of_flash_attention_2() {
 }
 
 #[test]
+fn of_flash_attention_3() {
+    assert_counted_equals_formula(Kernel::Flash3, DType::F16, 64);
+    assert_counted_equals_formula(Kernel::Flash3, DType::BF16, 128);
+}
+
+#[test]
 fn of_the_backward_pass() {
     let session = Session::new(Backend::Simulator).expect("the simulator runs everywhere");
     for (dtype, headdim) in [(DType::F16, 32), (DType::BF16, 64), (DType::F16, 128)] {

@@ -140,6 +140,12 @@ impl Combination {
         self.nheads_k * self.group
     }
 
+    /// Its options for calls that cannot read where sequences begin: with the longest lengths.
+    pub fn device_options(&self) -> AttentionOptions {
+        let (seqlen_q, seqlen_k) = self.longest();
+        self.options.clone().max_seqlens(seqlen_q, seqlen_k)
+    }
+
     /// Tokens of the longest sequences.
     fn longest(&self) -> (usize, usize) {
         let longest = |of: fn(&(usize, usize)) -> usize| self.lengths.iter().map(of).max().unwrap_or(0);
@@ -221,6 +227,17 @@ impl Combination {
         session.attention_with(&tensors.inputs(), &self.options)
     }
 
+    /// Runs it forward, and says what breaks the accuracy rule.
+    ///
+    /// # Errors
+    /// That, or what the backend says.
+    pub fn check_forward(&self, session: &Session) -> Result<(), String> {
+        let tensors = self.tensors();
+        let checked = self.forward(session, &tensors).and_then(|forward| self.accuracy(&tensors, &forward));
+        let accuracy = checked.map_err(|error| format!("{self:?}: {error}"))?;
+        if accuracy.passed() { Ok(()) } else { Err(format!("{self:?}: {accuracy}")) }
+    }
+
     /// Runs it backward, from the results of [`forward`](Self::forward).
     ///
     /// # Errors
@@ -237,12 +254,24 @@ impl Combination {
         let tensors = self.tensors();
         let forward = self.forward(session, &tensors)?;
         let gradients = self.backward(session, &tensors, &forward)?;
-        let (inputs, dout) = (tensors.inputs(), tensors.dout.view());
+        Ok((self.accuracy(&tensors, &forward)?, self.backward_accuracy(&tensors, &gradients)?))
+    }
+
+    /// How far a forward pass of these tensors is from f64.
+    ///
+    /// # Errors
+    /// If it is not of these tensors.
+    pub fn accuracy(&self, tensors: &Tensors, forward: &Attention) -> Result<Accuracy, Error> {
+        check_with(&tensors.inputs(), &self.options, forward)
+    }
+
+    /// How far gradients of these tensors are from f64.
+    ///
+    /// # Errors
+    /// If they are not of these tensors.
+    pub fn backward_accuracy(&self, tensors: &Tensors, gradients: &Gradients) -> Result<BackwardAccuracy, Error> {
         let dlse = tensors.dlse.as_ref().map(Tensor::view);
-        Ok((
-            check_with(&inputs, &self.options, &forward)?,
-            check_backward_with(&inputs, &dout, dlse.as_ref(), &self.options, &gradients)?,
-        ))
+        check_backward_with(&tensors.inputs(), &tensors.dout.view(), dlse.as_ref(), &self.options, gradients)
     }
 
     /// Runs it forward and backward, and says what breaks the accuracy rule. The rule compares the largest of a few errors with

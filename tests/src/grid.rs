@@ -1,7 +1,7 @@
 //! The grid: every kernel, dtype, head dimension and mask, at lengths around the edges of tiles.
 use crate::inputs::normal;
 use ferroflash::accuracy::{self, Accuracy};
-use ferroflash::{Attention, AttentionOptions, DType, Session, Tensor};
+use ferroflash::{Attention, AttentionOptions, DType, Kernel, Session, Tensor};
 
 /// (seqlen_q, seqlen_k): one token, the edges of 16 and 64, several blocks, and lengths unlike each other both ways.
 pub const LENGTHS: [(usize, usize); 14] = [
@@ -87,6 +87,11 @@ impl Case {
         let (_, accuracy) = self.run(session);
         assert!(accuracy.passed(), "{self:?}: {accuracy}");
     }
+}
+
+/// Those of them that a kernel family takes: Hopper's products are of 16 bits.
+pub fn of_kernel(cases: impl Iterator<Item = Case>, kernel: Kernel) -> impl Iterator<Item = Case> {
+    cases.filter(move |case| kernel != Kernel::Flash3 || case.dtype != DType::F32)
 }
 
 /// One head of one sequence each.

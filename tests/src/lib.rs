@@ -1,7 +1,11 @@
-//! What the workspace's tests share: random inputs, and the grid of shapes that every kernel must pass.
+//! What the workspace's tests share: random inputs, the grid of shapes that every kernel must pass, and combinations of
+//! all options.
 
 mod backward;
 pub mod combination;
+pub mod features;
 pub mod grid;
+pub mod guarded;
 pub mod inputs;
 pub mod placed;
+pub mod pointers;

@@ -1,6 +1,6 @@
 //! The same grid as on the simulated GPU, on a real one. Without one each test says `skipped:` and tests nothing.
-use ferroflash::{Backend, Kernel, Session};
-use ferroflash_tests::grid::{Case, DTYPES, batches, cases};
+use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session};
+use ferroflash_tests::grid::{Case, DTYPES, batches, cases, of_kernel};
 
 /// A session on the GPU; `None`, said aloud, where there is none.
 fn session(test: &str, kernel: Kernel) -> Option<Session> {
@@ -13,9 +13,15 @@ fn session(test: &str, kernel: Kernel) -> Option<Session> {
     }
 }
 
+/// All kernel families that the GPU runs, each with a session.
+fn sessions(test: &str) -> Vec<(Kernel, Session)> {
+    let Some(any) = session(test, Kernel::Auto) else { return Vec::new() };
+    any.kernels().into_iter().map(|kernel| (kernel, any.clone().kernel(kernel))).collect()
+}
+
 fn check_all(test: &str, kernel: Kernel) {
     let Some(session) = session(test, kernel) else { return };
-    cases().chain(batches()).for_each(|case| case.check(&session));
+    of_kernel(cases().chain(batches()), kernel).for_each(|case| case.check(&session));
 }
 
 #[test]
@@ -33,24 +39,34 @@ fn flash2() {
     check_all("flash2", Kernel::Flash2);
 }
 
+/// On Hopper; other GPUs refuse it.
+#[test]
+fn flash3() {
+    let Some(session) = session("flash3", Kernel::Flash3) else { return };
+    if session.kernels().contains(&Kernel::Flash3) {
+        return check_all("flash3", Kernel::Flash3);
+    }
+    let [q, k, v] = Case::single(DType::BF16, (17, 17), 64, false).inputs();
+    let refused = session.attention(&q, &k, &v, &AttentionOptions::new()).expect_err("no Hopper").to_string();
+    assert!(refused.contains("flash3: runs on sm_90, not on sm_"), "{refused}");
+}
+
 #[test]
 fn long_sequences() {
-    for kernel in [Kernel::Standard, Kernel::Flash1, Kernel::Flash2] {
-        let Some(session) = session("long_sequences", kernel) else { return };
-        for dtype in DTYPES {
-            for causal in [false, true] {
-                Case { nheads: 2, ..Case::single(dtype, (2048, 2500), 128, causal) }.check(&session);
-            }
-        }
+    for (kernel, session) in sessions("long_sequences") {
+        let problems = DTYPES.into_iter().flat_map(|dtype| {
+            [false, true].map(|causal| Case { nheads: 2, ..Case::single(dtype, (2048, 2500), 128, causal) })
+        });
+        of_kernel(problems, kernel).for_each(|case| case.check(&session));
     }
 }
 
 #[test]
 fn reruns_are_bitwise_equal() {
-    for kernel in [Kernel::Standard, Kernel::Flash1, Kernel::Flash2] {
-        let Some(session) = session("reruns_are_bitwise_equal", kernel) else { return };
-        for dtype in DTYPES {
-            let case = Case { batch: 2, nheads: 4, nheads_k: 2, ..Case::single(dtype, (513, 700), 64, true) };
+    for (kernel, session) in sessions("reruns_are_bitwise_equal") {
+        let problems =
+            DTYPES.map(|dtype| Case { batch: 2, nheads: 4, nheads_k: 2, ..Case::single(dtype, (513, 700), 64, true) });
+        for case in of_kernel(problems.into_iter(), kernel) {
             let (first, _) = case.run(&session);
             for _ in 0..20 {
                 let (again, _) = case.run(&session);
@@ -64,17 +80,16 @@ fn reruns_are_bitwise_equal() {
 /// Both machines run one source: what differs is the order of sums inside a matrix product, and the last bits of 2^x.
 #[test]
 fn gpu_and_simulator_agree() {
-    for kernel in [Kernel::Standard, Kernel::Flash1, Kernel::Flash2] {
-        let Some(gpu) = session("gpu_and_simulator_agree", kernel) else { return };
+    for (kernel, gpu) in sessions("gpu_and_simulator_agree") {
         let simulator = Session::new(Backend::Simulator).expect("the simulator runs everywhere").kernel(kernel);
-        for case in batches() {
+        for case in of_kernel(batches(), kernel) {
             let (gpu, _) = case.run(&gpu);
             let (simulated, _) = case.run(&simulator);
             let largest = |x: &[f32]| x.iter().fold(0f32, |m, x| m.max(x.abs()));
             let (gpu, simulated) = (gpu.out.to_f32(), simulated.out.to_f32());
             let difference: Vec<f32> = gpu.iter().zip(&simulated).map(|(a, b)| a - b).collect();
             // Two roundings of the dtype, at the scale of the largest element.
-            let bound = largest(&simulated) * if case.dtype == ferroflash::DType::F32 { 1e-5 } else { 2f32.powi(-7) };
+            let bound = largest(&simulated) * if case.dtype == DType::F32 { 1e-5 } else { 2f32.powi(-7) };
             assert!(largest(&difference) <= bound, "{kernel}, {case:?}: {} > {bound}", largest(&difference));
         }
     }

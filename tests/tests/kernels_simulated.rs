@@ -1,7 +1,7 @@
 //! Every attention kernel on the simulated GPU, against f64. The simulator fails a run for any race, uninitialised read,
 //! access out of bounds or divergent barrier, so these tests check the kernels' code as well as their results.
 use ferroflash::{Backend, Kernel, Session, SimulatorOptions};
-use ferroflash_tests::grid::{batches, cases};
+use ferroflash_tests::grid::{batches, cases, of_kernel};
 
 fn session(kernel: Kernel) -> Session {
     Session::new(Backend::Simulator).expect("the simulator runs everywhere").kernel(kernel)
@@ -9,7 +9,7 @@ fn session(kernel: Kernel) -> Session {
 
 fn check_all(kernel: Kernel) {
     let session = session(kernel);
-    cases().chain(batches()).for_each(|case| case.check(&session));
+    of_kernel(cases().chain(batches()), kernel).for_each(|case| case.check(&session));
 }
 
 #[test]
@@ -27,11 +27,16 @@ fn flash2() {
     check_all(Kernel::Flash2);
 }
 
+#[test]
+fn flash3() {
+    check_all(Kernel::Flash3);
+}
+
 /// The order in which threads run must not matter.
 #[test]
 fn any_order_of_threads_gives_the_same_bits() {
-    for kernel in [Kernel::Standard, Kernel::Flash1, Kernel::Flash2] {
-        for case in batches().step_by(2) {
+    for kernel in [Kernel::Standard, Kernel::Flash1, Kernel::Flash2, Kernel::Flash3] {
+        for case in of_kernel(batches().step_by(2), kernel) {
             let [q, k, v] = case.inputs();
             let run = |seed| {
                 let mut options = SimulatorOptions::default();

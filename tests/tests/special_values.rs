@@ -6,15 +6,12 @@ const SEQLEN: usize = 70;
 const HEADDIM: usize = 32;
 
 fn backends() -> Vec<Session> {
-    let simulator = || Session::new(Backend::Simulator).expect("runs everywhere");
     let mut sessions = vec![Session::new(Backend::Cpu).expect("runs everywhere")];
-    sessions.extend([Kernel::Standard, Kernel::Flash1, Kernel::Flash2].map(|kernel| simulator().kernel(kernel)));
-    match Session::new(Backend::Cuda) {
-        Ok(_) => sessions.extend(
-            [Kernel::Standard, Kernel::Flash1, Kernel::Flash2]
-                .map(|kernel| Session::new(Backend::Cuda).expect("it was there").kernel(kernel)),
-        ),
-        Err(reason) => println!("skipped: special values on the GPU: {reason}"),
+    for backend in [Backend::Simulator, Backend::Cuda] {
+        match Session::new(backend) {
+            Ok(session) => sessions.extend(session.kernels().into_iter().map(|kernel| session.clone().kernel(kernel))),
+            Err(reason) => println!("skipped: special values on the GPU: {reason}"),
+        }
     }
     sessions
 }

@@ -49,9 +49,8 @@
 //! thread and source line of both sides, and counts how often it occurred at the same pair of lines.
 //!
 //! What is not found: a race that hides behind another data-dependent branch than the one taken; a loop that says no
-//! word (it hangs, here as there); too many registers; what depends on how many blocks are resident at once; a warp
-//! whose lanes do not wait for a product together. Blocks of a cluster that hand each other data through global memory
-//! are reported as racing, whatever orders them.
+//! word (it hangs, here as there); too many registers; what depends on how many blocks are resident at once.
+//! Blocks of a cluster that hand each other data through global memory are reported as racing, whatever orders them.
 //!
 //! # What is counted
 //!

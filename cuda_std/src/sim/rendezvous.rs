@@ -23,6 +23,7 @@ pub(super) enum Word {
     Stmatrix { count: u8, trans: bool },
     Mma { m: u8, n: u8, format: Format },
     MmaShared { m: u8, n: u8, format: Format, trans: bool },
+    WaitForProducts { pending: u8 },
 }
 
 impl Word {
@@ -30,6 +31,7 @@ impl Word {
     fn is_aligned(self) -> bool {
         match self {
             Word::Ldmatrix { .. } | Word::Stmatrix { .. } | Word::Mma { .. } | Word::MmaShared { .. } => true,
+            Word::WaitForProducts { .. } => true,
             Word::SyncWarp | Word::ShuffleXor | Word::Shuffle | Word::ShuffleUp | Word::ShuffleDown => false,
             Word::Ballot | Word::Any | Word::All | Word::Elect => false,
         }
@@ -52,6 +54,7 @@ impl fmt::Display for Word {
             Word::Stmatrix { .. } => "stmatrix",
             Word::Mma { .. } => "mma",
             Word::MmaShared { .. } => "mma_shared",
+            Word::WaitForProducts { .. } => "the wait for products",
         })
     }
 }

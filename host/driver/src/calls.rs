@@ -19,6 +19,19 @@ pub const JIT_ERROR_LOG_BUFFER_SIZE_BYTES: c_uint = 6;
 /// `CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN`, in bytes.
 pub const MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: c_int = 97;
 
+/// `CU_TENSOR_MAP_DATA_TYPE_UINT8`.
+pub const TENSOR_MAP_UINT8: c_int = 0;
+/// `CU_TENSOR_MAP_DATA_TYPE_INT32`.
+pub const TENSOR_MAP_INT32: c_int = 3;
+/// `CU_TENSOR_MAP_DATA_TYPE_FLOAT16`.
+pub const TENSOR_MAP_FLOAT16: c_int = 6;
+/// `CU_TENSOR_MAP_DATA_TYPE_FLOAT32`.
+pub const TENSOR_MAP_FLOAT32: c_int = 7;
+/// `CU_TENSOR_MAP_DATA_TYPE_BFLOAT16`.
+pub const TENSOR_MAP_BFLOAT16: c_int = 9;
+/// `CU_TENSOR_MAP_L2_PROMOTION_L2_256B`: what a copy misses in the L2 cache comes in pieces of so many bytes.
+pub const TENSOR_MAP_L2_PROMOTION_256B: c_int = 3;
+
 unsafe extern "C" {
     /// Reads an attribute of a device.
     pub fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) -> Code;
@@ -49,6 +62,22 @@ unsafe extern "C" {
         stream: Handle,
         parameters: *mut *mut c_void,
         extra: *mut *mut c_void,
+    ) -> Code;
+    /// Encodes a tensor map of tiles, 128 bytes at a multiple of 64. `interleave` and `fill` 0: none, and zeros. Drivers
+    /// older than CUDA 12 do not have it.
+    pub fn cuTensorMapEncodeTiled(
+        map: *mut c_void,
+        dtype: c_int,
+        rank: c_uint,
+        address: *mut c_void,
+        dimensions: *const u64,
+        strides: *const u64,
+        tile: *const c_uint,
+        element_strides: *const c_uint,
+        interleave: c_int,
+        swizzle: c_int,
+        l2_promotion: c_int,
+        fill: c_int,
     ) -> Code;
     /// Makes a context current, above the one that is.
     pub fn cuCtxPushCurrent_v2(context: Handle) -> Code;

@@ -1,26 +1,42 @@
 //! `ferroflash info`: what this machine has, and what would run on it.
+mod dispatch;
+
 use super::answer::{Facts, print, print_json};
 use super::ptx::description;
 use super::units;
 use anyhow::Result;
+use dispatch::DispatchArguments;
 use ferroflash::combinations::{self, Combination, FEATURES, combinations};
 use ferroflash::driver::Status;
 use ferroflash::{Backend, DType, cuda, driver, ptx};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
+const EXAMPLES: &str = "\
+Examples:
+  ferroflash info
+  ferroflash info --kernels
+  ferroflash info --explain-dispatch --arch sm_90 --seqlen 8192 --headdim 128 --causal
+  ferroflash info --explain-dispatch --arch sm_80 --window 1024,0 --nheads 32 --nheads-k 8";
+
 /// Show the driver, the devices and the embedded kernels, and which backend would run here
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Arguments {
     /// Show instead which kernels, and the CPU, take which dtypes, head dimensions and features, as a table in Markdown
-    #[arg(long)]
+    #[arg(long, conflicts_with = "explain_dispatch")]
     kernels: bool,
+    #[command(flatten)]
+    dispatch: DispatchArguments,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub fn execute(arguments: Arguments) -> Result<()> {
+    if arguments.dispatch.wanted() {
+        return arguments.dispatch.explain(arguments.json);
+    }
     match (arguments.kernels, arguments.json) {
         (true, true) => print_json(&combinations_json()),
         (true, false) => print(combinations::markdown()),

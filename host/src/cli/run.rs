@@ -49,7 +49,7 @@ pub struct Arguments {
     #[command(flatten)]
     backend: BackendArgument,
     /// The kernel on a GPU or the simulator; `auto`: the best that can run the problem
-    #[arg(long, default_value = "auto", value_parser = one_of::<Kernel>(&["auto", "standard", "flash1", "flash2"]))]
+    #[arg(long, default_value = "auto", value_parser = one_of::<Kernel>(Kernel::NAMES))]
     kernel: Kernel,
     #[command(flatten)]
     options: OptionArguments,

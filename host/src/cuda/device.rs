@@ -9,9 +9,11 @@ use driver::calls::{Handle, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, cuDeviceGetAttrib
 use super::codes::{check, error, through_cust};
 use super::context::{Entered, PrimaryContext};
 use super::modules::Modules;
+use super::tensor_map;
 use crate::error::{Error, Result};
 use crate::launch::Launch;
 use crate::ptx;
+use crate::target::{Resources, Target};
 
 /// The oldest GPUs that any kernel here runs on.
 const OLDEST: (u32, u32) = (8, 0);
@@ -103,6 +105,17 @@ impl Device {
     /// What the driver says about it.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    /// What kernels are chosen for on it.
+    pub(crate) fn target(&self) -> Target {
+        Target::gpu(self.info.compute_capability)
+    }
+
+    /// What launches need to know of it.
+    pub(crate) fn resources(&self) -> Resources {
+        let DeviceInfo { multiprocessors, shared_memory_per_block, .. } = self.info;
+        Resources { multiprocessors, shared_memory: shared_memory_per_block, tensor_map: tensor_map::encode }
     }
 
     /// Makes its context current on this thread, for as long as the guard lives.

@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::launch::Launch;
 use crate::machine::Machine;
 use crate::report::LaunchReport;
+use crate::target::Resources;
 
 /// A device, for one call: its context is current as long as this lives.
 pub struct Gpu {
@@ -64,8 +65,8 @@ impl Machine for Gpu {
         buffer.memory.copy_to(bytemuck::cast_slice_mut(to))
     }
 
-    fn shared_memory(&self) -> u32 {
-        self.device.info().shared_memory_per_block
+    fn resources(&self) -> Resources {
+        self.device.resources()
     }
 
     fn run(&self, launches: &[Launch]) -> Result<(Vec<LaunchReport>, f64)> {

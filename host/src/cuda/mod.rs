@@ -10,6 +10,7 @@ mod gpu;
 mod memory;
 mod modules;
 mod tensor;
+mod tensor_map;
 #[cfg(test)]
 mod tests;
 

@@ -11,7 +11,9 @@ use crate::features::Feature;
 use crate::inputs::GradientOutputs;
 use crate::launch::{Launch, Workspace};
 use crate::options::Kernel;
+use crate::parameters::Access;
 use crate::problem::Problem;
+use crate::target::Resources;
 
 /// What kernels work in.
 const ROW_SUMS_OF: &str = "D";
@@ -75,10 +77,10 @@ impl BackwardPlan {
     /// [`Error::Unsupported`], with the reason.
     pub fn new(problem: &Problem, optional: Optional, aligned: bool, kernel: Kernel, backend: Backend) -> Result<Self> {
         let unsupported = |reason| Error::Unsupported { kernel, backend, reasons: vec![reason] };
-        if let Kernel::Standard | Kernel::Flash1 = kernel {
+        if let Kernel::Standard | Kernel::Flash1 | Kernel::Flash3 = kernel {
             return Err(unsupported(format!("{kernel} has no backward pass; allowed: auto, flash2")));
         }
-        let wanted = Wanted::new(problem, aligned);
+        let wanted = Wanted::new(problem, Access { aligned, mapped: false });
         let family = match kernel {
             Kernel::Auto => "flash2 is the family with a backward pass",
             _ => "flash2 was asked for",
@@ -177,14 +179,14 @@ impl BackwardPlan {
         self.workspace.iter().map(Workspace::bytes).fold(0, u64::saturating_add)
     }
 
-    /// The launches, in order, for tensors and a workspace at these addresses, on a machine with so many bytes of shared
-    /// memory a block. Where a grid would be empty there is none: no queries, or no keys.
+    /// The launches, in order, for tensors and a workspace at these addresses of a machine. Where a grid would be empty
+    /// there is none: no queries, or no keys.
     pub fn launches(
         &self,
         problem: &Problem,
         mut parameters: Params,
         workspace: &[Global<Untyped>],
-        shared_memory: u32,
+        machine: &Resources,
     ) -> Result<Vec<Launch>> {
         for (part, address) in self.workspace.iter().zip(workspace) {
             let of_part = match part.name {
@@ -195,13 +197,21 @@ impl BackwardPlan {
             };
             *of_part = address.cast();
         }
-        let fits = |step: &Step| step.kernel.config.shared_bytes <= shared_memory;
-        let steps = self.leaner.as_ref().filter(|_| !self.steps.iter().all(fits)).unwrap_or(&self.steps);
         let launch = |step: &Step| {
             let blocks = step.blocks(problem);
             (blocks > 0).then(|| Launch::new(step.kernel, blocks, parameters))
         };
-        steps.iter().filter_map(launch).collect()
+        self.steps_in(machine.shared_memory).iter().filter_map(launch).collect()
+    }
+
+    /// The kernels on a machine with so many bytes of shared memory a block, in the order in which they run.
+    pub fn kernels(&self, shared_memory: u32) -> Vec<(&'static str, Config)> {
+        self.steps_in(shared_memory).iter().map(|Step { kernel, .. }| (kernel.name, kernel.config)).collect()
+    }
+
+    fn steps_in(&self, shared_memory: u32) -> &[Step] {
+        let fits = |step: &Step| step.kernel.config.shared_bytes <= shared_memory;
+        self.leaner.as_ref().filter(|_| !self.steps.iter().all(fits)).unwrap_or(&self.steps)
     }
 }
 

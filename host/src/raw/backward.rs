@@ -1,4 +1,5 @@
 //! The backward pass on plain pointers.
+use cuda_std::sim;
 use kernels::flash2_backward::Params;
 
 use super::{RawTensor, Stream, check_inputs, launch_all, workspace_addresses, workspace_offsets};
@@ -11,6 +12,7 @@ use crate::options::{AttentionOptions, Kernel};
 use crate::parameters;
 use crate::problem::Problem;
 use crate::report::LaunchReport;
+use crate::simulator::{self, SimulatorOptions};
 
 /// The arguments of a backward pass.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,10 +93,24 @@ impl BackwardCall {
     /// As [`Call::launch`](super::Call::launch), of these tensors; the outputs are the gradients.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
         let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
-        let launches =
-            self.plan.launches(&self.problem, self.parameters, &addresses, device.info().shared_memory_per_block)?;
+        let launches = self.plan.launches(&self.problem, self.parameters, &addresses, &device.resources())?;
         // SAFETY: as the caller promises.
         unsafe { launch_all(&launches, device, stream) }
+    }
+
+    /// Runs the launches on a simulated GPU, as [`Call::simulate`](super::Call::simulate).
+    ///
+    /// # Errors
+    /// As [`Call::simulate`](super::Call::simulate).
+    pub fn simulate(
+        &self,
+        memory: &sim::Memory,
+        workspace: u64,
+        options: &SimulatorOptions,
+    ) -> Result<Vec<LaunchReport>> {
+        let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
+        let launches = self.plan.launches(&self.problem, self.parameters, &addresses, &simulator::RESOURCES)?;
+        launches.iter().map(|launch| simulator::run(launch, memory, options)).collect()
     }
 }
 

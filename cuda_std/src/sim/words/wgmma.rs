@@ -1,6 +1,7 @@
 //! Products of a warpgroup.
 use super::super::block::{Block, here, unless_stopped, with};
 use super::super::products::{Descriptor, LeftFactor, Product, SharedFactor, Summand, position};
+use super::super::rendezvous::{Word, meet as meet_warp};
 use super::super::warpgroups::{GROUP, GroupMeeting, GroupWord, meet};
 use super::product::to_f32;
 use crate::matrix::{Format, PackedElement};
@@ -125,6 +126,8 @@ fn summand<const N: usize>(meeting: &mut GroupMeeting<Operand<'_, N>>) -> Summan
 pub(crate) fn wgmma_wait<const PENDING: usize, const N: usize>(flight: Flight<N>) -> [[f32; 4]; N] {
     let site = here();
     let mut registers = [[0.0; 4]; N];
+    // Lanes wait together (`.sync.aligned`): what one does afterwards, all have done what comes before.
+    meet_warp(Word::WaitForProducts { pending: PENDING as u8 }, u32::MAX, site, &mut (), |_, _| Ok(()));
     unless_stopped(with(|block| {
         block.wait_for_products(PENDING);
         block.take_product(flight.0, site, |n, i, x| registers[n][i] = x)

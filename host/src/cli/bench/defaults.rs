@@ -1,9 +1,9 @@
 //! What is measured where the user says nothing.
-use ferroflash::{Backend, Kernel};
+use ferroflash::{Backend, Kernel, Session};
 
 /// On a GPU the shapes of the FlashAttention-2 paper; elsewhere smaller ones, so that it takes seconds, too.
 pub struct Defaults {
-    pub kernels: &'static [Kernel],
+    pub kernels: Vec<Kernel>,
     pub seqlens: &'static [u32],
     /// batch · seqlen.
     pub tokens: u32,
@@ -13,11 +13,10 @@ pub struct Defaults {
 }
 
 impl Defaults {
-    pub fn on(backend: Backend, backward: bool) -> Self {
+    pub fn on(session: &Session, backward: bool) -> Self {
         // One family has a backward pass.
-        let kernels: &[Kernel] =
-            if backward { &[Kernel::Flash2] } else { &[Kernel::Standard, Kernel::Flash1, Kernel::Flash2] };
-        match backend {
+        let kernels = if backward { vec![Kernel::Flash2] } else { session.kernels() };
+        match session.backend() {
             Backend::Cuda => Defaults {
                 kernels,
                 seqlens: &[1024, 2048, 4096, 8192, 16384],
@@ -27,7 +26,7 @@ impl Defaults {
             },
             // It has one algorithm of its own.
             Backend::Cpu => Defaults {
-                kernels: &[Kernel::Auto],
+                kernels: vec![Kernel::Auto],
                 seqlens: &[256, 512, 1024, 2048],
                 tokens: 2048,
                 hidden: 512,

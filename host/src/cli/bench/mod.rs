@@ -37,12 +37,7 @@ pub struct Arguments {
     backend: BackendArgument,
     /// The kernels [default: all of them; with --backward flash2, which alone has gradients; on the CPU, which has one
     /// algorithm of its own, auto]
-    #[arg(
-        long,
-        value_name = "KERNEL,...",
-        value_delimiter = ',',
-        value_parser = one_of::<Kernel>(&["auto", "standard", "flash1", "flash2"])
-    )]
+    #[arg(long, value_name = "KERNEL,...", value_delimiter = ',', value_parser = one_of::<Kernel>(Kernel::NAMES))]
     kernels: Option<Vec<Kernel>>,
     #[command(flatten)]
     shapes: ShapeArguments,
@@ -64,10 +59,9 @@ pub struct Arguments {
 
 pub fn execute(arguments: Arguments) -> Result<()> {
     let session = arguments.backend.session()?;
-    let backend = session.backend();
-    let defaults = Defaults::on(backend, arguments.backward);
-    let kernels = arguments.kernels.unwrap_or_else(|| defaults.kernels.to_vec());
+    let defaults = Defaults::on(&session, arguments.backward);
     let shapes = arguments.shapes.or(&defaults)?;
+    let kernels = arguments.kernels.unwrap_or(defaults.kernels);
     let repetitions = arguments.repetitions.map_or(defaults.repetitions, NonZeroUsize::get);
     let setting = Setting {
         session,

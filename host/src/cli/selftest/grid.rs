@@ -59,17 +59,15 @@ impl Extent {
     }
 }
 
-/// The groups for a backend.
-pub fn groups(backend: Backend, quick: bool) -> Vec<Group> {
+/// The groups for a backend that has these kernels.
+pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
     let extent = Extent::of(backend, quick);
     // The CPU has one algorithm.
-    let kernels: &[Kernel] = match backend {
-        Backend::Cpu => &[Kernel::Auto],
-        _ => &[Kernel::Standard, Kernel::Flash1, Kernel::Flash2],
-    };
+    let kernels = if kernels.is_empty() { &[Kernel::Auto] } else { kernels };
     let mut groups = Vec::new();
     for &kernel in kernels {
-        for dtype in DTYPES {
+        // Hopper's products are of 16 bits.
+        for dtype in DTYPES.into_iter().filter(|&dtype| (kernel, dtype) != (Kernel::Flash3, DType::F32)) {
             for &headdim in extent.headdims {
                 let name = if kernel == Kernel::Auto { "attention" } else { kernel.name() };
                 let name = format!("{name} {} headdim {headdim}", dtype.name());

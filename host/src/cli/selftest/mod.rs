@@ -30,7 +30,7 @@ pub struct Arguments {
 
 pub fn execute(arguments: Arguments) -> Result<()> {
     let mut session = arguments.backend.session()?;
-    let groups = grid::groups(session.backend(), arguments.quick);
+    let groups = grid::groups(session.backend(), &session.kernels(), arguments.quick);
     let begin = Instant::now();
     if !arguments.json {
         print(format_args!("backend {}, {}\n\n", session.backend(), session.device_name()))?;

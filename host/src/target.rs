@@ -1,0 +1,81 @@
+//! The machines that kernels are chosen for, and what launches need to know of them.
+use std::fmt;
+
+use cuda_std::tensor::{TensorMap, TensorMapDescription};
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::options::Kernel;
+use crate::ptx;
+
+/// The compute capability of Hopper: the one GPU that runs kernels for `sm_90a`.
+const HOPPER: (u32, u32) = (9, 0);
+
+/// A machine that kernels are chosen for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// What it is.
+    pub backend: Backend,
+    against_hopper: Option<AgainstHopper>,
+}
+
+/// A reason not to run a kernel for Hopper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AgainstHopper {
+    /// The GPU has another compute capability.
+    Capability(u32, u32),
+    /// This build has no PTX for it.
+    NotEmbedded,
+    /// The simulated GPU runs it where that is asked for; else the kernels that all GPUs run.
+    NotAskedFor,
+}
+
+impl Target {
+    /// A GPU of Hopper's, and a build with all kernels.
+    pub const HOPPER: Target = Target { backend: Backend::Cuda, against_hopper: None };
+
+    /// The oldest GPU that any kernel here runs on.
+    pub const OLDEST: Target = Target { backend: Backend::Cuda, against_hopper: Some(AgainstHopper::Capability(8, 0)) };
+
+    /// The simulated GPU.
+    pub const SIMULATOR: Target =
+        Target { backend: Backend::Simulator, against_hopper: Some(AgainstHopper::NotAskedFor) };
+
+    /// A GPU of this compute capability, and this build.
+    pub fn gpu(capability: (u32, u32)) -> Self {
+        let against_hopper = if capability != HOPPER {
+            Some(AgainstHopper::Capability(capability.0, capability.1))
+        } else if !ptx::embeds_hopper() {
+            Some(AgainstHopper::NotEmbedded)
+        } else {
+            None
+        };
+        Target { backend: Backend::Cuda, against_hopper }
+    }
+
+    /// What stands against kernels for Hopper, where this kernel was asked for, if anything does.
+    pub fn against_hopper(self, asked: Kernel) -> Option<AgainstHopper> {
+        self.against_hopper.filter(|&against| against != AgainstHopper::NotAskedFor || asked != Kernel::Flash3)
+    }
+}
+
+impl fmt::Display for AgainstHopper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AgainstHopper::Capability(major, minor) => write!(f, "runs on sm_90, not on sm_{major}{minor}"),
+            AgainstHopper::NotEmbedded => f.write_str("this build embeds no PTX for sm_90a"),
+            AgainstHopper::NotAskedFor => f.write_str("on the simulator it runs where it is asked for"),
+        }
+    }
+}
+
+/// What launches need to know of their machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Resources {
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// The most shared memory that a block may have, in bytes.
+    pub shared_memory: u32,
+    /// Makes the tensor map that its kernels take.
+    pub tensor_map: fn(&TensorMapDescription) -> Result<TensorMap>,
+}

@@ -20,12 +20,13 @@ use crate::mask::Mask;
 use crate::row_softmax::RowSoftmax;
 use crate::schedule::{self, QueryBlock};
 use crate::scores::Scores;
+use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement};
 use cuda_std::math::{LOG2_E, unknown};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{WARP, lane_id, sync_threads, sync_threads_or, warp_id};
-use cuda_std::warp::{ALL, sync_warp};
+use cuda_std::warp::{ALL, any, sync_warp};
 use cuda_std::{Element, SmemTile, TileStream, copy, kernel};
 
 /// Arguments of the forward kernel.
@@ -68,7 +69,7 @@ const fn config<
         // 255 registers a thread.
         min_blocks_per_sm: 256 / threads,
         shared_bytes: (elements * size_of::<T>()) as u32,
-        barriers: if CAUSAL || GENERAL { 3 } else { 2 } + if STAGES == 1 { 1 } else { 0 },
+        barriers: if GENERAL { 3 } else { 2 } + if STAGES == 1 { 1 } else { 0 },
     }
 }
 
@@ -179,7 +180,7 @@ pub fn forward<
 
         // Block j is here, and no warp reads block j - 1 any more, whose stage block j + 1 takes.
         copy::wait::<0>();
-        let poisonous = if (CAUSAL || GENERAL) && (partial || a.may_hide::<GENERAL>()) {
+        let poisonous = if GENERAL && (partial || a.may_hide::<GENERAL>()) {
             sync_threads_or(values.copied_nonfinite(v))
         } else {
             sync_threads();
@@ -230,6 +231,9 @@ pub fn forward<
     sync_threads();
     let o_tile = SmemTile::<T, BLOCK_M, HEADDIM_V>::at(dynamic_shared());
     o.store(o_tile, own_row);
+    if CAUSAL && any(ALL, !o.is_finite()) {
+        attend_spoiled_rows(&a, &block, mask, o_tile, own_row, 16 * M as u32);
+    }
     sync_warp(ALL);
     let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, aligned);
     o_tile.store_rows(own_row, 16 * M as u32, o_rows);

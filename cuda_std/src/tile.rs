@@ -80,6 +80,16 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
         self.base.offset(chunks * Self::CHUNK)
     }
 
+    /// The chunk `rows` rows below `first` and `chunks` to the right, where `first` is chunk 0 or 1 of its row, `rows` a
+    /// multiple of 8 and `chunks` even. The swizzle stays the same, and what is constant of the way is part of an
+    /// instruction: an address of its own for each chunk would take a register each.
+    #[inline(always)]
+    pub(crate) fn beyond(first: Shared<T>, rows: u32, chunks: u32) -> Shared<T> {
+        let (panels, chunks) = (chunks / Self::PANEL_CHUNKS, chunks % Self::PANEL_CHUNKS);
+        let turned = Shared::<T>::from_address(first.address() ^ (16 * chunks));
+        turned.offset((panels * ROWS as u32 + rows) * Self::PANEL_CHUNKS * Self::CHUNK)
+    }
+
     /// How many elements lie between any chunk and the one `rows` rows down and `chunks` chunks on, if it is the same for
     /// all: whole swizzles down, and whole panels on.
     #[inline(always)]

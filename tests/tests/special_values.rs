@@ -81,6 +81,52 @@ fn what_a_row_does_not_see_does_not_reach_it() {
     }
 }
 
+/// What a row does see stays what it is, beside something that it does not see.
+#[test]
+fn an_infinity_that_a_row_sees_stays_infinite() {
+    let [q, k, v] = inputs();
+    let options = AttentionOptions::new().causal(true);
+    let v = with(&with(&v, 10, 5, f32::INFINITY), 40, 5, f32::NAN);
+    for session in backends_of_flash2() {
+        let result = session.attention(&q, &k, &v, &options).expect("valid");
+        let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+        assert!(accuracy.passed(), "{}: {accuracy}", session.backend());
+        for (row, o) in result.out.to_f32().chunks(HEADDIM).enumerate() {
+            let as_expected = match row {
+                0..10 => o[5].is_finite(),
+                10..40 => o[5] == f32::INFINITY,
+                _ => o[5].is_nan(),
+            };
+            assert!(as_expected, "{}: row {row}: {}", session.backend(), o[5]);
+        }
+    }
+}
+
+#[test]
+fn what_a_row_does_not_see_does_not_reach_it_at_any_head_dimension() {
+    let options = AttentionOptions::new().causal(true);
+    // The first 20 rows see no key; the last rows are in another block of queries.
+    let (seqlen_q, seqlen_k, spoiled) = (180, 160, 100);
+    for headdim in [8, 40, 64, 96, 136, 256] {
+        let q = normal(DType::BF16, &[1, seqlen_q, 2, headdim], 1.0, 1);
+        let [k, v] = [2, 3].map(|seed| normal(DType::BF16, &[1, seqlen_k, 2, headdim], 1.0, seed));
+        let mut values = v.to_f32();
+        // The last element of the second head.
+        values[(2 * spoiled + 2) * headdim - 1] = f32::NAN;
+        let v = tensor(DType::BF16, values, v.shape());
+        for session in backends_of_flash2() {
+            let result = session.attention(&q, &k, &v, &options).expect("valid");
+            let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+            assert!(accuracy.passed(), "{}, headdim {headdim}: {accuracy}", session.backend());
+            for (row, o) in result.out.to_f32().chunks(2 * headdim).enumerate() {
+                let nans = o.iter().filter(|o| o.is_nan()).count();
+                let sees = row + seqlen_k >= seqlen_q + spoiled;
+                assert_eq!(nans, usize::from(sees), "{}, headdim {headdim}: row {row}", session.backend());
+            }
+        }
+    }
+}
+
 #[test]
 fn what_a_row_does_not_see_does_not_reach_its_gradients() {
     let [q, k, v] = inputs();

@@ -37,8 +37,11 @@ fn load<T: Element>(row: Global<T>, columns: u32) -> Elements {
     x
 }
 
-/// Computes again what is not finite in `count` rows from `row` on of `o`, the tile of a block of query rows whose only mask
-/// is `mask`: softmax_scale is positive, and there is neither cap nor bias nor dropout.
+/// Computes again what is not finite in `count` rows from `row` on of `o`, the tile of a block of query rows.
+///
+/// `weight(row, key, q kᵀ, softmax)` is the element of P at a row and a key of the sequence, or `None` if the row does not
+/// see the key; those that `mask` hides it is not asked for. Without cap, bias and dropout that is
+/// `Some(softmax.weight(q_k * scale))`, with the softmax scale in log2 units.
 ///
 /// Said by a whole warp, which has stored these rows and their LSE. It is slow, and little code: for a warp that has met
 /// something in its O that is not finite.
@@ -51,11 +54,12 @@ pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
     o: SmemTile<T, R, C>,
     row: u32,
     count: u32,
+    weight: impl Fn(u32, u32, f32, OnlineSoftmax) -> Option<f32>,
 ) {
     let rows = block.rows().saturating_sub(row).min(count);
     sync_warp(ALL);
     for i in 0..unknown(rows) {
-        attend_row(a, block, mask, o, row + i);
+        attend_row(a, block, mask, o, row + i, &weight);
     }
     sync_warp(ALL);
 }
@@ -68,6 +72,7 @@ fn attend_row<T: Element, const R: usize, const C: usize>(
     mask: Mask,
     o: SmemTile<T, R, C>,
     tile_row: u32,
+    weight: impl Fn(u32, u32, f32, OnlineSoftmax) -> Option<f32>,
 ) {
     const { assert!(C <= size_of::<Elements>() / size_of::<f32>() * WARP as usize) };
     let QueryBlock { ref sequence, head, first_row } = *block;
@@ -99,11 +104,11 @@ fn attend_row<T: Element, const R: usize, const C: usize>(
         for i in 0..q.len() {
             s = fma(q[i], k[i], s);
         }
-        let s = reduce::<32, f32>(s, |x, y| x + y);
-        let p = softmax.weight(s * (a.softmax_scale * LOG2_E));
-        let v = load(sequence.keys(&a.v, head_k, key), a.headdim_v);
-        for i in 0..sum.len() {
-            sum[i] = fma(p, v[i], sum[i]);
+        if let Some(p) = weight(row, key, reduce::<32, f32>(s, |x, y| x + y), softmax) {
+            let v = load(sequence.keys(&a.v, head_k, key), a.headdim_v);
+            for i in 0..sum.len() {
+                sum[i] = fma(p, v[i], sum[i]);
+            }
         }
         key += 1;
     }

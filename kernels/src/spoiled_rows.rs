@@ -12,45 +12,70 @@ use crate::online_softmax::OnlineSoftmax;
 use crate::schedule::QueryBlock;
 use cuda_std::math::{LOG2_E, fma, unknown};
 use cuda_std::thread::{WARP, lane_id};
-use cuda_std::warp::{ALL, any, reduce, sync_warp};
+use cuda_std::warp::{ALL, any, ballot, reduce, shuffle, sync_warp};
 use cuda_std::{Element, Global, SmemTile};
 
-/// A lane's elements of a row: of columns lane, lane + 32 and so on. Head dimensions are at most 256.
-type Elements = [f32; 8];
+/// Elements that a lane loads at once.
+const GROUP: usize = 4;
 
-/// The column of a lane's element `i`.
+/// A lane's elements of a row: those of columns 4 lane to 4 lane + 4, and 128 further on. Head dimensions are at most 256.
+type Elements = [[f32; GROUP]; 2];
+
+/// Keys that are loaded together, so that a row does not wait for each.
+const KEYS: usize = 8;
+
+/// The first column of a lane's group of elements.
 #[inline(always)]
-fn column(i: usize) -> u32 {
-    lane_id() + WARP * i as u32
+fn column(group: usize) -> u32 {
+    GROUP as u32 * (lane_id() + WARP * group as u32)
 }
 
 /// What a lane holds of a row in global memory; 0 beyond the last of its columns.
 #[inline(always)]
 #[track_caller]
-fn load<T: Element>(row: Global<T>, columns: u32) -> Elements {
+fn load<T: Element>(row: Global<T>, columns: u32, aligned: bool) -> Elements {
     let mut x = Elements::default();
-    for i in 0..x.len() {
-        if column(i) < columns {
-            x[i] = row.load(column(i) as usize).to_f32();
+    for group in 0..x.len() {
+        let first = column(group);
+        if aligned {
+            if first < columns {
+                x[group] = row.load_vector::<GROUP>(first as usize).map(T::to_f32);
+            }
+        } else {
+            for i in 0..GROUP {
+                if first + (i as u32) < columns {
+                    x[group][i] = row.load(first as usize + i).to_f32();
+                }
+            }
         }
     }
     x
+}
+
+/// Calls `f(group, i)` for each of a lane's elements.
+#[inline(always)]
+fn each(mut f: impl FnMut(usize, usize)) {
+    for group in 0..2 {
+        for i in 0..GROUP {
+            f(group, i);
+        }
+    }
 }
 
 /// Computes again what is not finite in `count` rows from `row` on of `o`, the tile of a block of query rows.
 ///
 /// `weight(row, key, q kᵀ, softmax)` is the element of P at a row and a key of the sequence, or `None` if the row does not
 /// see the key; those that `mask` hides it is not asked for. Without cap, bias and dropout that is
-/// `Some(softmax.weight(q_k * scale))`, with the softmax scale in log2 units.
+/// `Some(softmax.weight(q_k * scale))`, with the softmax scale in log2 units. `aligned`: the rows of all tensors are.
 ///
-/// Said by a whole warp, which has stored these rows and their LSE. It is slow, and little code: for a warp that has met
-/// something in its O that is not finite.
+/// Said by a whole warp, which has stored these rows and their LSE. It is slow: for a warp that has met something in its O
+/// that is not finite.
 #[inline(always)]
 #[track_caller]
 pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
     a: &Attention<T>,
     block: &QueryBlock,
-    mask: Mask,
+    (mask, aligned): (Mask, bool),
     o: SmemTile<T, R, C>,
     row: u32,
     count: u32,
@@ -59,7 +84,7 @@ pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
     let rows = block.rows().saturating_sub(row).min(count);
     sync_warp(ALL);
     for i in 0..unknown(rows) {
-        attend_row(a, block, mask, o, row + i, &weight);
+        attend_row(a, block, (mask, aligned), o, row + i, &weight);
     }
     sync_warp(ALL);
 }
@@ -69,52 +94,64 @@ pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
 fn attend_row<T: Element, const R: usize, const C: usize>(
     a: &Attention<T>,
     block: &QueryBlock,
-    mask: Mask,
+    (mask, aligned): (Mask, bool),
     o: SmemTile<T, R, C>,
     tile_row: u32,
     weight: impl Fn(u32, u32, f32, OnlineSoftmax) -> Option<f32>,
 ) {
-    const { assert!(C <= size_of::<Elements>() / size_of::<f32>() * WARP as usize) };
+    const { assert!(C <= 2 * GROUP * WARP as usize) };
     let QueryBlock { ref sequence, head, first_row } = *block;
     let (row, head_k) = (first_row + tile_row, a.head_k(head));
     let lse = a.softmax_lse.load(a.first_row(sequence, head) + row as usize);
     let softmax = OnlineSoftmax { m: lse * LOG2_E, l: 1.0 };
 
     // A row whose own scores are NaN is NaN, and stays as it is.
-    let mut spoiled = [false; 8];
-    for i in 0..spoiled.len() {
-        let stored = column(i) < C as u32 && !lse.is_nan();
-        spoiled[i] = stored && !o.element(tile_row, column(i)).load(0).to_f32().is_finite();
-    }
+    let mut spoiled = [[false; GROUP]; 2];
+    each(|group, i| {
+        let column = column(group) + i as u32;
+        let stored = column < C as u32 && !lse.is_nan();
+        spoiled[group][i] = stored && !o.element(tile_row, column).load(0).to_f32().is_finite();
+    });
 
-    let q = load(sequence.queries(&a.q, head, row), a.headdim);
+    let q = load(sequence.queries(&a.q, head, row), a.headdim, aligned);
     let mut sum = Elements::default();
     let (mut key, end) = (mask.begin(row), mask.end(row));
     // NaN stays NaN.
     let is_open = |sum: &Elements| {
         let mut open = false;
-        for i in 0..sum.len() {
-            open |= spoiled[i] && !sum[i].is_nan();
-        }
+        each(|group, i| open |= spoiled[group][i] && !sum[group][i].is_nan());
         any(ALL, open)
     };
     while key < end && is_open(&sum) {
-        let k = load(sequence.keys(&a.k, head_k, key), a.headdim);
-        let mut s = 0.0;
-        for i in 0..q.len() {
-            s = fma(q[i], k[i], s);
+        let (mut k, mut v) = ([Elements::default(); KEYS], [Elements::default(); KEYS]);
+        for n in 0..KEYS {
+            // Beyond the last key the last one's, which then has no weight.
+            let key = (key + n as u32).min(end - 1);
+            k[n] = load(sequence.keys(&a.k, head_k, key), a.headdim, aligned);
+            v[n] = load(sequence.keys(&a.v, head_k, key), a.headdim_v, aligned);
         }
-        if let Some(p) = weight(row, key, reduce::<32, f32>(s, |x, y| x + y), softmax) {
-            let v = load(sequence.keys(&a.v, head_k, key), a.headdim_v);
-            for i in 0..sum.len() {
-                sum[i] = fma(p, v[i], sum[i]);
+        // Each lane weighs one of the keys.
+        let own = lane_id() % KEYS as u32;
+        let mut own_q_k = 0.0;
+        for n in 0..KEYS {
+            let mut q_k = 0.0;
+            each(|group, i| q_k = fma(q[group][i], k[n][group][i], q_k));
+            let q_k = reduce::<32, f32>(q_k, |x, y| x + y);
+            own_q_k = if own == n as u32 { q_k } else { own_q_k };
+        }
+        let p = if key + own < end { weight(row, key + own, own_q_k, softmax) } else { None };
+        let seen = ballot(ALL, p.is_some());
+        for n in 0..KEYS {
+            let p = shuffle(ALL, p.unwrap_or(0.0), n as u32);
+            if seen >> n & 1 != 0 {
+                each(|group, i| sum[group][i] = fma(p, v[n][group][i], sum[group][i]));
             }
         }
-        key += 1;
+        key += KEYS as u32;
     }
-    for i in 0..sum.len() {
-        if spoiled[i] {
-            o.element(tile_row, column(i)).store(0, T::from_f32(sum[i]));
+    each(|group, i| {
+        if spoiled[group][i] {
+            o.element(tile_row, column(group) + i as u32).store(0, T::from_f32(sum[group][i]));
         }
-    }
+    });
 }

@@ -10,6 +10,7 @@ use crate::attention::Attention;
 use crate::mask::Mask;
 use crate::online_softmax::OnlineSoftmax;
 use crate::schedule::QueryBlock;
+use core::ops::Range;
 use cuda_std::math::{LOG2_E, fma, unknown};
 use cuda_std::thread::{WARP, lane_id};
 use cuda_std::warp::{ALL, any, ballot, reduce, shuffle, sync_warp};
@@ -62,7 +63,7 @@ fn each(mut f: impl FnMut(usize, usize)) {
     }
 }
 
-/// Computes again what is not finite in `count` rows from `row` on of `o`, the tile of a block of query rows.
+/// Computes again what is not finite in `rows` of `o`, the tile of a block of query rows.
 ///
 /// `weight(row, key, q kᵀ, softmax)` is the element of P at a row and a key of the sequence, or `None` if the row does not
 /// see the key; those that `mask` hides it is not asked for. Without cap, bias and dropout that is
@@ -75,16 +76,15 @@ fn each(mut f: impl FnMut(usize, usize)) {
 pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
     a: &Attention<T>,
     block: &QueryBlock,
-    (mask, aligned): (Mask, bool),
+    mask: Mask,
+    aligned: bool,
     o: SmemTile<T, R, C>,
-    row: u32,
-    count: u32,
+    rows: Range<u32>,
     weight: impl Fn(u32, u32, f32, OnlineSoftmax) -> Option<f32>,
 ) {
-    let rows = block.rows().saturating_sub(row).min(count);
     sync_warp(ALL);
-    for i in 0..unknown(rows) {
-        attend_row(a, block, (mask, aligned), o, row + i, &weight);
+    for row in rows.start..unknown(rows.end.min(block.rows())) {
+        attend_row(a, block, mask, aligned, o, row, &weight);
     }
     sync_warp(ALL);
 }
@@ -94,7 +94,8 @@ pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
 fn attend_row<T: Element, const R: usize, const C: usize>(
     a: &Attention<T>,
     block: &QueryBlock,
-    (mask, aligned): (Mask, bool),
+    mask: Mask,
+    aligned: bool,
     o: SmemTile<T, R, C>,
     tile_row: u32,
     weight: impl Fn(u32, u32, f32, OnlineSoftmax) -> Option<f32>,

@@ -1,5 +1,5 @@
 //! NaN and infinities go where the definition takes them, and nowhere else.
-use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session, Tensor, accuracy};
+use ferroflash::{AttentionOptions, Backend, DType, Inputs, Kernel, Session, Tensor, accuracy};
 use ferroflash_tests::inputs::{normal, tensor};
 
 const SEQLEN: usize = 70;
@@ -123,6 +123,37 @@ fn what_a_row_does_not_see_does_not_reach_it_at_any_head_dimension() {
                 let sees = row + seqlen_k >= seqlen_q + spoiled;
                 assert_eq!(nans, usize::from(sees), "{}, headdim {headdim}: row {row}", session.backend());
             }
+        }
+    }
+}
+
+/// Hidden by a window, by a mask, by a bias of -inf, each beside what else a score may take.
+#[test]
+fn what_other_masks_hide_does_not_reach_a_row() {
+    let [q, k, v] = inputs();
+    let v = with(&with(&v, 40, 5, f32::NAN), 60, 31, f32::INFINITY);
+    let scores = |hidden: fn(usize, usize) -> bool, values: [f32; 2]| {
+        let of = |i| values[usize::from(hidden(i / SEQLEN, i % SEQLEN))];
+        tensor(DType::F16, (0..SEQLEN * SEQLEN).map(of).collect(), &[1, 1, SEQLEN, SEQLEN])
+    };
+    let bias = scores(|row, key| row % 3 == 0 && key >= 40, [0.5, f32::NEG_INFINITY]);
+    let bytes = (0..SEQLEN * SEQLEN).map(|i| u8::from(i / SEQLEN % 2 == 0 || i % SEQLEN < 40)).collect();
+    let mask = Tensor::from_vec::<u8>(bytes, &[1, 1, SEQLEN, SEQLEN]).expect("as many as the shape says");
+    let options = [
+        AttentionOptions::new().window_size(20, 5),
+        AttentionOptions::new().softcap(3.0),
+        AttentionOptions::new().causal(true).dropout(0.3, 1, 2),
+    ];
+    for (options, has_bias, has_mask) in
+        options.iter().flat_map(|o| [(o, false, false), (o, true, false), (o, false, true), (o, true, true)])
+    {
+        let mut inputs = Inputs::new(q.view(), k.view(), v.view());
+        inputs.bias = has_bias.then(|| bias.view());
+        inputs.mask = has_mask.then(|| mask.view());
+        for session in backends_of_flash2() {
+            let result = session.attention_with(&inputs, options).expect("valid");
+            let accuracy = accuracy::check_with(&inputs, options, &result).expect("valid");
+            assert!(accuracy.passed(), "{}, {options:?}, {has_bias}, {has_mask}: {accuracy}", session.backend());
         }
     }
 }

@@ -273,7 +273,8 @@ pub fn forward<
     o.store(o_tile, own_row);
     if (CAUSAL || GENERAL) && any(ALL, !o.is_finite()) {
         let weight = |row, key, q_k, softmax| logits.weight(row, key, q_k, softmax);
-        attend_spoiled_rows(&a, &block, mask, aligned, o_tile, own_row..own_row + 16 * M as u32, weight);
+        let rows = own_row..own_row + 16 * M as u32;
+        attend_spoiled_rows::<T, HEADDIM, _, _>(&a, &block, mask, aligned, o_tile, rows, weight);
     }
     sync_warp(ALL);
     let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, aligned);

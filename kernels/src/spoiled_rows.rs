@@ -31,12 +31,12 @@ fn column(group: usize) -> u32 {
     GROUP as u32 * (lane_id() + WARP * group as u32)
 }
 
-/// What a lane holds of a row in global memory; 0 beyond the last of its columns.
+/// What a lane holds of a row in global memory, of `columns` columns and at most `MOST`; 0 beyond the last.
 #[inline(always)]
 #[track_caller]
-fn load<T: Element>(row: Global<T>, columns: u32, aligned: bool) -> Elements {
+fn load<T: Element, const MOST: usize>(row: Global<T>, columns: u32, aligned: bool) -> Elements {
     let mut x = Elements::default();
-    for group in 0..x.len() {
+    for group in 0..groups(MOST) {
         let first = column(group);
         if aligned {
             if first < columns {
@@ -53,10 +53,15 @@ fn load<T: Element>(row: Global<T>, columns: u32, aligned: bool) -> Elements {
     x
 }
 
-/// Calls `f(group, i)` for each of a lane's elements.
+/// How many groups a lane has of rows of so many columns.
+const fn groups(columns: usize) -> usize {
+    columns.div_ceil(GROUP * WARP as usize)
+}
+
+/// Calls `f(group, i)` for each of a lane's elements of a row of `COLUMNS` columns.
 #[inline(always)]
-fn each(mut f: impl FnMut(usize, usize)) {
-    for group in 0..2 {
+fn each<const COLUMNS: usize>(mut f: impl FnMut(usize, usize)) {
+    for group in 0..groups(COLUMNS) {
         for i in 0..GROUP {
             f(group, i);
         }
@@ -67,13 +72,14 @@ fn each(mut f: impl FnMut(usize, usize)) {
 ///
 /// `weight(row, key, q kᵀ, softmax)` is the element of P at a row and a key of the sequence, or `None` if the row does not
 /// see the key; those that `mask` hides it is not asked for. Without cap, bias and dropout that is
-/// `Some(softmax.weight(q_k * scale))`, with the softmax scale in log2 units. `aligned`: the rows of all tensors are.
+/// `Some(softmax.weight(q_k * scale))`, with the softmax scale in log2 units. `aligned`: the rows of all tensors are. Rows of
+/// Q and K have at most `HEADDIM` columns.
 ///
 /// Said by a whole warp, which has stored these rows and their LSE. It is slow: for a warp that has met something in its O
 /// that is not finite.
 #[inline(always)]
 #[track_caller]
-pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
+pub fn attend_spoiled_rows<T: Element, const HEADDIM: usize, const R: usize, const C: usize>(
     a: &Attention<T>,
     block: &QueryBlock,
     mask: Mask,
@@ -84,14 +90,14 @@ pub fn attend_spoiled_rows<T: Element, const R: usize, const C: usize>(
 ) {
     sync_warp(ALL);
     for row in rows.start..unknown(rows.end.min(block.rows())) {
-        attend_row(a, block, mask, aligned, o, row, &weight);
+        attend_row::<T, HEADDIM, R, C>(a, block, mask, aligned, o, row, &weight);
     }
     sync_warp(ALL);
 }
 
 #[inline(always)]
 #[track_caller]
-fn attend_row<T: Element, const R: usize, const C: usize>(
+fn attend_row<T: Element, const HEADDIM: usize, const R: usize, const C: usize>(
     a: &Attention<T>,
     block: &QueryBlock,
     mask: Mask,
@@ -100,7 +106,7 @@ fn attend_row<T: Element, const R: usize, const C: usize>(
     tile_row: u32,
     weight: impl Fn(u32, u32, f32, OnlineSoftmax) -> Option<f32>,
 ) {
-    const { assert!(C <= 2 * GROUP * WARP as usize) };
+    const { assert!(groups(HEADDIM) <= 2 && groups(C) <= 2) };
     let QueryBlock { ref sequence, head, first_row } = *block;
     let (row, head_k) = (first_row + tile_row, a.head_k(head));
     let lse = a.softmax_lse.load(a.first_row(sequence, head) + row as usize);
@@ -108,19 +114,19 @@ fn attend_row<T: Element, const R: usize, const C: usize>(
 
     // A row whose own scores are NaN is NaN, and stays as it is.
     let mut spoiled = [[false; GROUP]; 2];
-    each(|group, i| {
+    each::<C>(|group, i| {
         let column = column(group) + i as u32;
         let stored = column < C as u32 && !lse.is_nan();
         spoiled[group][i] = stored && !o.element(tile_row, column).load(0).to_f32().is_finite();
     });
 
-    let q = load(sequence.queries(&a.q, head, row), a.headdim, aligned);
+    let q = load::<T, HEADDIM>(sequence.queries(&a.q, head, row), a.headdim, aligned);
     let mut sum = Elements::default();
     let (mut key, end) = (mask.begin(row), mask.end(row));
     // NaN stays NaN.
     let is_open = |sum: &Elements| {
         let mut open = false;
-        each(|group, i| open |= spoiled[group][i] && !sum[group][i].is_nan());
+        each::<C>(|group, i| open |= spoiled[group][i] && !sum[group][i].is_nan());
         any(ALL, open)
     };
     while key < end && is_open(&sum) {
@@ -128,15 +134,15 @@ fn attend_row<T: Element, const R: usize, const C: usize>(
         for n in 0..KEYS {
             // Beyond the last key the last one's, which then has no weight.
             let key = (key + n as u32).min(end - 1);
-            k[n] = load(sequence.keys(&a.k, head_k, key), a.headdim, aligned);
-            v[n] = load(sequence.keys(&a.v, head_k, key), a.headdim_v, aligned);
+            k[n] = load::<T, HEADDIM>(sequence.keys(&a.k, head_k, key), a.headdim, aligned);
+            v[n] = load::<T, C>(sequence.keys(&a.v, head_k, key), a.headdim_v, aligned);
         }
         // Each lane weighs one of the keys.
         let own = lane_id() % KEYS as u32;
         let mut own_q_k = 0.0;
         for n in 0..KEYS {
             let mut q_k = 0.0;
-            each(|group, i| q_k = fma(q[group][i], k[n][group][i], q_k));
+            each::<HEADDIM>(|group, i| q_k = fma(q[group][i], k[n][group][i], q_k));
             let q_k = reduce::<32, f32>(q_k, |x, y| x + y);
             own_q_k = if own == n as u32 { q_k } else { own_q_k };
         }
@@ -145,12 +151,12 @@ fn attend_row<T: Element, const R: usize, const C: usize>(
         for n in 0..KEYS {
             let p = shuffle(ALL, p.unwrap_or(0.0), n as u32);
             if seen >> n & 1 != 0 {
-                each(|group, i| sum[group][i] = fma(p, v[n][group][i], sum[group][i]));
+                each::<C>(|group, i| sum[group][i] = fma(p, v[n][group][i], sum[group][i]));
             }
         }
         key += KEYS as u32;
     }
-    each(|group, i| {
+    each::<C>(|group, i| {
         if spoiled[group][i] {
             o.element(tile_row, column(group) + i as u32).store(0, T::from_f32(sum[group][i]));
         }

@@ -4,6 +4,7 @@ use crate::math::unknown;
 use crate::shared::Shared;
 use crate::{Global, GlobalMatrix, copy, thread};
 use core::marker::PhantomData;
+use core::ops::Range;
 
 /// Columns of a panel of a tile of so many columns, of elements of so many bytes: as many as make 128 bytes, or the largest
 /// power of two of 16 bytes that divides a row.
@@ -96,6 +97,16 @@ impl<T: Element, const ROWS: usize, const COLS: usize> SmemTile<T, ROWS, COLS> {
         let swizzle = row / (8 / Self::PANEL_CHUNKS) % Self::PANEL_CHUNKS;
         let chunks = (panel * ROWS as u32 + row) * Self::PANEL_CHUNKS + (chunk ^ swizzle);
         self.base.offset(chunks * Self::CHUNK)
+    }
+
+    /// The chunk `rows` rows below `first` and `chunks` to the right, where `first` is chunk 0 or 1 of its row, `rows` a
+    /// multiple of 8 and `chunks` even. The swizzle stays the same, and what is constant of the way is part of an
+    /// instruction: an address of its own for each chunk would take a register each.
+    #[inline(always)]
+    pub(crate) fn beyond(first: Shared<T>, rows: u32, chunks: u32) -> Shared<T> {
+        let (panels, chunks) = (chunks / Self::PANEL_CHUNKS, chunks % Self::PANEL_CHUNKS);
+        let turned = Shared::<T>::from_address(first.address() ^ (16 * chunks));
+        turned.offset((panels * ROWS as u32 + rows) * Self::PANEL_CHUNKS * Self::CHUNK)
     }
 
     /// How many elements lie between any chunk and the one `rows` rows down and `chunks` chunks on, if it is the same for
@@ -197,24 +208,41 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     #[inline(always)]
     #[track_caller]
     pub fn copy_async(&mut self, to: SmemTile<T, ROWS, COLS>) {
+        self.copy_part_async(to, 0, 1);
+    }
+
+    /// One of `parts` parts of [`copy_async`](Self::copy_async), which are all to be called, in their order: so copies
+    /// start one by one between other instructions, and none of them waits for another.
+    #[inline(always)]
+    #[track_caller]
+    pub fn copy_part_async(&mut self, to: SmemTile<T, ROWS, COLS>, part: usize, parts: usize) {
         let count = Self::rows_of_a_thread(self.threads);
+        let limit = |part| (count as usize * part / parts) as u32;
+        let (begin, end) = (limit(part), limit(part + 1));
         if self.aligned {
-            self.copy_rows(to, count, |to, from, _, valid| copy::copy_async(to, from, valid));
+            self.copy_rows(to, begin..end, |to, from, _, valid| copy::copy_async(to, from, valid));
         } else {
             // Rare, and little code as a loop.
-            self.copy_rows(to, unknown(count), |to, from, columns, valid| {
+            self.copy_rows(to, unknown(begin)..unknown(end), |to, from, columns, valid| {
                 load_elements(from, to, if valid { columns } else { 0 });
             });
         }
-        self.rows -= ROWS as i32;
+        if part + 1 == parts {
+            self.rows -= ROWS as i32;
+        }
     }
 
-    /// Calls `copy(to, from, columns, valid)` for each chunk of this thread's `count` rows: `columns` are there from the
+    /// Calls `copy(to, from, columns, valid)` for each chunk of these rows of this thread: `columns` are there from the
     /// chunk's first on, if it is valid.
     #[inline(always)]
     #[track_caller]
-    fn copy_rows(&mut self, to: SmemTile<T, ROWS, COLS>, count: u32, copy: impl Fn(Shared<T>, Global<T>, u32, bool)) {
-        Self::each_chunk(self.threads, to, count, |to, row, slab| {
+    fn copy_rows(
+        &mut self,
+        to: SmemTile<T, ROWS, COLS>,
+        rows: Range<u32>,
+        copy: impl Fn(Shared<T>, Global<T>, u32, bool),
+    ) {
+        Self::each_chunk(self.threads, to, rows, |to, row, slab| {
             let column = slab * Self::SLAB_COLUMNS;
             let columns = self.columns - column as i32;
             let valid = row < self.rows && (slab == 0 || columns > 0);
@@ -231,7 +259,7 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     #[track_caller]
     pub fn copied_nonfinite(&self, tile: SmemTile<T, ROWS, COLS>) -> bool {
         let mut found = 0;
-        Self::each_chunk(self.threads, tile, Self::rows_of_a_thread(self.threads), |chunk, _, _| {
+        Self::each_chunk(self.threads, tile, 0..Self::rows_of_a_thread(self.threads), |chunk, _, _| {
             for word in chunk.cast::<u32>().load_vector::<4>(0) {
                 found |= T::nonfinite(word);
             }
@@ -247,13 +275,18 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         ROWS as u32 / rows_at_once
     }
 
-    /// Calls `f(chunk, row, slab)` for each chunk of this thread's first `count` rows of a tile; rows count from its first.
+    /// Calls `f(chunk, row, slab)` for each chunk of these rows of this thread in a tile; rows count from its first.
     #[inline(always)]
     #[track_caller]
-    fn each_chunk(threads: u32, tile: SmemTile<T, ROWS, COLS>, count: u32, mut f: impl FnMut(Shared<T>, i32, u32)) {
+    fn each_chunk(
+        threads: u32,
+        tile: SmemTile<T, ROWS, COLS>,
+        rows: Range<u32>,
+        mut f: impl FnMut(Shared<T>, i32, u32),
+    ) {
         let (own_row, own_chunk) = Self::place();
         let first = tile.chunk(own_row, own_chunk);
-        for i in 0..count {
+        for i in rows {
             let row = i * (threads / Self::SLAB_CHUNKS);
             for slab in 0..Self::SLABS {
                 let chunk = slab * Self::SLAB_CHUNKS;

@@ -63,7 +63,8 @@ impl Dropout {
     }
 
     /// What P at query `row` and key `key` of a head is multiplied with: 0, or [`scale`](Self::scale). One call of the
-    /// generator for each: kernels use [`apply`](Self::apply).
+    /// generator for each: for many, kernels use [`apply`](Self::apply).
+    #[inline(always)]
     pub fn factor(&self, head: u32, row: u32, key: u32) -> f32 {
         if self.keeps(&self.bits(head, row, key), row, key) { self.scale } else { 0.0 }
     }
@@ -135,10 +136,12 @@ impl Dropout {
     }
 }
 
-/// 16-bit number `index` of eight.
+/// 16-bit number `index` of eight. Its word is chosen, since registers have no index.
 #[inline(always)]
 fn half_word(bits: &[u32; 4], index: usize) -> u32 {
-    bits[index / 2] >> (16 * (index % 2)) & 0xffff
+    let pair = if index < 4 { [bits[0], bits[1]] } else { [bits[2], bits[3]] };
+    let word = if index % 4 < 2 { pair[0] } else { pair[1] };
+    word >> (16 * (index % 2)) & 0xffff
 }
 
 /// Philox4x32 with ten rounds.

@@ -4,10 +4,11 @@
 //!
 //! A block of threads owns a block of query rows, and walks over the blocks of K and V once. S, P, O and the state of the
 //! softmax live in registers; each warp owns whole rows, so warps exchange nothing. K and V come in asynchronously, one
-//! block ahead, into two stages of shared memory; where two stages are too large, one after the other.
+//! block ahead, into two stages of shared memory; where two stages are too large, into one, V while S is computed, and the
+//! next K while P V is.
 //!
-//! A key that a row does not see must not reach it, even if its value is NaN: 0 · NaN is NaN. So blocks that are seen in part
-//! are searched for what is not finite, and if something is found, the product P V leaves out what is not seen.
+//! A key that a row does not see must not reach it, even if its value is NaN: 0 · NaN is NaN. It does, here; rows that turn
+//! out not to be finite are computed again ([`spoiled_rows`](crate::spoiled_rows)).
 //!
 //! Three kinds of kernels: without a mask, with a causal mask, and general ones, which do all that
 //! [`Attention`] can ask for.
@@ -17,15 +18,17 @@ use crate::attention::{Attention, Sequence};
 use crate::config::Config;
 use crate::dropout::Dropout;
 use crate::mask::Mask;
+use crate::online_softmax::OnlineSoftmax;
 use crate::row_softmax::RowSoftmax;
 use crate::schedule::{self, QueryBlock};
 use crate::scores::Scores;
+use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement};
 use cuda_std::math::{LOG2_E, unknown};
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{WARP, lane_id, sync_threads, sync_threads_or, warp_id};
-use cuda_std::warp::{ALL, sync_warp};
+use cuda_std::thread::{WARP, lane_id, sync_threads, warp_id};
+use cuda_std::warp::{ALL, any, sync_warp};
 use cuda_std::{Element, SmemTile, TileStream, copy, kernel};
 
 /// Arguments of the forward kernel.
@@ -69,7 +72,7 @@ const fn config<
         // 255 registers a thread.
         min_blocks_per_sm: 256 / threads,
         shared_bytes: (elements * size_of::<T>()) as u32,
-        barriers: if CAUSAL || GENERAL { 3 } else { 2 } + if STAGES == 1 { 1 } else { 0 },
+        barriers: if STAGES == 1 { 3 } else { 2 },
     }
 }
 
@@ -84,29 +87,51 @@ pub(crate) const fn threads(block: usize, m: usize) -> u32 {
 /// eight columns wide. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`.
 #[kernel(
     name = "flash2_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}",
+    // Measured on an H100, bf16, 16384 tokens: the speed beside PyTorch's FlashAttention-2, geometric mean of sequences of
+    // 512, 4096 and 16384, not causal and causal.
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
-            // On an H100, TFLOP/s at 4k tokens, not causal: 248; with 128 keys a block 237.
-            (32, 32, 128, 64, 2, 2, 8, 4),
-            // 350; with 64 keys a block 326; with 64 rows and one row block a warp 302.
+            // 1.19 and 1.21; with 64 keys a block 1.17 and 1.17, with one stage 1.11 and 1.13.
+            (32, 32, 128, 128, 2, 2, 16, 4),
+            // 1.20 and 1.25; with 96 keys a block 1.15 and 1.22; with 64 keys, or one row block a warp, slower still.
             (64, 64, 128, 128, 2, 2, 16, 8),
+            // 1.21 and 1.19; with 96 keys a block (spills) 1.11 and 1.12, with one stage 1.09 and 1.10.
             (96, 96, 128, 64, 2, 2, 8, 12),
-            // 374; with 64 keys a block (spills) 356, with 32 keys 349.
-            (128, 128, 128, 48, 2, 2, 6, 16),
             (192, 128, 128, 64, 2, 1, 8, 16),
-            (192, 192, 128, 64, 2, 1, 8, 24),
-            (256, 256, 128, 32, 2, 1, 4, 32),
+            // 1.06 and 1.17; with 64 keys a block 1.05 and 1.14, with 128 rows and two stages 1.05 and 1.12.
+            (192, 192, 64, 96, 1, 1, 12, 24),
+            // 1.04 and 1.14, and two blocks a multiprocessor; with 128 rows and 96 keys a block 0.97 and 1.04. A tile of
+            // 128 x 32 in two stages was at 0.81.
+            (256, 256, 64, 64, 1, 1, 8, 32),
         ],
         (CAUSAL, GENERAL) in [(false, false), (true, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
+            // 1.18; with 48 keys a block 1.12, with one stage 1.13. Spills one register, read once a block.
+            (128, 128, 128, 64, 2, 2, 8, 16),
+        ],
+        (CAUSAL, GENERAL) in [(false, false)],
+    for T in [f16, bf16],
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
+            // 1.26; with 64 keys a block 1.27, but that spills.
+            (128, 128, 128, 48, 2, 2, 6, 16),
+        ],
+        (CAUSAL, GENERAL) in [(true, false)],
+    for T in [f16, bf16],
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
+            // 0.89 and 0.88.
             (32, 32, 128, 64, 2, 2, 8, 4),
+            // 0.92 and 0.93.
             (64, 64, 128, 64, 2, 2, 8, 8),
+            // 0.90 and 0.90.
             (96, 96, 128, 32, 2, 2, 4, 12),
+            // 0.97 and 0.98; with 64 x 64 and one row block a warp 0.86 and 0.95.
             (128, 128, 128, 32, 2, 2, 4, 16),
             (192, 128, 128, 64, 2, 1, 8, 16),
-            (192, 192, 128, 64, 2, 1, 8, 24),
-            (256, 256, 128, 32, 2, 1, 4, 32),
+            // 0.99 and 1.05; with 128 rows and two stages 0.87 and 0.89.
+            (192, 192, 64, 64, 1, 1, 8, 24),
+            // 1.03 and 1.08; with 128 x 32 in two stages 0.77 and 0.78.
+            (256, 256, 64, 64, 1, 1, 8, 32),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
     for (T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
@@ -139,7 +164,11 @@ pub fn forward<
     p: Params,
 ) {
     let a = p.attention.of::<T>();
-    let block = schedule::query_block(&a, BLOCK_M as u32);
+    let block = if CAUSAL {
+        schedule::query_block_in_turn(&a, BLOCK_M as u32)
+    } else {
+        schedule::query_block(&a, BLOCK_M as u32)
+    };
     let QueryBlock { sequence, head, first_row } = block;
     if block.rows() == 0 {
         return;
@@ -153,9 +182,11 @@ pub fn forward<
 
     let (head_k, rows, first_key) = (a.head_k(head), block.rows(), key_blocks.begin * BLOCK_N as u32);
     let aligned = a.is_aligned::<GENERAL>();
+    // What is copied beyond the last block of keys is not read.
+    let seen = Sequence { seqlen_k: sequence.seqlen_k.min(key_blocks.end * BLOCK_N as u32), ..sequence };
     let q_rows = sequence.query_matrix(&a.q, head, first_row, a.headdim, aligned);
-    let k_rows = sequence.key_matrix(&a.k, head_k, first_key, a.headdim, aligned);
-    let v_rows = sequence.key_matrix(&a.v, head_k, first_key, a.headdim_v, aligned);
+    let k_rows = seen.key_matrix(&a.k, head_k, first_key, a.headdim, aligned);
+    let v_rows = seen.key_matrix(&a.v, head_k, first_key, a.headdim_v, aligned);
     let threads = const { threads(BLOCK_M, M) };
     let mut queries = TileStream::new(threads, q_rows);
     let mut keys = TileStream::new(threads, k_rows);
@@ -164,12 +195,12 @@ pub fn forward<
     queries.copy_async(q);
     if key_blocks.count() > 0 {
         keys.copy_async(k_tiles.stage(key_blocks.begin % STAGES));
-        values.copy_async(v_tiles.stage(key_blocks.begin % STAGES));
+        if STAGES > 1 {
+            values.copy_async(v_tiles.stage(key_blocks.begin % STAGES));
+        }
     }
     copy::commit();
 
-    // Without tensor cores a step is long, and as a loop it stays in the instruction cache.
-    let steps = (HEADDIM / T::DEPTH) as u32;
     let logits = Logits::new::<GENERAL>(&a, &sequence, head, mask);
     let own_row = warp_id() * 16 * M as u32;
     let mut softmax = RowSoftmax::<M>::EMPTY;
@@ -177,45 +208,55 @@ pub fn forward<
     for j in key_blocks.begin..key_blocks.end {
         let (k, v) = (k_tiles.stage(j % STAGES), v_tiles.stage(j % STAGES));
         let (row, key, partial) = (first_row + own_row, j * BLOCK_N as u32, key_blocks.is_partial(j));
-
-        // Block j is here, and no warp reads block j - 1 any more, whose stage block j + 1 takes.
-        copy::wait::<0>();
-        let poisonous = if (CAUSAL || GENERAL) && (partial || a.may_hide::<GENERAL>()) {
-            sync_threads_or(values.copied_nonfinite(v))
-        } else {
-            sync_threads();
-            false
-        };
-        if STAGES > 1 && j + 1 < key_blocks.end {
-            keys.copy_async(k_tiles.stage((j + 1) % STAGES));
-            values.copy_async(v_tiles.stage((j + 1) % STAGES));
-            copy::commit();
-        }
-
-        let mut s = Accumulator::<M, S_COLUMNS>::zero();
-        if poisonous {
-            // All on its own, and small: the usual way has no branch between the softmax and P V, which overlap.
-            for step in 0..unknown(steps) as usize {
-                s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
+        // What is copied while S is computed: V_j, or where there are two stages, K_j+1 and V_j+1. One part of `parts`.
+        let mut copy_part = |part: usize, parts: usize| {
+            let next = (j + 1) % STAGES;
+            if STAGES == 1 {
+                values.copy_part_async(v, part, parts);
+            } else if parts == 1 {
+                keys.copy_async(k_tiles.stage(next));
+                values.copy_async(v_tiles.stage(next));
+            } else if part < parts / 2 {
+                keys.copy_part_async(k_tiles.stage(next), part, parts / 2);
+            } else {
+                values.copy_part_async(v_tiles.stage(next), part - parts / 2, parts - parts / 2);
             }
-            let p = logits.weights(s, row, key, partial, &mut softmax, &mut o);
-            o.add_kept_product(&p, |i, j| logits.sees(row + i, key + j), v, 0);
-        } else {
+        };
+
+        // What was copied is here, and no warp reads any more what block j - 1 was computed with.
+        copy::wait::<0>();
+        sync_threads();
+        let mut s = Accumulator::<M, S_COLUMNS>::zero();
+        if GENERAL {
+            copy_part(0, 1);
+            // Without tensor cores a step is long, and as a loop it stays in the instruction cache.
+            let steps = (HEADDIM / T::DEPTH) as u32;
             for step in 0..(if const { T::TENSOR_CORES } { steps } else { unknown(steps) }) as usize {
                 s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
             }
-            let p = logits.weights(s, row, key, partial, &mut softmax, &mut o);
-            for step in 0..BLOCK_N / T::DEPTH {
-                o.add_product(&p.operand::<T>(step), v, step, 0);
+        } else {
+            // A part every second step, so that the products do not wait until all copies have been started.
+            for step in 0..HEADDIM / T::DEPTH {
+                if step % 2 == 1 {
+                    copy_part(step / 2, HEADDIM / T::DEPTH / 2);
+                }
+                s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
+            }
+        }
+        copy::commit();
+        if STAGES == 1 {
+            // V_j is here, and K_j+1 takes the place of K_j.
+            copy::wait::<0>();
+            sync_threads();
+            if j + 1 < key_blocks.end {
+                keys.copy_async(k);
+                copy::commit();
             }
         }
 
-        if STAGES == 1 && j + 1 < key_blocks.end {
-            // The next block comes where this one is.
-            sync_threads();
-            keys.copy_async(k);
-            values.copy_async(v);
-            copy::commit();
+        let p = logits.weights(s, row, key, partial, &mut softmax, &mut o);
+        for step in 0..BLOCK_N / T::DEPTH {
+            o.add_product(&p.operand::<T>(step), v, step, 0);
         }
     }
 
@@ -231,6 +272,11 @@ pub fn forward<
     sync_threads();
     let o_tile = SmemTile::<T, BLOCK_M, HEADDIM_V>::at(dynamic_shared());
     o.store(o_tile, own_row);
+    if (CAUSAL || GENERAL) && any(ALL, !o.is_finite()) {
+        let weight = |row, key, q_k, softmax| logits.weight(row, key, q_k, softmax);
+        let rows = own_row..own_row + 16 * M as u32;
+        attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(&a, &block, mask, aligned, o_tile, rows, weight);
+    }
     sync_warp(ALL);
     let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, aligned);
     o_tile.store_rows(own_row, 16 * M as u32, o_rows);
@@ -280,20 +326,22 @@ impl<T: Element> Logits<T> {
         } else if partial {
             self.mask.apply(&mut s, first_row, first_key);
         }
-        softmax.take(&mut s, self.scale).apply(o);
+        softmax.raise_lazily(&s, self.scale).apply_if_any(o);
+        softmax.weigh(&mut s, self.scale);
         if self.dropout.is_on() {
             self.dropout.apply(&mut s, self.head, first_row, first_key);
         }
         s
     }
 
-    /// Whether query `row` sees key `key`.
+    /// The weight of one key, if `row` sees it: their product is `q_k`, and `softmax` is the state of the row at its end.
     #[inline(always)]
     #[track_caller]
-    fn sees(&self, row: u32, key: u32) -> bool {
-        match &self.scores {
-            Some(scores) => scores.sees(row, key),
-            None => self.mask.sees(row, key),
-        }
+    fn weight(&self, row: u32, key: u32, q_k: f32, softmax: OnlineSoftmax) -> Option<f32> {
+        let Some(scores) = &self.scores else {
+            return Some(softmax.weight(q_k * self.scale));
+        };
+        let dropped = if self.dropout.is_on() { self.dropout.factor(self.head, row, key) } else { 1.0 };
+        scores.sees(row, key).then(|| softmax.weight(scores.score(row, key, q_k)) * dropped)
     }
 }

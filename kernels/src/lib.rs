@@ -20,6 +20,7 @@ mod row_softmax;
 pub mod schedule;
 pub mod scores;
 pub mod softmax;
+pub mod spoiled_rows;
 pub mod standard;
 
 pub use config::Config;

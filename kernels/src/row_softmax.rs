@@ -11,11 +11,11 @@ use cuda_std::warp::{ALL, any, reduce};
 #[derive(Clone, Copy)]
 pub struct RowSoftmax<const M: usize>([[OnlineSoftmax; 2]; M]);
 
-/// What [`RowSoftmax::take`] asks of all that was weighted before: a factor alpha a row.
+/// What [`RowSoftmax::raise_lazily`] asks of all that was weighted before: a factor alpha a row.
 #[derive(Clone, Copy)]
 pub struct Rescale<const M: usize> {
     alpha: [[f32; 2]; M],
-    /// Whether a factor of this lane is not 1.
+    /// Whether a factor of the warp may not be 1.
     any: bool,
 }
 
@@ -23,49 +23,59 @@ impl<const M: usize> RowSoftmax<M> {
     /// Rows of no elements.
     pub const EMPTY: Self = RowSoftmax([[OnlineSoftmax::EMPTY; 2]; M]);
 
-    /// Takes a block of scores S, and turns it into the weights P = 2^(scale · S - m). `scale` is the softmax scale in log2
-    /// units, positive.
+    /// Takes a block of scores S, and turns it into the weights P = 2^(scale · S - m), with m the maximum so far. `scale` is
+    /// the softmax scale in log2 units, positive.
     #[inline(always)]
     #[track_caller]
-    pub fn take<const N: usize>(&mut self, s: &mut Accumulator<M, N>, scale: f32) -> Rescale<M> {
-        let mut rescale = Rescale { alpha: [[0.0; 2]; M], any: false };
+    pub fn take<const N: usize>(&mut self, s: &mut Accumulator<M, N>, scale: f32) {
+        self.raise(s, scale, true);
+        self.weigh(s, scale);
+    }
+
+    /// As [`take`](Self::take), with m as [`raise_lazily`](Self::raise_lazily) leaves it.
+    #[inline(always)]
+    #[track_caller]
+    pub fn take_lazily<const N: usize>(&mut self, s: &mut Accumulator<M, N>, scale: f32) -> Rescale<M> {
+        let rescale = self.raise_lazily(s, scale);
+        self.weigh(s, scale);
+        rescale
+    }
+
+    /// Raises m for a block of scores S, but only once an element exceeds it by more than a factor of 2⁸: until then the
+    /// weights are larger than 1, the sums no less exact, nothing is to be rescaled, and the lanes of a row need not agree.
+    /// FlashAttention-4 does so.
+    #[inline(always)]
+    #[track_caller]
+    pub fn raise_lazily<const N: usize>(&mut self, s: &Accumulator<M, N>, scale: f32) -> Rescale<M> {
+        const SLACK: f32 = 8.0;
+        let mut exceeds = false;
         for m in 0..M {
             for half in 0..2 {
-                let state = &mut self.0[m][half];
-                let block_max = reduce::<4, f32>(s.fold_row(m, half, math::max), math::max);
-                let alpha = state.raise(block_max * scale);
-                let base = -state.base();
-                s.map_row(m, half, |s| ex2(fma(s, scale, base)));
-                state.l += s.fold_row(m, half, |x, y| x + y);
-                rescale.alpha[m][half] = alpha;
-                rescale.any |= alpha != 1.0;
+                exceeds |= s.fold_row(m, half, math::max) * scale > self.0[m][half].m + SLACK;
+            }
+        }
+        self.raise(s, scale, any(ALL, exceeds))
+    }
+
+    /// Raises m for a block of scores S, if that is `wanted`.
+    #[inline(always)]
+    #[track_caller]
+    fn raise<const N: usize>(&mut self, s: &Accumulator<M, N>, scale: f32, wanted: bool) -> Rescale<M> {
+        let mut rescale = Rescale { alpha: [[1.0; 2]; M], any: wanted };
+        if wanted {
+            for m in 0..M {
+                for half in 0..2 {
+                    let block_max = reduce::<4, f32>(s.fold_row(m, half, math::max), math::max);
+                    rescale.alpha[m][half] = self.0[m][half].raise(block_max * scale);
+                }
             }
         }
         rescale
     }
 
-    /// As [`take`](Self::take), but m follows only once an element exceeds it by more than a factor of 2⁸: until then the
-    /// weights are larger than 1, the sums no less exact, and nothing is to be rescaled. FlashAttention-4 does so.
+    /// Scores S become weights P = 2^(scale · S - m), for which m has been raised.
     #[inline(always)]
-    #[track_caller]
-    pub fn take_lazily<const N: usize>(&mut self, s: &mut Accumulator<M, N>, scale: f32) -> Rescale<M> {
-        const SLACK: f32 = 8.0;
-        let mut rescale = Rescale { alpha: [[1.0; 2]; M], any: false };
-        let mut block_max = [[0.0; 2]; M];
-        for m in 0..M {
-            for half in 0..2 {
-                block_max[m][half] = s.fold_row(m, half, math::max) * scale;
-                rescale.any |= block_max[m][half] > self.0[m][half].m + SLACK;
-            }
-        }
-        rescale.any = any(ALL, rescale.any);
-        if rescale.any {
-            for m in 0..M {
-                for half in 0..2 {
-                    rescale.alpha[m][half] = self.0[m][half].raise(reduce::<4, f32>(block_max[m][half], math::max));
-                }
-            }
-        }
+    pub fn weigh<const N: usize>(&mut self, s: &mut Accumulator<M, N>, scale: f32) {
         let mut base = [[0.0; 2]; M];
         for m in 0..M {
             for half in 0..2 {
@@ -78,7 +88,6 @@ impl<const M: usize> RowSoftmax<M> {
                 self.0[m][half].l += sums[m][half];
             }
         }
-        rescale
     }
 
     /// O = diag(l)⁻¹ O, and gives each row with its final state to `row_state`. `sink` is one more element of each row, with
@@ -116,26 +125,10 @@ impl RowSoftmax<1> {
 }
 
 impl<const M: usize> Rescale<M> {
-    /// O = diag(alpha) O, if [`RowSoftmax::take_lazily`] asks for it: seldom.
+    /// O = diag(alpha) O, if anything is to be rescaled: seldom.
     #[inline(always)]
     pub fn apply_if_any<const N: usize>(self, o: &mut Accumulator<M, N>) {
         if self.any {
-            for m in 0..M {
-                for half in 0..2 {
-                    o.map_row(m, half, |o| o * self.alpha[m][half]);
-                }
-            }
-        }
-    }
-
-    /// O = diag(alpha) O.
-    ///
-    /// Later blocks seldom bring a new maximum, and then alpha is 1. To ask first is worth it where O is wide: on an H100 it
-    /// gains 4 % at headdim 128, and loses 5 % at 64.
-    #[inline(always)]
-    #[track_caller]
-    pub fn apply<const N: usize>(self, o: &mut Accumulator<M, N>) {
-        if const { N < 16 } || any(ALL, self.any) {
             for m in 0..M {
                 for half in 0..2 {
                     o.map_row(m, half, |o| o * self.alpha[m][half]);

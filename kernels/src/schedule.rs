@@ -33,6 +33,26 @@ pub fn query_block<T>(a: &Attention<T>, block_m: u32) -> QueryBlock {
     QueryBlock { first_row: (blocks - 1 - index) * block_m, head, sequence: a.sequence(batch) }
 }
 
+/// K and V that stay in the L2 cache beside what else passes through it: 50 MB on an H100, 40 MB on an A100.
+const BYTES_IN_TURN: u32 = 32 << 20;
+
+/// As [`query_block`], for a causal mask: the last rows of as many heads as the L2 cache holds K and V of come before the
+/// rows above them of any of these, so that blocks that run side by side are equally long, and the last ones are short.
+#[inline(always)]
+#[track_caller]
+pub fn query_block_in_turn<T>(a: &Attention<T>, block_m: u32) -> QueryBlock {
+    let blocks = divisor(a.seqlen_q.div_ceil(block_m));
+    let heads = a.nheads * a.batch;
+    let token = divisor((a.headdim + a.headdim_v) * size_of::<T>() as u32);
+    let turn = divisor((BYTES_IN_TURN / token / divisor(a.seqlen_k)).min(heads));
+    let group = divisor(turn * blocks);
+    let first = block_idx_x() / group * turn;
+    let pairs = divisor((heads - first).min(turn));
+    let (index, pair) = (block_idx_x() % group / pairs, first + block_idx_x() % group % pairs);
+    let (head, batch) = head_of(pair, a.nheads);
+    QueryBlock { first_row: (blocks - 1 - index) * block_m, head, sequence: a.sequence(batch) }
+}
+
 /// A block of keys of one head of K and V of one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct KeyBlock {

@@ -109,6 +109,17 @@ impl<T: Element> Scores<T> {
         self.finish_at(s, partial, |row, column| (first_row + column, first_key + row));
     }
 
+    /// What the softmax takes for one product `q_k` of query `row` and key `key`, in log2 units.
+    #[inline(always)]
+    #[track_caller]
+    pub fn score(&self, row: u32, key: u32, q_k: f32) -> f32 {
+        let mut s = Accumulator::<1, 1>::zero();
+        s.map(|_, _, _| q_k);
+        self.cap(&mut s);
+        self.finish_at(&mut s, true, |_, _| (row, key));
+        *s.element_mut(0, 0, 0, 0)
+    }
+
     /// A pass for each thing that there may be. What is hidden stays so. Beyond the last query and the last key neither bias
     /// nor mask are in memory: there the last ones' are loaded, since a branch would make each load wait for the one before.
     #[inline(always)]

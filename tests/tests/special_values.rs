@@ -1,5 +1,5 @@
 //! NaN and infinities go where the definition takes them, and nowhere else.
-use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session, Tensor, accuracy};
+use ferroflash::{AttentionOptions, Backend, DType, Inputs, Kernel, Session, Tensor, accuracy};
 use ferroflash_tests::inputs::{normal, tensor};
 
 const SEQLEN: usize = 70;
@@ -74,6 +74,83 @@ fn what_a_row_does_not_see_does_not_reach_it() {
             let rows = result.out.to_f32();
             assert!(rows[..40 * HEADDIM].iter().all(|o| o.is_finite()), "{}, {value}", session.backend());
             assert!(rows[40 * HEADDIM..].chunks(HEADDIM).all(|o| !o[5].is_finite()), "{}, {value}", session.backend());
+        }
+    }
+}
+
+/// What a row does see stays what it is, beside something that it does not see.
+#[test]
+fn an_infinity_that_a_row_sees_stays_infinite() {
+    let [q, k, v] = inputs();
+    let options = AttentionOptions::new().causal(true);
+    let v = with(&with(&v, 10, 5, f32::INFINITY), 40, 5, f32::NAN);
+    for session in backends_of_flash2() {
+        let result = session.attention(&q, &k, &v, &options).expect("valid");
+        let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+        assert!(accuracy.passed(), "{}: {accuracy}", session.backend());
+        for (row, o) in result.out.to_f32().chunks(HEADDIM).enumerate() {
+            let as_expected = match row {
+                0..10 => o[5].is_finite(),
+                10..40 => o[5] == f32::INFINITY,
+                _ => o[5].is_nan(),
+            };
+            assert!(as_expected, "{}: row {row}: {}", session.backend(), o[5]);
+        }
+    }
+}
+
+#[test]
+fn what_a_row_does_not_see_does_not_reach_it_at_any_head_dimension() {
+    let options = AttentionOptions::new().causal(true);
+    // The first 20 rows see no key; the last rows are in another block of queries.
+    let (seqlen_q, seqlen_k, spoiled) = (180, 160, 100);
+    for headdim in [8, 40, 64, 96, 136, 256] {
+        let q = normal(DType::BF16, &[1, seqlen_q, 2, headdim], 1.0, 1);
+        let [k, v] = [2, 3].map(|seed| normal(DType::BF16, &[1, seqlen_k, 2, headdim], 1.0, seed));
+        let mut values = v.to_f32();
+        // The last element of the second head.
+        values[(2 * spoiled + 2) * headdim - 1] = f32::NAN;
+        let v = tensor(DType::BF16, values, v.shape());
+        for session in backends_of_flash2() {
+            let result = session.attention(&q, &k, &v, &options).expect("valid");
+            let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+            assert!(accuracy.passed(), "{}, headdim {headdim}: {accuracy}", session.backend());
+            for (row, o) in result.out.to_f32().chunks(2 * headdim).enumerate() {
+                let nans = o.iter().filter(|o| o.is_nan()).count();
+                let sees = row + seqlen_k >= seqlen_q + spoiled;
+                assert_eq!(nans, usize::from(sees), "{}, headdim {headdim}: row {row}", session.backend());
+            }
+        }
+    }
+}
+
+/// Hidden by a window, by a mask, by a bias of -inf, each beside what else a score may take.
+#[test]
+fn what_other_masks_hide_does_not_reach_a_row() {
+    let [q, k, v] = inputs();
+    let v = with(&with(&v, 40, 5, f32::NAN), 60, 31, f32::INFINITY);
+    let scores = |hidden: fn(usize, usize) -> bool, values: [f32; 2]| {
+        let of = |i| values[usize::from(hidden(i / SEQLEN, i % SEQLEN))];
+        tensor(DType::F16, (0..SEQLEN * SEQLEN).map(of).collect(), &[1, 1, SEQLEN, SEQLEN])
+    };
+    let bias = scores(|row, key| row % 3 == 0 && key >= 40, [0.5, f32::NEG_INFINITY]);
+    let bytes = (0..SEQLEN * SEQLEN).map(|i| u8::from(i / SEQLEN % 2 == 0 || i % SEQLEN < 40)).collect();
+    let mask = Tensor::from_vec::<u8>(bytes, &[1, 1, SEQLEN, SEQLEN]).expect("as many as the shape says");
+    let options = [
+        AttentionOptions::new().window_size(20, 5),
+        AttentionOptions::new().softcap(3.0),
+        AttentionOptions::new().causal(true).dropout(0.3, 1, 2),
+    ];
+    for (options, has_bias, has_mask) in
+        options.iter().flat_map(|o| [(o, false, false), (o, true, false), (o, false, true), (o, true, true)])
+    {
+        let mut inputs = Inputs::new(q.view(), k.view(), v.view());
+        inputs.bias = has_bias.then(|| bias.view());
+        inputs.mask = has_mask.then(|| mask.view());
+        for session in backends_of_flash2() {
+            let result = session.attention_with(&inputs, options).expect("valid");
+            let accuracy = accuracy::check_with(&inputs, options, &result).expect("valid");
+            assert!(accuracy.passed(), "{}, {options:?}, {has_bias}, {has_mask}: {accuracy}", session.backend());
         }
     }
 }

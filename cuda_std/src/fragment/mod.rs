@@ -11,7 +11,7 @@ mod tensor_cores;
 pub use tensor_cores::PackedMatrixElement;
 
 use crate::element::Element;
-use crate::{Global, Shared, SmemTile, atomic, thread};
+use crate::{Global, Shared, SmemTile, atomic, math, thread};
 
 /// A matrix of f32 in the registers of one warp: 16 `M` rows, 8 `N` columns; 4 `M N` registers a lane.
 ///
@@ -55,6 +55,20 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
             }
         }
         combine(chains[0], chains[1])
+    }
+
+    /// Whether all of this lane's elements are finite. A NaN or an infinity makes NaN of the sum of all, times 0.
+    #[inline(always)]
+    pub fn is_finite(&self) -> bool {
+        let mut chains = [0.0; 4];
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    chains[i] = math::fma(self.0[m][n][i], 0.0, chains[i]);
+                }
+            }
+        }
+        chains[0] + chains[1] + (chains[2] + chains[3]) == 0.0
     }
 
     /// Replaces this lane's elements of a row by `f` of them.

@@ -20,9 +20,10 @@ where
 {
     // Matrices 0 to 3: the upper and lower eight rows of the first chunk, then of the second.
     let lane = thread::lane_id();
+    let first = tile.chunk(row + lane % 16, lane / 16);
     let mut rows = [0; M];
     for m in 0..M {
-        rows[m] = tile.chunk(row + 16 * m as u32 + lane % 16, (2 * step as u32) ^ (lane / 16)).address();
+        rows[m] = SmemTile::<T, R, C>::beyond(first, 16 * m as u32, 2 * step as u32).address();
     }
     LeftOperand(matrix::ldmatrix(rows))
 }
@@ -40,9 +41,9 @@ fn add_product_transposed<T, const M: usize, const N: usize, const R: usize, con
 {
     // Matrices 0 to 3: both chunks of eight rows of the tile, then of the next eight.
     let lane = thread::lane_id();
+    let first = tile.chunk(row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     matrix::mma_shared::<T, M, N, false>(d, &a.0, |i| {
-        let row = row + 16 * i + lane % 8 + lane / 16 * 8;
-        tile.chunk(row, (2 * step as u32) ^ (lane / 8 % 2)).address()
+        SmemTile::<T, R, C>::beyond(first, 16 * i, 2 * step as u32).address()
     });
 }
 
@@ -56,7 +57,7 @@ fn pair_of_columns<T: PackedElement, const R: usize, const C: usize>(
     pair: u32,
 ) -> u32 {
     let lane = thread::lane_id();
-    tile.chunk(16 * step + lane % 16, (column / 8 + 2 * pair) ^ (lane / 16)).address()
+    SmemTile::<T, R, C>::beyond(tile.chunk(lane % 16, lane / 16), 16 * step, column / 8 + 2 * pair).address()
 }
 
 /// An element of 16 bits of such matrices: the transpose of a tile can be a left operand.
@@ -71,10 +72,11 @@ impl<T: PackedMatrixElement, const M: usize> LeftOperand<T, M> {
     pub fn load_transposed<const R: usize, const C: usize>(tile: SmemTile<T, R, C>, column: u32, step: usize) -> Self {
         // Matrices 0 to 3: two chunks of eight rows, which become upper and lower, then of the next eight rows.
         let lane = thread::lane_id();
+        let first = tile.chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         let mut rows = [0; M];
         for m in 0..M {
-            let row = 16 * step as u32 + lane % 8 + lane / 16 * 8;
-            rows[m] = tile.chunk(row, (column / 8 + 2 * m as u32) ^ (lane / 8 % 2)).address();
+            let chunks = column / 8 + 2 * m as u32;
+            rows[m] = SmemTile::<T, R, C>::beyond(first, 16 * step as u32, chunks).address();
         }
         LeftOperand(matrix::ldmatrix_trans(rows))
     }

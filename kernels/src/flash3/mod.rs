@@ -13,11 +13,17 @@
 //! begins with the next tile while the consumers finish the last. Keys are walked from the last to the first: what is
 //! masked comes first, where nothing overlaps yet.
 //!
+//! What is not finite at keys that a row does not see must not reach it: as in [`flash2`](crate::flash2), rows that turn out
+//! not to be finite are computed again.
+//!
 //! HBM traffic: that of [`flash2`](crate::flash2).
 use crate::attention::Attention;
 use crate::config::Config;
 use crate::mask::{Blocks, Mask};
+use crate::online_softmax::OnlineSoftmax;
 use crate::row_softmax::RowSoftmax;
+use crate::schedule::QueryBlock;
+use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::barrier::Turns;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
@@ -26,6 +32,7 @@ use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{self, Slot};
 use cuda_std::tensor::{TensorMap, TensorMapRef};
 use cuda_std::thread::{lane_id, sync_threads, thread_idx_x};
+use cuda_std::warp::{ALL, any};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers};
 use cuda_std::{SmemTile, fence, kernel};
@@ -325,7 +332,7 @@ impl<
             } else {
                 next = tiles.next(a);
             }
-            self.rows.store(a, &tile, self.softmax, &mut self.o);
+            self.rows.store::<T, HEADDIM, HEADDIM_V, O_COLUMNS>(a, &tile, self.softmax, &mut self.o);
         }
         if self.group == 0 {
             Self::TURN.take(self.group);
@@ -423,23 +430,31 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
     /// O = diag(l)⁻¹ O and LSE = m + log(l), to global memory.
     #[inline(always)]
     #[track_caller]
-    fn store<T: PackedElement, const N: usize>(
+    fn store<T: PackedElement, const HEADDIM: usize, const HEADDIM_V: usize, const O_COLUMNS: usize>(
         self,
         a: &Attention<T>,
         tile: &Tile,
         softmax: RowSoftmax<1>,
-        o: &mut Accumulator<1, N>,
+        o: &mut Accumulator<1, O_COLUMNS>,
     ) {
-        let Tile { head, sequence, .. } = tile;
+        let Tile { head, sequence, .. } = *tile;
         let first_row = tile.first_row + self.first + 16 * warp_in_group();
-        let lse = a.softmax_lse.offset(a.first_row(sequence, *head));
+        let lse = a.softmax_lse.offset(a.first_row(&sequence, head));
         softmax.finish(o, f32::NEG_INFINITY, |row, state| {
             let row = first_row + row;
             if lane_id().is_multiple_of(4) && row < sequence.seqlen_q {
                 lse.store(row as usize, state.lse());
             }
         });
-        o.store_rows(sequence.query_matrix(&a.o, *head, first_row, a.headdim_v, true));
+        let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true);
+        o.store_rows(o_rows);
+        // Where all keys are seen, and what lies behind them is loaded as zeros, nothing spoils a row.
+        if (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite()) {
+            let (block, scale) = (QueryBlock { first_row, head, sequence }, a.softmax_scale * LOG2_E);
+            let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
+            let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
+            attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &block, mask, true, o_rows, 0..16, weight);
+        }
     }
 }
 

@@ -40,6 +40,7 @@ fn of_each_feature_on_the_simulator() {
         // A head that is shorter than the kernel's, and one of an odd length.
         let headdims = if i % 2 == 0 { (24, 24) } else { (40, 27) };
         let mut problem = plain(DTYPES[i % 3], (35, 70), headdims);
+        problem.nheads_k = 1;
         feature(&mut problem);
         check(Machine::Simulator, Kernel::Auto, &problem, &[Gaps::OF_TOKENS[i % 3]]);
     }

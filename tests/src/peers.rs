@@ -91,6 +91,11 @@ impl Cell {
         }
     }
 
+    /// Whether its sequences are among the short ones of the grid.
+    pub fn is_short(&self) -> bool {
+        self.lengths.0.max(self.lengths.1) <= 256
+    }
+
     /// The problem that it poses.
     fn problem(&self) -> Combination {
         let Cell { dtype, headdim, lengths, nheads_k, causal, alibi, varlen, batch, seed, .. } = *self;

@@ -1,18 +1,26 @@
 //! The grid of FlashAttention's own tests, by its own rule, and with means beside maxima: on a GPU, where the test else says
-//! `skipped:`, and a sample of it on the CPU.
+//! `skipped:`, and samples of it on the CPU and on the simulated GPU.
 use ferroflash::{Backend, Session};
 use ferroflash_tests::peers::{Cell, grid};
 
-fn check<'a>(session: &Session, cells: impl IntoIterator<Item = &'a Cell>) {
-    let failures: Vec<_> = cells.into_iter().filter_map(|cell| cell.check(session).err()).collect();
+fn check(session: &Session, cells: &[Cell]) {
+    let failures: Vec<_> = cells.iter().filter_map(|cell| cell.check(session).err()).collect();
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Each `step`-th cell of short sequences. A step that is prime meets all dtypes and draws.
+fn sample(step: usize) -> Vec<Cell> {
+    grid().into_iter().filter(Cell::is_short).step_by(step).collect()
 }
 
 #[test]
 fn a_sample_on_the_cpu() {
-    let session = Session::new(Backend::Cpu).expect("runs everywhere");
-    // The first are those of short sequences; a step that no number of draws divides meets all parameters.
-    check(&session, grid()[..240].iter().step_by(7));
+    check(&Session::new(Backend::Cpu).expect("runs everywhere"), &sample(11));
+}
+
+#[test]
+fn a_sample_on_the_simulator() {
+    check(&Session::new(Backend::Simulator).expect("runs everywhere"), &sample(67));
 }
 
 #[test]

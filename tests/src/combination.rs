@@ -275,9 +275,9 @@ impl Combination {
         })
     }
 
-    /// Says what `check` finds broken. The accuracy rule compares the largest of a few errors with that of another program,
-    /// which luck alone breaks once in thousands of small 16-bit problems: what breaks it by so little must keep it with two
-    /// other draws of the same combination.
+    /// Says what `check` finds broken. The accuracy rule compares the largest of a few errors with that of another
+    /// program, which luck alone breaks once in thousands of small 16-bit problems: what breaks it by so little must
+    /// keep it with two other draws of the same combination.
     ///
     /// # Errors
     /// That.
@@ -300,8 +300,9 @@ pub struct Broken {
 }
 
 impl Broken {
-    /// How many times the allowed error luck may make. Of 4000 problems of up to 40 tokens on the CPU two break the rule, by
-    /// 1.3 times and, of one query and two keys, by 2.3. Neither NaN and infinities nor the LSE are ever a matter of luck.
+    /// How many times the allowed error luck may make. Of 4000 problems of up to 40 tokens on the CPU two break the
+    /// rule, by 1.3 times and, of one query and two keys, by 2.3. Neither NaN and infinities nor the LSE are ever a
+    /// matter of luck.
     const LUCK: f64 = 4.0;
 
     /// Whether O and LSE keep the rule.

@@ -1,5 +1,5 @@
-//! FlashAttention's own tests: the grid of its `test_flash_attn_output` and `test_flash_attn_varlen_output`, and the rule that
-//! they hold results to. Source: Dao-AILab/flash-attention, tests/test_flash_attn.py.
+//! FlashAttention's own tests: the grid of its `test_flash_attn_output` and `test_flash_attn_varlen_output`, and the
+//! rule that they hold results to. Source: Dao-AILab/flash-attention, tests/test_flash_attn.py.
 use std::fmt;
 
 use ferroflash::{AttentionOptions, DType, Session, reference};
@@ -133,8 +133,8 @@ impl Cell {
         }
     }
 
-    /// Runs it forward and backward. The largest error against f64 is at most twice, of gradients thrice, that of a plain
-    /// implementation in the same dtype: their rule. And no mean error is larger than the plain implementation's.
+    /// Runs it forward and backward. The largest error against f64 is at most twice, of gradients thrice, that of a
+    /// plain implementation in the same dtype: their rule. And no mean error is larger than the plain implementation's.
     ///
     /// # Errors
     /// Whatever is broken.

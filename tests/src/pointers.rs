@@ -82,8 +82,8 @@ impl Memory for &'static Device {
         };
         let workspace = Placed::new(self, "workspace", Guarded::output(DType::U8, &[bytes as usize], Gaps::Around));
         let (address, stream) = (workspace.raw().address, null_mut());
-        // SAFETY: all tensors were placed on this device, as large as their layouts say and with their sequences in order;
-        // reading any of them waits for the default stream.
+        // SAFETY: all tensors were placed on this device, as large as their layouts say and with their sequences in
+        // order; reading any of them waits for the default stream.
         let launched = unsafe {
             match pass {
                 Pass::Forward(call) => call.launch(self, address, stream),
@@ -155,7 +155,8 @@ impl<'m, M: Memory> Placed<'m, M> {
     }
 }
 
-/// The gaps that an argument may have: those of heads' rows in tensors of tokens, and in tensors of scores those of keys.
+/// The gaps that an argument may have: those of heads' rows in tensors of tokens, and in tensors of scores those of
+/// keys.
 fn allowed(argument: &str, gaps: Gaps) -> Gaps {
     match (argument, gaps) {
         ("q" | "k" | "v" | "out" | "dout" | "dq" | "dk" | "dv", gaps) => gaps,

@@ -46,9 +46,9 @@ fn sixteen_bits_meet_none() {
     }
 }
 
-/// Four lanes have the eight columns of a row of an accumulator, eight bytes each in f32: the four rows that a wavefront
-/// could serve lie on the banks of two. It happens where O, dQ, dK and dV leave registers, once for each element; were it in
-/// a main loop, there would be more for each step.
+/// Four lanes have the eight columns of a row of an accumulator, eight bytes each in f32: the four rows that a
+/// wavefront could serve lie on the banks of two. It happens where O, dQ, dK and dV leave registers, once for each
+/// element; were it in a main loop, there would be more for each step.
 #[test]
 fn f32_meets_them_where_results_leave_registers() {
     for headdim in [32, 64, 128, 256] {

@@ -1,5 +1,6 @@
-//! Kernels write their outputs and nothing else, and read nothing around their inputs: all tensors lie in larger allocations,
-//! with gaps between heads, tokens and batches that must not change around outputs and hold NaN around inputs.
+//! Kernels write their outputs and nothing else, and read nothing around their inputs: all tensors lie in larger
+//! allocations, with gaps between heads, tokens and batches that must not change around outputs and hold NaN around
+//! inputs.
 use ferroflash::raw::{Arguments, Call, RawTensor};
 use ferroflash::{AttentionOptions, DType, Error, Inputs, Kernel, Layout, SimulatorOptions, sim};
 use ferroflash_tests::combination::Combination;

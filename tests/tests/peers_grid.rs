@@ -1,5 +1,5 @@
-//! The grid of FlashAttention's own tests, by its own rule, and with means beside maxima: on a GPU, where the test else says
-//! `skipped:`, and samples of it on the CPU and on the simulated GPU.
+//! The grid of FlashAttention's own tests, by its own rule, and with means beside maxima: on a GPU, where the test else
+//! says `skipped:`, and samples of it on the CPU and on the simulated GPU.
 use ferroflash::{Backend, Session};
 use ferroflash_tests::peers::{Cell, grid};
 

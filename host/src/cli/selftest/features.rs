@@ -62,8 +62,8 @@ pub fn of(dtype: DType) -> impl Iterator<Item = Feature> {
 }
 
 impl Feature {
-    /// Computes a problem that has it, with gradients in any order of additions and in one, and compares with f64. Returns
-    /// the largest error as a part of the error that is allowed.
+    /// Computes a problem that has it, with gradients in any order of additions and in one, and compares with f64.
+    /// Returns the largest error as a part of the error that is allowed.
     pub fn check(&self, session: &Session, dtype: DType, headdim: usize) -> Result<f64> {
         let mut problem = Problem::plain(headdim);
         (self.ask)(&mut problem);

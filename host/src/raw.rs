@@ -176,12 +176,12 @@ impl Call {
     }
 
     /// Runs the launches on a simulated GPU, in whose memory the tensors and the workspace are, and waits for them. The
-    /// same kernels with the same arguments as [`launch`](Self::launch)'s; but addresses need no promise, as each access
-    /// is checked.
+    /// same kernels with the same arguments as [`launch`](Self::launch)'s; but addresses need no promise, as each
+    /// access is checked.
     ///
     /// # Errors
-    /// [`Error::Alignment`] for the workspace; [`Error::Simulation`] for a kernel that accesses what is not allocated, or
-    /// is at fault otherwise.
+    /// [`Error::Alignment`] for the workspace; [`Error::Simulation`] for a kernel that accesses what is not allocated,
+    /// or is at fault otherwise.
     pub fn simulate(
         &self,
         memory: &sim::Memory,

@@ -1,7 +1,7 @@
 //! Problems with any combination of options: what the property tests draw, on every backend.
 use std::ops::RangeInclusive;
 
-use ferroflash::accuracy::{Accuracy, BackwardAccuracy, check_backward_with, check_with};
+use ferroflash::accuracy::{Accuracy, BackwardAccuracy, GradientAccuracy, check_backward_with, check_with};
 use ferroflash::{
     Attention, AttentionOptions, BackwardInputs, DType, Error, Gradients, Inputs, Session, Tensor, TensorRef,
 };
@@ -274,30 +274,80 @@ impl Combination {
         check_backward_with(&tensors.inputs(), &tensors.dout.view(), dlse.as_ref(), &self.options, gradients)
     }
 
-    /// Runs it forward and backward, and says what breaks the accuracy rule. The rule compares the largest of a few errors with
-    /// that of another program, which luck alone breaks once in thousands of small 16-bit problems: what breaks it, with no
-    /// NaN or infinity out of place, must keep it with two other draws of the same combination.
+    /// Runs it forward and backward, and says what breaks the accuracy rule.
     ///
     /// # Errors
     /// That, or what the backend says.
     pub fn check(&self, session: &Session) -> Result<(), String> {
-        let Err(broken) = self.check_once(session) else { return Ok(()) };
-        if self.dtype == DType::F32 || !broken.contains(", 0 misplaced") {
+        self.hold(|combination| {
+            let (forward, backward) = combination.run(session)?;
+            Broken::unless(&forward)?;
+            Broken::unless_gradients(&backward)
+        })
+    }
+
+    /// Says what `check` finds broken. The accuracy rule compares the largest of a few errors with that of another
+    /// program, which luck alone breaks once in thousands of small 16-bit problems: what breaks it by so little must
+    /// keep it with two other draws of the same combination.
+    ///
+    /// # Errors
+    /// That.
+    pub fn hold(&self, check: impl Fn(&Self) -> Result<(), Broken>) -> Result<(), String> {
+        let Err(Broken { reason, may_be_luck }) = check(self) else { return Ok(()) };
+        let broken = format!("{self:?}: {reason}");
+        if !may_be_luck || self.dtype == DType::F32 {
             return Err(broken);
         }
         let redrawn = |n| Combination { seed: self.seed.wrapping_add(n), ..self.clone() };
-        (1..=2).try_for_each(|n| redrawn(n).check_once(session).map_err(|again| format!("{broken}\n{again}")))
+        (1..=2).try_for_each(|n| check(&redrawn(n)).map_err(|again| format!("{broken}\nredrawn: {}", again.reason)))
+    }
+}
+
+/// What a check has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broken {
+    reason: String,
+    may_be_luck: bool,
+}
+
+impl Broken {
+    /// How many times the allowed error luck may make. Of 4000 problems of up to 40 tokens on the CPU two break the
+    /// rule, by 1.3 times and, of one query and two keys, by 2.3. Neither NaN and infinities nor the LSE are ever a
+    /// matter of luck.
+    const LUCK: f64 = 4.0;
+
+    /// Whether O and LSE keep the rule.
+    ///
+    /// # Errors
+    /// How they break it.
+    pub fn unless(accuracy: &Accuracy) -> Result<(), Self> {
+        let may_be_luck = accuracy.misplaced == 0
+            && accuracy.lse_error <= accuracy.lse_bound
+            && accuracy.out_error <= Self::LUCK * accuracy.out_bound;
+        if accuracy.passed() { Ok(()) } else { Err(Broken { reason: accuracy.to_string(), may_be_luck }) }
     }
 
-    fn check_once(&self, session: &Session) -> Result<(), String> {
-        let (forward, backward) = self.run(session).map_err(|error| format!("{self:?}: {error}"))?;
-        if !forward.passed() {
-            return Err(format!("{self:?}: {forward}"));
-        }
-        if !backward.passed() {
-            return Err(format!("{self:?}: {backward}"));
-        }
-        Ok(())
+    /// Whether gradients keep it.
+    ///
+    /// # Errors
+    /// How they break it.
+    pub fn unless_gradients(accuracy: &BackwardAccuracy) -> Result<(), Self> {
+        let near =
+            |gradient: &GradientAccuracy| gradient.misplaced == 0 && gradient.error <= Self::LUCK * gradient.bound;
+        let may_be_luck = accuracy.gradients().into_iter().all(|(_, gradient)| near(gradient));
+        if accuracy.passed() { Ok(()) } else { Err(Broken { reason: accuracy.to_string(), may_be_luck }) }
+    }
+}
+
+impl From<String> for Broken {
+    fn from(reason: String) -> Self {
+        Broken { reason, may_be_luck: false }
+    }
+}
+
+impl From<Error> for Broken {
+    fn from(error: Error) -> Self {
+        error.to_string().into()
     }
 }
 

@@ -7,5 +7,6 @@ pub mod features;
 pub mod grid;
 pub mod guarded;
 pub mod inputs;
+pub mod peers;
 pub mod placed;
 pub mod pointers;

@@ -8,7 +8,7 @@ use ferroflash::{
     SimulatorOptions, Tensor, TensorRef, sim,
 };
 
-use crate::combination::Combination;
+use crate::combination::{Broken, Combination};
 use crate::guarded::{Gaps, Guarded};
 
 /// Where kernels run.
@@ -82,8 +82,8 @@ impl Memory for &'static Device {
         };
         let workspace = Placed::new(self, "workspace", Guarded::output(DType::U8, &[bytes as usize], Gaps::Around));
         let (address, stream) = (workspace.raw().address, null_mut());
-        // SAFETY: all tensors were placed on this device, as large as their layouts say and with their sequences in order;
-        // reading any of them waits for the default stream.
+        // SAFETY: all tensors were placed on this device, as large as their layouts say and with their sequences in
+        // order; reading any of them waits for the default stream.
         let launched = unsafe {
             match pass {
                 Pass::Forward(call) => call.launch(self, address, stream),
@@ -155,7 +155,8 @@ impl<'m, M: Memory> Placed<'m, M> {
     }
 }
 
-/// The gaps that an argument may have: those of heads' rows in tensors of tokens, and in tensors of scores those of keys.
+/// The gaps that an argument may have: those of heads' rows in tensors of tokens, and in tensors of scores those of
+/// keys.
 fn allowed(argument: &str, gaps: Gaps) -> Gaps {
     match (argument, gaps) {
         ("q" | "k" | "v" | "out" | "dout" | "dq" | "dk" | "dv", gaps) => gaps,
@@ -173,21 +174,21 @@ impl Combination {
     /// # Errors
     /// Which of these it is.
     pub fn check_pointers(&self, machine: Machine, kernel: Kernel, gaps: Gaps) -> Result<(), String> {
-        let checked = match machine {
-            Machine::Gpu(device) => self.check_in(&device, &machine.session(kernel), kernel, gaps),
-            Machine::Simulator => self.check_in(&sim::Memory::new(), &machine.session(kernel), kernel, gaps),
-        };
-        checked.map_err(|reason| format!("{self:?}, {kernel}, {gaps:?}: {reason}"))
+        let session = machine.session(kernel);
+        let held = self.hold(|combination| match machine {
+            Machine::Gpu(device) => combination.check_in(&device, &session, kernel, gaps),
+            Machine::Simulator => combination.check_in(&sim::Memory::new(), &session, kernel, gaps),
+        });
+        held.map_err(|reason| format!("{kernel}, {gaps:?}: {reason}"))
     }
 
-    fn check_in<M: Memory>(&self, memory: &M, session: &Session, kernel: Kernel, gaps: Gaps) -> Result<(), String> {
-        let failed = |error: Error| error.to_string();
+    fn check_in<M: Memory>(&self, memory: &M, session: &Session, kernel: Kernel, gaps: Gaps) -> Result<(), Broken> {
         let same_kernel = gaps != Gaps::Unaligned;
         let tensors = self.tensors();
         // The same by host tensors: what to compare with, and the frame that the accuracy rule takes results in.
-        let mut forward = self.forward(session, &tensors).map_err(failed)?;
+        let mut forward = self.forward(session, &tensors)?;
         let has_backward = !matches!(kernel, Kernel::Standard | Kernel::Flash1 | Kernel::Flash3);
-        let gradients = has_backward.then(|| self.backward(session, &tensors, &forward)).transpose().map_err(failed)?;
+        let gradients = has_backward.then(|| self.backward(session, &tensors, &forward)).transpose()?;
 
         let inputs = place_all(memory, &tensors.inputs(), gaps);
         let (out, softmax_lse) = self.forward_pass(memory, &inputs, &forward, kernel, gaps)?;
@@ -196,10 +197,7 @@ impl Combination {
             same_bits("softmax_lse", &softmax_lse, &forward.softmax_lse)?;
         }
         (forward.out, forward.softmax_lse) = (out, softmax_lse);
-        let accuracy = self.accuracy(&tensors, &forward).map_err(failed)?;
-        if !accuracy.passed() {
-            return Err(accuracy.to_string());
-        }
+        Broken::unless(&self.accuracy(&tensors, &forward)?)?;
 
         let Some(mut gradients) = gradients else { return Ok(()) };
         let backward = tensors.backward_inputs(&forward);
@@ -213,8 +211,7 @@ impl Combination {
             }
             *expected = found;
         }
-        let accuracy = self.backward_accuracy(&tensors, &gradients).map_err(failed)?;
-        if accuracy.passed() { Ok(()) } else { Err(accuracy.to_string()) }
+        Broken::unless_gradients(&self.backward_accuracy(&tensors, &gradients)?)
     }
 
     /// O and LSE, shaped like those of `like`.

@@ -1,5 +1,6 @@
-//! Kernels write their outputs and nothing else, and read nothing around their inputs: all tensors lie in larger allocations,
-//! with gaps between heads, tokens and batches that must not change around outputs and hold NaN around inputs.
+//! Kernels write their outputs and nothing else, and read nothing around their inputs: all tensors lie in larger
+//! allocations, with gaps between heads, tokens and batches that must not change around outputs and hold NaN around
+//! inputs.
 use ferroflash::raw::{Arguments, Call, RawTensor};
 use ferroflash::{AttentionOptions, DType, Error, Inputs, Kernel, Layout, SimulatorOptions, sim};
 use ferroflash_tests::combination::Combination;
@@ -40,6 +41,7 @@ fn of_each_feature_on_the_simulator() {
         // A head that is shorter than the kernel's, and one of an odd length.
         let headdims = if i % 2 == 0 { (24, 24) } else { (40, 27) };
         let mut problem = plain(DTYPES[i % 3], (35, 70), headdims);
+        problem.nheads_k = 1;
         feature(&mut problem);
         check(Machine::Simulator, Kernel::Auto, &problem, &[Gaps::OF_TOKENS[i % 3]]);
     }

@@ -1,4 +1,5 @@
 //! The grid of shapes.
+use super::features::{self, Feature};
 use crate::cli::inputs;
 use anyhow::{Result, ensure};
 use ferroflash::accuracy::{self, Accuracy, BackwardAccuracy};
@@ -23,6 +24,7 @@ pub struct Group {
 pub enum Case {
     Attention { dtype: DType, q: [usize; 4], k: [usize; 4], causal: bool },
     Backward { dtype: DType, q: [usize; 4], k: [usize; 4], causal: bool },
+    Feature { feature: Feature, dtype: DType, headdim: usize },
     Softmax { dtype: DType, rows: usize, columns: usize, method: SoftmaxMethod },
 }
 
@@ -31,30 +33,47 @@ struct Extent {
     headdims: &'static [usize],
     lengths: &'static [usize],
     unequal: &'static [(usize, usize)],
+    /// Of problems with features: the kernels that know all of these are other ones.
+    feature_dtypes: &'static [DType],
+    feature_headdims: &'static [usize],
     columns: &'static [usize],
 }
 
 impl Extent {
     fn of(backend: Backend, quick: bool) -> Extent {
+        let all = Extent {
+            headdims: &[32, 64, 128],
+            lengths: &LENGTHS,
+            unequal: &UNEQUAL,
+            feature_dtypes: &DTYPES,
+            feature_headdims: &[32, 64, 96, 128, 192, 256],
+            columns: &[1, 31, 32, 33, 1000, 4099],
+        };
         match (backend, quick) {
-            (Backend::Simulator, true) => {
-                Extent { headdims: &[32], lengths: &[17], unequal: &[(17, 65)], columns: &[33] }
-            }
+            (Backend::Simulator, true) => Extent {
+                headdims: &[32],
+                lengths: &[17],
+                unequal: &[(17, 65)],
+                feature_dtypes: &[DType::F16],
+                feature_headdims: &[32],
+                columns: &[33],
+            },
             (Backend::Simulator, false) => Extent {
-                headdims: &[32, 64, 128],
                 lengths: &[1, 17, 64, 113],
                 unequal: &UNEQUAL[1..3],
+                feature_headdims: &[32, 64],
                 columns: &[1, 33, 1000],
+                ..all
             },
-            (_, true) => {
-                Extent { headdims: &[64], lengths: &[1, 17, 65], unequal: &UNEQUAL[1..3], columns: &[1, 1000] }
-            }
-            (_, false) => Extent {
-                headdims: &[32, 64, 128],
-                lengths: &LENGTHS,
-                unequal: &UNEQUAL,
-                columns: &[1, 31, 32, 33, 1000, 4099],
+            (_, true) => Extent {
+                headdims: &[64],
+                lengths: &[1, 17, 65],
+                unequal: &UNEQUAL[1..3],
+                feature_dtypes: &[DType::F32, DType::BF16],
+                feature_headdims: &[64],
+                columns: &[1, 1000],
             },
+            (_, false) => all,
         }
     }
 }
@@ -80,6 +99,13 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
         for &headdim in extent.headdims {
             let name = format!("backward {} headdim {headdim}", dtype.name());
             groups.push(Group { name, kernel, cases: backward_cases(&extent, dtype, headdim) });
+        }
+    }
+    for &dtype in extent.feature_dtypes {
+        for &headdim in extent.feature_headdims {
+            let cases = features::of(dtype).map(|feature| Case::Feature { feature, dtype, headdim });
+            let name = format!("features {} headdim {headdim}", dtype.name());
+            groups.push(Group { name, kernel, cases: cases.collect() });
         }
     }
     for &method in SoftmaxMethod::ALL {
@@ -115,6 +141,7 @@ impl Case {
     /// allowed.
     pub fn check(&self, session: &Session) -> Result<f64> {
         match *self {
+            Case::Feature { feature, dtype, headdim } => feature.check(session, dtype, headdim),
             Case::Attention { dtype, q, k, causal } => {
                 let v = inputs::normal(&k, dtype, 3)?;
                 let (q, k) = (inputs::normal(&q, dtype, 1)?, inputs::normal(&k, dtype, 2)?);
@@ -139,12 +166,14 @@ impl Case {
     }
 }
 
-fn part(accuracy: &Accuracy) -> Result<f64> {
+/// The error of a result that keeps the rule, as a part of what is allowed.
+pub fn part(accuracy: &Accuracy) -> Result<f64> {
     ensure!(accuracy.passed(), "{accuracy}");
     Ok((accuracy.out_error / accuracy.out_bound).max(accuracy.lse_error / accuracy.lse_bound))
 }
 
-fn backward_part(accuracy: &BackwardAccuracy) -> Result<f64> {
+/// Likewise of gradients: the largest part.
+pub fn backward_part(accuracy: &BackwardAccuracy) -> Result<f64> {
     ensure!(accuracy.passed(), "{accuracy}");
     Ok(accuracy.gradients().iter().fold(0.0, |worst, (_, gradient)| f64::max(worst, gradient.error / gradient.bound)))
 }
@@ -155,6 +184,7 @@ impl fmt::Display for Case {
             Case::Attention { q, k, causal, .. } | Case::Backward { q, k, causal, .. } => {
                 write!(f, "q {q:?}, k {k:?}{}", if *causal { ", causal" } else { "" })
             }
+            Case::Feature { feature, .. } => f.write_str(feature.name),
             Case::Softmax { rows, columns, .. } => write!(f, "x [{rows}, {columns}]"),
         }
     }

@@ -1,4 +1,5 @@
 //! `ferroflash selftest`: does it compute right on this machine?
+mod features;
 mod grid;
 
 use super::answer::{print, print_json};
@@ -14,8 +15,8 @@ use std::time::Instant;
 /// Compute a grid of shapes, and compare each result with f64 arithmetic
 ///
 /// All kernels, dtypes and head dimensions that the backend has, forward and backward, causal and not, at lengths around
-/// the edges of tiles. On the simulator the grid is smaller, and the kernels are checked for races and other faults
-/// besides.
+/// the edges of tiles; and each feature besides, from windows to sequences of different lengths. On the simulator the
+/// grid is smaller, and the kernels are checked for races and other faults besides.
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(flatten)]

@@ -42,12 +42,7 @@ pub trait Left<T: PackedElement>: Copy {
 
     #[doc(hidden)]
     #[track_caller]
-    fn multiply<B: Right<T>, const N: usize>(
-        self,
-        to: machine::Sum<N>,
-        b: B,
-        meanwhile: impl FnMut(usize),
-    ) -> machine::Flight<N>;
+    fn multiply<B: Right<T>, const N: usize>(self, to: machine::Sum<N>, b: B) -> machine::Flight<N>;
 }
 
 /// Vectors in shared memory: a left factor, or a right one of `8 N` vectors.
@@ -155,14 +150,9 @@ macro_rules! left_in_shared_memory {
 
             #[inline(always)]
             #[track_caller]
-            fn multiply<B: Right<T>, const N: usize>(
-                self,
-                to: machine::Sum<N>,
-                b: B,
-                meanwhile: impl FnMut(usize),
-            ) -> machine::Flight<N> {
+            fn multiply<B: Right<T>, const N: usize>(self, to: machine::Sum<N>, b: B) -> machine::Flight<N> {
                 const { assert!(<Self as Right<T>>::COUNT >= ROWS as usize, "a left factor has 64 vectors") };
-                machine::wgmma_shared::<T, Self, B, N>(to, self, b, meanwhile)
+                machine::wgmma_shared::<T, Self, B, N>(to, self, b)
             }
         }
     )*};
@@ -205,13 +195,8 @@ impl<T: PackedElement, const STEPS: usize> Left<T> for Registers<T, STEPS> {
 
     #[inline(always)]
     #[track_caller]
-    fn multiply<B: Right<T>, const N: usize>(
-        self,
-        to: machine::Sum<N>,
-        b: B,
-        meanwhile: impl FnMut(usize),
-    ) -> machine::Flight<N> {
-        machine::wgmma_registers::<T, STEPS, B, N>(to, self.registers, b, meanwhile)
+    fn multiply<B: Right<T>, const N: usize>(self, to: machine::Sum<N>, b: B) -> machine::Flight<N> {
+        machine::wgmma_registers::<T, STEPS, B, N>(to, self.registers, b)
     }
 }
 
@@ -225,7 +210,7 @@ pub struct InFlight<const N: usize>(machine::Flight<N>);
 #[inline(always)]
 #[track_caller]
 pub fn product<T: PackedElement, A: Left<T>, B: Right<T>, const N: usize>(a: A, b: B) -> InFlight<N> {
-    add_to(machine::Sum::zero(), a, b, |_| ())
+    add_to(machine::Sum::zero(), a, b)
 }
 
 /// `d` + A Bᵀ: as [`product`].
@@ -236,34 +221,16 @@ pub fn add_product<T: PackedElement, A: Left<T>, B: Right<T>, const N: usize>(
     a: A,
     b: B,
 ) -> InFlight<N> {
-    add_to(machine::Sum::from_registers(d.0[0]), a, b, |_| ())
-}
-
-/// As [`add_product`], and says `meanwhile(step)` before each step of 16 elements: the tensor cores take a few steps into
-/// their queue, and then let a warp wait until they have room.
-#[inline(always)]
-#[track_caller]
-pub fn add_product_and<T: PackedElement, A: Left<T>, B: Right<T>, const N: usize>(
-    d: Accumulator<1, N>,
-    a: A,
-    b: B,
-    meanwhile: impl FnMut(usize),
-) -> InFlight<N> {
-    add_to(machine::Sum::from_registers(d.0[0]), a, b, meanwhile)
+    add_to(machine::Sum::from_registers(d.0[0]), a, b)
 }
 
 #[inline(always)]
 #[track_caller]
-fn add_to<T: PackedElement, A: Left<T>, B: Right<T>, const N: usize>(
-    sum: machine::Sum<N>,
-    a: A,
-    b: B,
-    meanwhile: impl FnMut(usize),
-) -> InFlight<N> {
+fn add_to<T: PackedElement, A: Left<T>, B: Right<T>, const N: usize>(sum: machine::Sum<N>, a: A, b: B) -> InFlight<N> {
     const { assert!(A::LENGTH == B::LENGTH, "both factors have vectors of the same length") };
     const { assert!(A::LENGTH.is_multiple_of(DEPTH), "a step contracts 16 elements") };
     const { assert!(N >= 1 && N <= 32 && 8 * N <= B::COUNT, "8 to 256 columns, and a vector of B for each") };
-    InFlight(a.multiply(sum, b, meanwhile))
+    InFlight(a.multiply(sum, b))
 }
 
 impl<const N: usize> InFlight<N> {
@@ -271,7 +238,7 @@ impl<const N: usize> InFlight<N> {
     #[inline(always)]
     #[track_caller]
     pub fn add_product<T: PackedElement, A: Left<T>, B: Right<T>>(self, a: A, b: B) -> InFlight<N> {
-        add_to(machine::Sum::from_flight(self.0), a, b, |_| ())
+        add_to(machine::Sum::from_flight(self.0), a, b)
     }
 
     /// Waits until all but the warp's last `PENDING` products have ended; this one is not among those.

@@ -1,6 +1,7 @@
 //! The kernel families of attention: which problems each runs, with what memory, in which launches.
 //!
 //! All that the host knows of a family's entry points is here.
+use std::cmp::Reverse;
 use std::fmt;
 
 use cuda_std::{DType, Global, Kernel};
@@ -43,8 +44,8 @@ pub(crate) struct Table<'a, P: 'static> {
 
 impl<P> Table<'_, P> {
     /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in
-    /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, and the
-    /// smallest.
+    /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
+    /// of several tiles the one for sequences of this length.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
         let Wanted { problem, features } = wanted;
         let Problem { headdim, headdim_v, .. } = **problem;
@@ -74,11 +75,15 @@ impl<P> Table<'_, P> {
         let knows = |config: &Config, feature: &Feature| config.general || self.plain.contains(feature);
         let runs_mask =
             |config: &Config| config.general || config.causal.is_none_or(|causal| causal == problem.is_causal());
-        let able = fitting()
-            .filter(|Kernel { config, .. }| runs_mask(config) && features.iter().all(|feature| knows(config, feature)));
+        let able = fitting().filter(|Kernel { config, .. }| {
+            runs_mask(config)
+                && features.iter().all(|feature| knows(config, feature))
+                && config.from_keys as usize <= problem.seqlen_k
+        });
         let size = |config: &Config| (config.headdim == 0, config.headdim, config.headdim_v);
-        let best =
-            able.min_by_key(|Kernel { config, .. }| (config.tf32 != problem.allow_tf32, config.general, size(config)));
+        let best = able.min_by_key(|Kernel { config, .. }| {
+            (config.tf32 != problem.allow_tf32, config.general, size(config), Reverse(config.from_keys))
+        });
         best.ok_or_else(|| {
             let unknown = |feature: &&Feature| !fitting().any(|kernel| knows(&kernel.config, feature));
             let unknown = listed(features.iter().filter(unknown));
@@ -273,6 +278,7 @@ mod tests {
         general: true,
         block_m: 64,
         block_n: 64,
+        from_keys: 0,
         threads: 128,
         min_blocks_per_sm: 1,
         shared_bytes: 0,

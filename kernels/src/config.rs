@@ -22,6 +22,8 @@ pub struct Config {
     pub block_m: u32,
     /// Rows of K and V that a block takes at a time.
     pub block_n: u32,
+    /// From how many keys on it is the fastest of those that compute the same; 0 for one that always is.
+    pub from_keys: u32,
     /// Threads a block.
     pub threads: u32,
     /// Blocks that must fit a multiprocessor at once: bounds the registers.

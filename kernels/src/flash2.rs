@@ -64,6 +64,7 @@ const fn config<
         general: GENERAL,
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
+        from_keys: 0,
         threads,
         // 255 registers a thread.
         min_blocks_per_sm: 256 / threads,

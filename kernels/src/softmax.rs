@@ -51,6 +51,7 @@ const fn config<T: Element, const ONLINE: bool>(family: &'static str, block_m: u
         general: false,
         block_m,
         block_n: 0,
+        from_keys: 0,
         threads: THREADS,
         min_blocks_per_sm: 8,
         shared_bytes: 0,

@@ -138,16 +138,10 @@ fn register_step<T: PackedElement, B: Right<T>, const N: usize, const SCALE: u32
 }
 
 #[inline(always)]
-pub fn wgmma_shared<T: PackedElement, A: Right<T>, B: Right<T>, const N: usize>(
-    sum: Sum<N>,
-    a: A,
-    b: B,
-    mut meanwhile: impl FnMut(usize),
-) -> Flight<N> {
+pub fn wgmma_shared<T: PackedElement, A: Right<T>, B: Right<T>, const N: usize>(sum: Sum<N>, a: A, b: B) -> Flight<N> {
     let Sum { mut registers, is_zero } = sum;
     fence();
     for step in 0..A::LENGTH / DEPTH {
-        meanwhile(step);
         let (a, b) = (a.descriptor_low(step), b.descriptor_low(step));
         if step == 0 && is_zero {
             shared_step::<T, A, B, N, 0>(&mut registers, a, b);
@@ -164,12 +158,10 @@ pub fn wgmma_registers<T: PackedElement, const STEPS: usize, B: Right<T>, const 
     sum: Sum<N>,
     a: [[u32; 4]; STEPS],
     b: B,
-    mut meanwhile: impl FnMut(usize),
 ) -> Flight<N> {
     let Sum { mut registers, is_zero } = sum;
     fence();
     for step in 0..STEPS {
-        meanwhile(step);
         let b = b.descriptor_low(step);
         if step == 0 && is_zero {
             register_step::<T, B, N, 0>(&mut registers, a[step], b);

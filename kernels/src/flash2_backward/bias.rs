@@ -34,6 +34,7 @@ const fn bias_config<
         family: "flash2.bias",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
+        from_keys: 0,
         threads: threads(BLOCK_M, 1),
         shared_bytes: (tiles + column_sums) as u32,
         barriers: 3,

@@ -37,6 +37,7 @@ const fn wide_keys_and_values_config<
         family: "flash2.keys_and_values",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
+        from_keys: 0,
         threads: 2 * threads(BLOCK_N, 1),
         shared_bytes: (weights + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES) as u32,
         barriers: 2 * QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS + 2,

@@ -51,11 +51,8 @@ pub(crate) fn wgmma_shared<T: PackedElement, A: Right<T>, B: Right<T>, const N: 
     sum: Sum<N>,
     a: A,
     b: B,
-    meanwhile: impl FnMut(usize),
 ) -> Flight<N> {
-    let flight = multiply::<T, B, N>(sum, &[], b, |_| LeftFactor::Shared(factor::<T, A>(a, ROWS as usize)));
-    (0..A::LENGTH / DEPTH).for_each(meanwhile);
-    flight
+    multiply::<T, B, N>(sum, &[], b, |_| LeftFactor::Shared(factor::<T, A>(a, ROWS as usize)))
 }
 
 #[track_caller]
@@ -63,9 +60,8 @@ pub(crate) fn wgmma_registers<T: PackedElement, const STEPS: usize, B: Right<T>,
     sum: Sum<N>,
     a: [[u32; 4]; STEPS],
     b: B,
-    meanwhile: impl FnMut(usize),
 ) -> Flight<N> {
-    let flight = multiply::<T, B, N>(sum, &a, b, |meeting| {
+    multiply::<T, B, N>(sum, &a, b, |meeting| {
         let depth = DEPTH * STEPS;
         let mut matrix = vec![0.0; ROWS as usize * depth];
         for thread in 0..GROUP {
@@ -80,9 +76,7 @@ pub(crate) fn wgmma_registers<T: PackedElement, const STEPS: usize, B: Right<T>,
             }
         }
         LeftFactor::Matrix(matrix)
-    });
-    (0..STEPS).for_each(meanwhile);
-    flight
+    })
 }
 
 #[track_caller]

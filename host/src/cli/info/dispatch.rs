@@ -67,8 +67,28 @@ pub struct DispatchArguments {
 
 /// All arguments but the one that asks, also those of [`OptionArguments`].
 const OF_A_PROBLEM: [&str; 22] = [
-    "arch", "kernel", "dtype", "batch", "seqlen", "seqlen_k", "nheads", "nheads_k", "headdim", "headdim_v", "causal",
-    "window", "softmax_scale", "softcap", "dropout", "deterministic", "tf32", "bias", "mask", "alibi", "sinks", "varlen",
+    "arch",
+    "kernel",
+    "dtype",
+    "batch",
+    "seqlen",
+    "seqlen_k",
+    "nheads",
+    "nheads_k",
+    "headdim",
+    "headdim_v",
+    "causal",
+    "window",
+    "softmax_scale",
+    "softcap",
+    "dropout",
+    "deterministic",
+    "tf32",
+    "bias",
+    "mask",
+    "alibi",
+    "sinks",
+    "varlen",
 ];
 
 const ARCHITECTURES: [&str; 9] = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"];

@@ -276,36 +276,48 @@ class Flash3(Flash2):
     """The family flash3, scheduled as `host/src/families/hopper.rs` does it."""
 
     ROWS = 64  # of a tile of Q
-    LONG_TILE = 16
+    LONG = 4096
 
     def __init__(self, driver, command, dtype, headdim, causal):
-        wanted = {"family": "flash3", "dtype": dtype, "headdim": headdim, "causal": causal}
-        self.kernel, self.causal, self.headdim = Kernel(driver, command, Flash3Parameters, **wanted), causal, headdim
+        self.driver, self.command, self.dtype, self.headdim, self.causal = driver, command, dtype, headdim, causal
+        self.kernels = {}
+
+    def kernel(self, seqlen_k):
+        """The entry point that the host takes for so many keys."""
+        if seqlen_k not in self.kernels:
+            choice = dispatched(self.command, self.dtype, self.headdim, self.causal, "flash3", seqlen_k)
+            name = choice["launches"][0]["entry"]
+            self.kernels[seqlen_k] = Kernel(self.driver, self.command, Flash3Parameters, name=name)
+        return self.kernels[seqlen_k]
 
     def launch(self, q, k, v, o, lse):
-        batch, seqlen_q, nheads, _ = q.shape
-        multiprocessors, entry = torch.cuda.get_device_properties(0).multi_processor_count, self.kernel.entry
+        (batch, seqlen_q, nheads, _), seqlen_k = q.shape, k.shape[1]
+        kernel = self.kernel(seqlen_k)
+        multiprocessors, entry = torch.cuda.get_device_properties(0).multi_processor_count, kernel.entry
         heads, tiles = batch * nheads, math.ceil(seqlen_q / entry["block_m"])
         units = math.ceil(tiles / 2) if self.causal else tiles
-        is_long = k.shape[1] // 2 // entry["block_n"] >= self.LONG_TILE
+        is_long = seqlen_k >= self.LONG or tiles % 2 == 1
         unwalked = math.ceil(3 * multiprocessors / (2 * units)) if self.causal and is_long else 0
         walked_heads = max(0, heads - unwalked)
         walkers = min(multiprocessors, walked_heads * units)
         maps = [
-            TensorMap.of(self.kernel.driver, x, rows, self.headdim)
+            TensorMap.of(self.driver, x, rows, self.headdim)
             for x, rows in ((q, self.ROWS), (k, entry["block_n"]), (v, entry["block_n"]))
         ]
         parameters = Flash3Parameters(*maps, self.parameters(q, k, v, o, lse), walkers, walked_heads)
-        self.kernel.launch_blocks((heads - walked_heads) * tiles + walkers, parameters)
+        kernel.launch_blocks((heads - walked_heads) * tiles + walkers, parameters)
 
 
 FAMILIES = {"flash2": Flash2, "flash3": Flash3}
 
 
-def family(command, dtype, headdim, causal):
-    """The family that the host takes on this GPU."""
-    shape = ["--dtype", dtype, "--headdim", str(headdim), *(["--causal"] if causal else [])]
-    return FAMILIES[answer(command, "info", "--explain-dispatch", *shape)["forward"]["kernel"]]
+def dispatched(command, dtype, headdim, causal, kernel="auto", seqlen=4096):
+    """What the host takes on this GPU."""
+    shape = ["--dtype", dtype, "--headdim", headdim, "--seqlen", seqlen, *(["--causal"] if causal else [])]
+    choice = answer(command, "info", "--explain-dispatch", "--kernel", kernel, *map(str, shape))["forward"]
+    if "refused" in choice:
+        raise LookupError(choice["refused"])
+    return choice
 
 
 class Flash2Backward:
@@ -575,7 +587,7 @@ def measure_all(options):
             say(f"headdim {headdim}{', causal' if causal else ''}")
             peer, keeps_rule = sdpa, check
             if options.kernel == "auto":
-                ours = family(options.ferroflash, options.dtype, headdim, causal)
+                ours = FAMILIES[dispatched(options.ferroflash, options.dtype, headdim, causal)["kernel"]]
             else:
                 ours = FAMILIES[options.kernel]
             if options.backward:

@@ -17,7 +17,7 @@ mod backward;
 pub(crate) use backward::{BackwardPlan, Optional};
 
 /// The family's kernels for a problem, or why it has none.
-type FamilyFor = fn(&Wanted) -> Result<Family, String>;
+type FamilyFor<'a> = &'a dyn Fn(&Wanted) -> Result<Family, String>;
 
 /// The kernels that will run, and what they need.
 #[derive(Clone, Debug)]
@@ -38,17 +38,20 @@ impl Plan {
     /// [`Error::Unsupported`], with the reason of each family.
     pub fn new(problem: &Problem, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
         let wanted = Wanted::new(problem, access);
-        let families: &[FamilyFor] = match kernel {
-            Kernel::Auto => &[Family::flash2, Family::flash1, Family::standard],
-            Kernel::Flash3 => &[],
-            Kernel::Flash2 => &[Family::flash2],
-            Kernel::Flash1 => &[Family::flash1],
-            Kernel::Standard => &[Family::standard],
+        let flash3 = |wanted: &Wanted| match target.against_hopper(kernel) {
+            Some(against) => Err(format!("flash3: {against}")),
+            None => Family::flash3(wanted),
         };
-        let hopper = matches!(kernel, Kernel::Auto | Kernel::Flash3).then(|| flash3(&wanted, kernel, target));
+        let families: &[FamilyFor] = match kernel {
+            Kernel::Auto => &[&flash3, &Family::flash2, &Family::flash1, &Family::standard],
+            Kernel::Flash3 => &[&flash3],
+            Kernel::Flash2 => &[&Family::flash2],
+            Kernel::Flash1 => &[&Family::flash1],
+            Kernel::Standard => &[&Family::standard],
+        };
         let mut refused = Vec::new();
-        for family in hopper.into_iter().chain(families.iter().map(|family| family(&wanted))) {
-            match family {
+        for family in families {
+            match family(&wanted) {
                 Ok(family) => {
                     return Ok(Plan { family, asked: kernel, refused, workspace: family.workspace(problem) });
                 }
@@ -103,14 +106,6 @@ impl Plan {
         machine: &Resources,
     ) -> Result<Vec<Launch>> {
         self.family.launches(problem, attention, workspace, machine)
-    }
-}
-
-/// FlashAttention-3, where it runs.
-fn flash3(wanted: &Wanted, asked: Kernel, target: Target) -> Result<Family, String> {
-    match target.against_hopper(asked) {
-        Some(against) => Err(format!("flash3: {against}")),
-        None => Family::flash3(wanted),
     }
 }
 

@@ -334,6 +334,32 @@ mod tests {
     }
 
     #[test]
+    fn a_call_knows_what_runs_on_every_gpu() {
+        let call = |change: fn(&mut Arguments)| {
+            let mut arguments = arguments();
+            change(&mut arguments);
+            Call::new(&arguments).expect("valid")
+        };
+        let on = |call: &Call, target| call.plan_for(target).map(Plan::algorithm).map_err(|error| error.to_string());
+        let plain = call(|_| ());
+        assert_eq!(on(&plain, Target::HOPPER).as_deref(), Ok("flash3"));
+        assert_eq!(on(&plain, Target::OLDEST).as_deref(), Ok("flash2"));
+        assert_eq!(on(&plain, Target::SIMULATOR).as_deref(), Ok("flash2"));
+        let asked = call(|a| a.kernel = Kernel::Flash3);
+        assert_eq!(on(&asked, Target::SIMULATOR).as_deref(), Ok("flash3"));
+        let refused = on(&asked, Target::OLDEST).expect_err("no Hopper");
+        let expected = "no flash3 kernel on the cuda backend for this problem: flash3: runs on sm_90, not on sm_80";
+        assert_eq!(refused, expected);
+        let broadcast = call(|a| {
+            a.inputs.k.layout = Layout::strided(DType::F16, &SHAPE, &[0, 0, 64, 1]).expect("four strides");
+        });
+        assert_eq!(on(&broadcast, Target::HOPPER).as_deref(), Ok("flash2"));
+        let strides_of_0 = "flash3: no kernel of f16 and headdim 64 for strides of 0 or of 2^40 bytes and more";
+        assert_eq!(broadcast.plan.refused, [strides_of_0]);
+        assert_eq!(on(&call(|a| a.options.softcap = Some(9.0)), Target::HOPPER).as_deref(), Ok("flash2"));
+    }
+
+    #[test]
     fn the_workspace_holds_what_the_kernel_keeps_in_hbm() {
         let bytes = |kernel| Call::new(&Arguments { kernel, ..arguments() }).expect("valid").workspace_bytes();
         // O in f32, l and m; S and P of 64 columns.

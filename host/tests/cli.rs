@@ -510,21 +510,45 @@ fn info_explains_which_kernels_would_run() {
         let all = ["info", "--explain-dispatch", "--seqlen=512", "--headdim=128"];
         let printed = succeeds(all.iter().chain(arguments));
         // The sizes of tiles are the kernels' affair.
-        let without_sizes = |line: &str| line.split_once(": tiles").map_or(line, |(name, _)| name).to_owned();
+        let without_sizes = |line: &str| {
+            let name = line.split_once(": tiles of ").or_else(|| line.split_once(": blocks of "));
+            name.map_or(line, |(name, _)| name).to_owned()
+        };
         printed.lines().map(without_sizes).collect::<Vec<_>>()
     };
-    let sizes = "batch 1, seqlen_q 512, seqlen_k 512, nheads 16, nheads_k 16, headdim 128";
-    assert_eq!(
-        explained(&["--arch=sm_80", "--causal"]),
-        [
-            &format!("problem       bf16, {sizes}, causal"),
-            "architecture  sm_80, 163 KiB of shared memory a block",
-            "forward       flash2: flash2 is the newest kernel that can: flash3: runs on sm_90, not on sm_80",
-            "              flash2_fwd_bf16_d128_causal",
-            "backward      flash2: flash2 is the family with a backward pass; fused: dQ is summed by atomic additions, \
-             unless deterministic forbids it",
-        ][..]
-    );
+    let sizes = "bf16, batch 1, seqlen_q 512, seqlen_k 512, nheads 16, nheads_k 16, headdim 128";
+    let expected = [
+        &format!("problem       {sizes}, causal"),
+        "architecture  sm_80, 163 KiB of shared memory a block",
+        "forward       flash2: flash2 is the newest kernel that can: flash3: runs on sm_90, not on sm_80",
+        "              flash2_fwd_bf16_d128_causal",
+        "backward      flash2: flash2 is the family with a backward pass; fused: dQ is summed by atomic additions, \
+         unless deterministic forbids it",
+        "              flash2_bwd_fused_prepare_bf16_d128",
+        "              flash2_bwd_fused_bf16_d128_m64_causal",
+        "              flash2_bwd_fused_finish_bf16_d128_m64",
+        "              4.06 MiB of workspace",
+    ];
+    assert_eq!(explained(&["--arch=sm_80", "--causal"]), expected);
+
+    // Until PTX for Hopper has been built, Hopper runs what other GPUs do, and is told why.
+    let is_built = !succeeds(["ptx", "--arch=sm_90a"]).is_empty();
+    let (plain, capped) = match is_built {
+        true => ("flash3: flash3 is the newest kernel", "no kernel of bf16 and headdim 128 for softcap"),
+        false => (
+            "flash2: flash2 is the newest kernel that can: flash3: this build embeds no PTX for sm_90a",
+            "this build embeds no PTX for sm_90a",
+        ),
+    };
+    assert_eq!(explained(&["--arch=sm_90"])[2], format!("forward       {plain}"));
+    let expected = format!("forward       flash2: flash2 is the newest kernel that can: flash3: {capped}");
+    assert_eq!(explained(&["--arch=sm_90", "--softcap=30"])[2], expected);
+
+    let answer = answers(["info", "--explain-dispatch", "--arch=sm_80", "--dtype=f32", "--headdim=300"]);
+    assert!(answer["forward"]["refused"].as_str().is_some_and(|reason| reason.contains("headdim 300")), "{answer}");
+    for alone in ["--arch=sm_90", "--causal", "--varlen"] {
+        assert!(fails(2, ["info", alone]).contains("--explain-dispatch"), "{alone}");
+    }
 }
 
 #[test]

@@ -11,8 +11,7 @@ use serde_json::{Value, json};
 
 /// A problem, and a GPU.
 #[derive(clap::Args)]
-#[group(requires = "explain_dispatch")]
-#[command(group = ArgGroup::new("options").args(OPTIONS).multiple(true).requires("explain_dispatch"))]
+#[command(group = ArgGroup::new("of a problem").args(OF_A_PROBLEM).multiple(true).requires("explain_dispatch"))]
 pub struct DispatchArguments {
     /// Show instead which kernels would run a problem forward and backward, and why, without running them
     #[arg(long)]
@@ -66,8 +65,31 @@ pub struct DispatchArguments {
     varlen: bool,
 }
 
-/// Those of [`OptionArguments`].
-const OPTIONS: [&str; 7] = ["causal", "window", "softmax_scale", "softcap", "dropout", "deterministic", "tf32"];
+/// All arguments but the one that asks, also those of [`OptionArguments`].
+const OF_A_PROBLEM: [&str; 22] = [
+    "arch",
+    "kernel",
+    "dtype",
+    "batch",
+    "seqlen",
+    "seqlen_k",
+    "nheads",
+    "nheads_k",
+    "headdim",
+    "headdim_v",
+    "causal",
+    "window",
+    "softmax_scale",
+    "softcap",
+    "dropout",
+    "deterministic",
+    "tf32",
+    "bias",
+    "mask",
+    "alibi",
+    "sinks",
+    "varlen",
+];
 
 const ARCHITECTURES: [&str; 9] = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"];
 

@@ -94,6 +94,7 @@ const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config
         headdim_v: headdim as u32,
         causal,
         general: false,
+        from_keys: 0,
         block_m: 0,
         block_n: 0,
         threads: 0,

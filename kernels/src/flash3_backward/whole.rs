@@ -69,10 +69,12 @@ const fn config<
     const TRANSPOSED: bool,
     const LATE: u32,
     const CAUSAL: bool,
+    const FROM_KEYS: u32,
 >() -> Config {
     assert!(16 * STEPS == BLOCK_M && 8 * S_COLUMNS == BLOCK_M && 8 * D_COLUMNS == HEADDIM);
     assert!(BLOCK_N == (GROUPS * GROUP_ROWS) as usize && Q_COLUMNS * 8 * BLOCK_N == BLOCK_M * HEADDIM);
     Config {
+        from_keys: FROM_KEYS,
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
@@ -87,26 +89,26 @@ const fn config<
 ///
 /// Sᵀ is `S_COLUMNS`, dK `D_COLUMNS` and a warpgroup's part of dQ `Q_COLUMNS` blocks of eight columns wide, Pᵀ `STEPS` of
 /// sixteen. dQ is `TRANSPOSED` where its part has 64 columns of the head and all queries, rather than 64 queries. The second
-/// warpgroup starts `LATE` clock cycles after the first. Tensors may have fewer columns than `HEADDIM`.
+/// warpgroup starts `LATE` clock cycles after the first. Tensors may have fewer columns than `HEADDIM`. `FROM_KEYS`:
+/// [`Config::from_keys`].
 #[kernel(
     name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL) in [
-            // TFLOP/s on an H100 of bf16, 16384 tokens in sequences of 512, 2048, 8192 and 16384, 2048 columns of heads, with
-            // what goes before and after; in brackets cuDNN's in the same run.
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+            // On an H100, TFLOP/s at 512, 2k, 8k and 16k tokens, with what goes before and after; in brackets cuDNN's.
             // 278, 509, 605, 602 (249, 421, 469, 480)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false),
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
             // 149, 375, 545, 606 (149, 315, 425, 455)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true),
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
             // 315, 553, 655, 642 (296, 507, 592, 594)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
             // 171, 437, 607, 670 (171, 394, 532, 585)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
             // 295, 558, 683, 708 (296, 507, 592, 594)
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, false),
+            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
             // 155, 422, 618, 688 (171, 394, 532, 585)
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, true),
+            (128, 80, 128, 5, 10, 16, 10, true, 1500, true, 8192),
         ],
     config = config,
     table = WHOLE,
@@ -123,6 +125,7 @@ pub fn whole<
     const TRANSPOSED: bool,
     const LATE: u32,
     const CAUSAL: bool,
+    const FROM_KEYS: u32,
 >(
     p: Params,
 ) {

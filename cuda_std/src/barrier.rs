@@ -55,3 +55,31 @@ impl<const FIRST: u32, const GROUPS: u32, const THREADS: u32> Turns<FIRST, GROUP
         machine::barrier_arrive(FIRST + next, 2 * THREADS);
     }
 }
+
+/// Hardware barriers `FIRST` to `FIRST + COUNT`, each for `THREADS` threads, of which a number known to whole warps says
+/// one: those that wait at a different one in each step, or each in their own.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NamedBarriers<const FIRST: u32, const COUNT: u32, const THREADS: u32>;
+
+impl<const FIRST: u32, const COUNT: u32, const THREADS: u32> NamedBarriers<FIRST, COUNT, THREADS> {
+    const VALID: () = assert!(
+        FIRST > 0 && FIRST + COUNT <= 16 && THREADS > 0 && THREADS.is_multiple_of(32),
+        "barriers 1 to 15, whole warps"
+    );
+
+    /// As [`NamedBarrier::sync`], at barrier `index` of these.
+    #[inline(always)]
+    #[track_caller]
+    pub fn sync(self, index: u32) {
+        let () = Self::VALID;
+        machine::barrier_sync(FIRST + index, THREADS);
+    }
+
+    /// As [`NamedBarrier::arrive`], at barrier `index` of these.
+    #[inline(always)]
+    #[track_caller]
+    pub fn arrive(self, index: u32) {
+        let () = Self::VALID;
+        machine::barrier_arrive(FIRST + index, THREADS);
+    }
+}

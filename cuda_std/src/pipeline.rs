@@ -54,6 +54,12 @@ impl<const STAGES: u32> Pipeline<STAGES> {
         Producer { pipeline: self, at: Position { index: 0, parity: 1 } }
     }
 
+    /// The state of a thread that fills stage `index` alone, of which each thread that fills has one.
+    #[inline(always)]
+    pub fn producer_at(self, index: u32) -> Producer<STAGES> {
+        Producer { pipeline: self, at: Position { index, parity: 1 } }
+    }
+
     /// The state of a thread that empties: at the first stage, which is not full yet.
     #[inline(always)]
     pub fn consumer(self) -> Consumer<STAGES> {
@@ -106,10 +112,22 @@ impl<const STAGES: u32> Producer<STAGES> {
         self.pipeline.slot(self.at)
     }
 
+    /// As [`Consumer::beside`], for pipelines that are filled in step.
+    #[inline(always)]
+    pub fn beside(&self, pipeline: Pipeline<STAGES>) -> Self {
+        Producer { pipeline, at: self.at }
+    }
+
     /// Goes on to the next stage.
     #[inline(always)]
     pub fn advance(&mut self) {
         self.at.advance::<STAGES>();
+    }
+
+    /// Goes on to the same stage in the next round.
+    #[inline(always)]
+    pub fn next_round(&mut self) {
+        self.at.parity ^= 1;
     }
 }
 
@@ -141,6 +159,13 @@ impl<const STAGES: u32> Consumer<STAGES> {
     #[inline(always)]
     pub fn slot(&self) -> Slot<STAGES> {
         self.pipeline.slot(self.at)
+    }
+
+    /// The state of a thread that is at the same stage of another pipeline, in the same phase: of pipelines that are emptied
+    /// in step, one state is enough.
+    #[inline(always)]
+    pub fn beside(&self, pipeline: Pipeline<STAGES>) -> Self {
+        Consumer { pipeline, at: self.at }
     }
 
     /// Goes on to the next stage. The slot of this one may be released later.

@@ -49,6 +49,14 @@ pub fn warp_id() -> u32 {
     machine::thread_idx_x() / WARP
 }
 
+/// Lets about so many clock cycles pass. What is to run at the same time need not begin at the same time: two groups of
+/// warps of which one computes while the other multiplies find to that order late, if at all, by themselves.
+/// PTX ISA: `%clock`.
+#[inline(always)]
+pub fn pause(cycles: u32) {
+    machine::pause(cycles);
+}
+
 /// Waits until all threads of the block are here, and orders their accesses to memory. PTX ISA: `bar.sync 0`.
 #[inline(always)]
 #[track_caller]

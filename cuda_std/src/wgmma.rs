@@ -26,8 +26,9 @@
 //! The 64 rows lie in the accumulators of the warpgroup's four warps, 16 each, as [`Accumulator<1, N>`](Accumulator)
 //! says: row r of warp w of the warpgroup is row 16 w + r of the product.
 use crate::fragment::Accumulator;
-use crate::matrix::PackedElement;
-use crate::{Element, SmemTile, machine};
+use crate::math::unknown;
+use crate::matrix::{self, PackedElement};
+use crate::{Element, SmemTile, machine, thread};
 
 /// Rows of a product.
 pub const ROWS: u32 = 64;
@@ -187,6 +188,43 @@ impl<T: PackedElement, const STEPS: usize> Registers<T, STEPS> {
             }
         }
         Registers { registers, of: core::marker::PhantomData }
+    }
+
+    /// Writes the transpose of the matrix to shared memory: column c of the warp's 16 rows becomes row c of a tile, from a
+    /// column on. Said by each warp for itself. PTX ISA: `stmatrix.sync.aligned.m8n8.x4.trans`.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_transposed<const R: usize, const C: usize>(self, to: TransposedRows<T, R, C>) {
+        let mut rows = [0; STEPS];
+        for step in 0..STEPS {
+            rows[step] = to.address + (DEPTH * step) as u32 * SmemTile::<T, R, C>::PANEL_ROW;
+        }
+        matrix::stmatrix_trans(rows, self.registers);
+    }
+}
+
+/// Where a lane writes the transpose of 16 rows: [`Registers::store_transposed`].
+#[derive(Clone, Copy)]
+pub struct TransposedRows<T, const R: usize, const C: usize> {
+    address: u32,
+    of: core::marker::PhantomData<SmemTile<T, R, C>>,
+}
+
+impl<T: PackedElement, const R: usize, const C: usize> TransposedRows<T, R, C> {
+    /// The columns from `column` on of `tile`, a multiple of 16.
+    #[inline(always)]
+    pub fn of(tile: SmemTile<T, R, C>, column: u32) -> Self {
+        // Matrices 0 to 3: the upper and lower eight rows of eight columns, then of the next eight.
+        let lane = thread::lane_id();
+        let chunk = tile.chunk(lane / 16 * 8 + lane % 8, (column / 8) ^ (lane / 8 % 2));
+        // One register, whatever the address is made of.
+        TransposedRows { address: unknown(chunk.address()), of: core::marker::PhantomData }
+    }
+
+    /// The same in the tile `index` tiles on.
+    #[inline(always)]
+    pub fn stage(self, index: u32) -> Self {
+        TransposedRows { address: self.address + index * SmemTile::<T, R, C>::BYTES, ..self }
     }
 }
 

@@ -1,6 +1,6 @@
 //! All entry points, for tools that walk over them.
 use crate::config::Config;
-use crate::{flash1, flash2, flash2_backward, flash3, softmax, standard};
+use crate::{flash1, flash2, flash2_backward, flash3, flash3_backward, softmax, standard};
 use cuda_std::Kernel;
 
 /// An entry point of any family, for tools that walk over all of them.
@@ -34,6 +34,10 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash2_backward::fused::SPLIT))
         .chain(info(flash2_backward::fused::FINISH))
         .chain(info(flash3::FORWARD))
+        .chain(info(flash3_backward::PREPARE))
+        .chain(info(flash3_backward::WHOLE))
+        .chain(info(flash3_backward::SPLIT))
+        .chain(info(flash3_backward::FINISH))
 }
 
 fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {

@@ -14,6 +14,7 @@ pub mod flash1;
 pub mod flash2;
 pub mod flash2_backward;
 pub mod flash3;
+pub mod flash3_backward;
 pub mod mask;
 mod online_softmax;
 mod row_softmax;

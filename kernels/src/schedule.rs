@@ -83,17 +83,14 @@ pub fn key_block<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
     KeyBlock { first_key: index * block_n, head_k, sequence: a.sequence(batch) }
 }
 
-/// Heads whose blocks of keys take turns under a causal mask: so few that what they read stays in the L2 cache.
-const HEADS_IN_TURN: u32 = 8;
-
 /// As [`key_block`], for a causal mask: the first keys of a few heads come before the next keys of any of them, so that the
-/// last blocks to run are short ones.
+/// last blocks to run are short ones. `heads_in_turn` of K: so few that what they read stays in the L2 cache.
 #[inline(always)]
 #[track_caller]
-pub fn key_block_in_turn<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
-    let group = HEADS_IN_TURN * divisor(a.seqlen_k.div_ceil(block_n));
-    let first = block_idx_x() / group * HEADS_IN_TURN;
-    let pairs = divisor((a.nheads_k * a.batch - first).min(HEADS_IN_TURN));
+pub fn key_block_in_turn<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32) -> KeyBlock {
+    let group = divisor(heads_in_turn * a.seqlen_k.div_ceil(block_n));
+    let first = block_idx_x() / group * heads_in_turn;
+    let pairs = divisor((a.nheads_k * a.batch - first).min(heads_in_turn));
     let (index, pair) = (block_idx_x() % group / pairs, first + block_idx_x() % group % pairs);
     let (head_k, batch) = head_of(pair, a.nheads_k);
     KeyBlock { first_key: index * block_n, head_k, sequence: a.sequence(batch) }

@@ -1,9 +1,9 @@
-//! Accumulators to global memory, without a detour through shared memory.
+//! Accumulators and memory, without a detour: row by row, column by column, or as the registers lie.
 use super::Accumulator;
 use crate::matrix::PackedElement;
 use crate::thread::lane_id;
 use crate::warp::{ALL, shuffle_xor};
-use crate::{Global, GlobalMatrix};
+use crate::{Global, GlobalMatrix, Shared};
 
 impl<const N: usize> Accumulator<1, N> {
     /// Writes the matrix, rounded to T, to the first 16 rows of an aligned matrix in global memory; what that does not
@@ -28,6 +28,44 @@ impl<const N: usize> Accumulator<1, N> {
                 }
             }
         }
+    }
+}
+
+impl<const N: usize> Accumulator<1, N> {
+    /// As [`zip_columns`](Self::zip_columns), with `8 N` values in shared memory from `columns` on, aligned to 8 bytes. Each
+    /// is loaded where it is used: where few registers are left, these do not hold all of them at once.
+    #[inline(always)]
+    #[track_caller]
+    pub fn zip_shared_columns(&mut self, columns: Shared<f32>, f: impl Fn(f32, f32) -> f32) {
+        for n in 0..N {
+            let pair = columns.load_vector::<2>(Self::column(n, 0));
+            for i in 0..4 {
+                self.0[0][n][i] = f(self.0[0][n][i], pair[i % 2]);
+            }
+        }
+    }
+
+    /// Writes the matrix to [`ELEMENTS`](Self::ELEMENTS) elements of shared memory in the order of the registers, four of a
+    /// lane at a time, without a bank conflict.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_registers(&self, to: Shared<f32>) {
+        let lane = to.offset(4 * lane_id());
+        for n in 0..N {
+            lane.store_vector(128 * n as u32, self.0[0][n]);
+        }
+    }
+
+    /// The matrix that [`store_registers`](Self::store_registers) wrote, from global memory.
+    #[inline(always)]
+    #[track_caller]
+    pub fn load_registers(from: Global<f32>) -> Self {
+        let mut matrix = Self::zero();
+        let lane = from.offset(4 * lane_id() as usize);
+        for n in 0..N {
+            matrix.0[0][n] = lane.load_vector(128 * n);
+        }
+        matrix
     }
 }
 

@@ -35,3 +35,17 @@ pub fn lane_id() -> u32 {
     unsafe { core::hint::assert_unchecked(lane < 32) };
     lane
 }
+
+#[inline(always)]
+pub fn pause(cycles: u32) {
+    let begin = clock();
+    while clock().wrapping_sub(begin) < cycles {}
+}
+
+#[inline(always)]
+fn clock() -> u32 {
+    let clock: u32;
+    // SAFETY: reads a special register, which is another number each time.
+    unsafe { asm!("mov.u32 {0}, %clock;", out(reg32) clock, options(nomem, nostack)) };
+    clock
+}

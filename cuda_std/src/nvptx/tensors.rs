@@ -12,11 +12,12 @@ pub type MapAddress = u64;
 pub fn map_address<P>(parameters: &P, map: &TensorMap) -> MapAddress {
     let offset = (&raw const *map as u64).wrapping_sub(&raw const *parameters as u64);
     let address: u64;
-    // SAFETY: takes an address. The sum is made here, or LLVM would add up the three terms in another order.
+    // SAFETY: takes an address. The sum is made here, or LLVM would add up the three terms in another order. Not `pure`: found
+    // where it is said, in a loop too, rather than kept in two registers.
     unsafe {
         asm!("{{ .reg .b64 parameters; mov.b64 parameters, kernel_parameters; cvta.param.u64 parameters, parameters;",
             "add.u64 {0}, parameters, {1}; }}",
-            out(reg64) address, in(reg64) offset, options(pure, nomem, nostack))
+            out(reg64) address, in(reg64) offset, options(nomem, nostack))
     };
     address
 }

@@ -26,3 +26,7 @@ index_words! {
     grid_dim_z: |block| block.context.grid[2];
     lane_id: |block| (block.current % WARP) as u32;
 }
+
+/// The order of threads is the scheduler's.
+#[inline(always)]
+pub(crate) fn pause(_cycles: u32) {}

@@ -2,7 +2,7 @@
 //!
 //! HBM traffic: the sums and dQ once.
 use super::part;
-use super::places::{d_q_sums, first_place};
+use super::places::{ROWS, d_q_sums, first_place};
 use crate::config::Config;
 use crate::flash2_backward::{Params, config};
 use crate::schedule::{self, QueryBlock};
@@ -62,7 +62,7 @@ pub fn finish<
         return;
     }
     let tile = SmemTile::<T, BLOCK_M, HEADDIM>::at(dynamic_shared());
-    let place = first_place(&a, &sequence, head) + first_row;
+    let place = first_place(&a, &sequence, head, ROWS) + first_row;
     let mut d_q = Accumulator::<Q_ROWS, Q_COLUMNS>::load(d_q_sums::<HEADDIM, Q_ROWS, Q_COLUMNS>(&p, place));
     d_q.map(|_, _, d_q| d_q * a.softmax_scale);
     let (row, column) = part::<HEADDIM, Q_ROWS, Q_COLUMNS>();

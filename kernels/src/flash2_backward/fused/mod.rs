@@ -16,8 +16,10 @@ mod split;
 mod whole;
 
 pub use finish::{FINISH, finish};
-pub use places::{ROWS, places};
+pub use places::{ROWS, places, places_in_blocks};
+pub(crate) use places::{first_place, statistic_at};
 pub use prepare::{PREPARE, prepare};
+pub(crate) use prepare::{THREADS as PREPARE_THREADS, prepare_block};
 pub use split::{SPLIT, split};
 pub use whole::{WHOLE, whole};
 
@@ -30,11 +32,14 @@ use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
 use places::d_q_sums;
 use query_stream::QueryStream;
 
+/// Heads of K whose blocks take turns under a causal mask.
+const HEADS_IN_TURN: u32 = 8;
+
 /// The block of keys of this block of threads.
 #[inline(always)]
 #[track_caller]
 fn key_block<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32) -> KeyBlock {
-    if CAUSAL { schedule::key_block_in_turn(a, block_n) } else { schedule::key_block(a, block_n) }
+    if CAUSAL { schedule::key_block_in_turn(a, block_n, HEADS_IN_TURN) } else { schedule::key_block(a, block_n) }
 }
 
 /// Before which row a mask hides something of a block of `block_n` keys. Where keys are missing that is every row: what their P

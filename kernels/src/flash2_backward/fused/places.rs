@@ -1,7 +1,7 @@
 //! Where the rows of Q have their statistics and their sums of dQ.
 //!
-//! Each sequence takes whole [`ROWS`] of places, so that no block of queries reaches into the places of another sequence.
-//! Heads follow each other.
+//! Each sequence takes whole blocks of places, so that no block of queries reaches into the places of another sequence.
+//! Heads follow each other. A block is of [`ROWS`], or of as many as a kernel takes at a time.
 use super::Params;
 use crate::attention::{Attention, Sequence};
 use cuda_std::Global;
@@ -13,30 +13,36 @@ pub const ROWS: u32 = 64;
 
 /// Places of one head, for all sequences. `tokens`: of all sequences that follow each other, if they do.
 pub const fn places(batch: u64, seqlen_q: u64, tokens: Option<u64>) -> u64 {
-    let rows = ROWS as u64;
+    places_in_blocks(ROWS, batch, seqlen_q, tokens)
+}
+
+/// As [`places`], in blocks of so many `rows`.
+pub const fn places_in_blocks(rows: u32, batch: u64, seqlen_q: u64, tokens: Option<u64>) -> u64 {
+    let rows = rows as u64;
     match tokens {
         None => batch * seqlen_q.div_ceil(rows) * rows,
         Some(tokens) => (tokens / rows + batch) * rows,
     }
 }
 
-/// The place of the first row of a head. 32 bits: the sums of more places would take 512 GB.
+/// The place of the first row of a head, in blocks of so many `rows`. 32 bits: the sums of more places would take 512 GB.
 #[inline(always)]
-pub(super) fn first_place<T>(a: &Attention<T>, sequence: &Sequence, head: u32) -> u32 {
+pub(crate) fn first_place<T>(a: &Attention<T>, sequence: &Sequence, head: u32, rows: u32) -> u32 {
     let (batch, seqlen_q) = (a.batch as u64, a.seqlen_q as u64);
     if a.cu_seqlens_q.is_null() {
-        head * places(batch, seqlen_q, None) as u32 + sequence.batch * a.seqlen_q.div_ceil(ROWS) * ROWS
+        head * places_in_blocks(rows, batch, seqlen_q, None) as u32 + sequence.batch * a.seqlen_q.div_ceil(rows) * rows
     } else {
-        // A sequence that is not a multiple of ROWS long leaves fewer than ROWS places unused, which its number makes up for.
-        let of_head = places(batch, seqlen_q, Some(a.lse_head_stride)) as u32;
-        head * of_head + (sequence.first_q / ROWS + sequence.batch) * ROWS
+        // A sequence that is not a multiple of a block long leaves less than one unused, which its number makes up for.
+        let of_head = places_in_blocks(rows, batch, seqlen_q, Some(a.lse_head_stride)) as u32;
+        head * of_head + (sequence.first_q / rows + sequence.batch) * rows
     }
 }
 
-/// Where the statistics of the row in `place` are: of each [`ROWS`] first part 0, what the exponents subtract, then part 1, D.
+/// Where the statistics of the row in `place` are: of each block of `rows` first part 0, what the exponents subtract, then
+/// part 1, D.
 #[inline(always)]
-pub(super) fn statistic_at(place: u32, part: u32) -> usize {
-    (place / ROWS * 2 + part) as usize * ROWS as usize + (place % ROWS) as usize
+pub(crate) fn statistic_at(place: u32, part: u32, rows: u32) -> usize {
+    (place / rows * 2 + part) as usize * rows as usize + (place % rows) as usize
 }
 
 /// Where the sums of this warp's part of dQ are, for the block of queries whose first row is in `place`.

@@ -13,7 +13,8 @@ use cuda_std::math::fma;
 use cuda_std::thread::thread_idx_x;
 use cuda_std::warp::reduce;
 
-const THREADS: u32 = 256;
+/// Of a block.
+pub(crate) const THREADS: u32 = 256;
 
 const fn prepare_config<T: MatrixElement, const HEADDIM: usize>() -> Config {
     Config {
@@ -39,8 +40,15 @@ const fn lanes_a_row(headdim: usize) -> u32 {
     table = PREPARE,
 )]
 pub fn prepare<T: MatrixElement, const HEADDIM: usize>(p: Params) {
+    prepare_block::<T, HEADDIM, ROWS>(p);
+}
+
+/// The same for `BLOCK_M` rows, by as many threads as the kernel has.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn prepare_block<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
     let a = p.attention.of::<T>();
-    let block = schedule::query_block(&a, ROWS);
+    let block = schedule::query_block(&a, BLOCK_M);
     let QueryBlock { first_row, head, sequence } = block;
     if block.rows() == 0 {
         return;
@@ -48,9 +56,10 @@ pub fn prepare<T: MatrixElement, const HEADDIM: usize>(p: Params) {
     let d_o = p.d_o.cast::<T>();
     let lanes = const { lanes_a_row(HEADDIM) };
     let rows_at_once = const { THREADS / lanes_a_row(HEADDIM) };
+    const { assert!(BLOCK_M.is_multiple_of(THREADS / lanes_a_row(HEADDIM)), "whole rounds") };
     let column = thread_idx_x() % lanes * 8;
-    let first_place = first_place(&a, &sequence, head);
-    for i in 0..ROWS / rows_at_once {
+    let first_place = first_place(&a, &sequence, head, BLOCK_M);
+    for i in 0..BLOCK_M / rows_at_once {
         let row = first_row + i * rows_at_once + thread_idx_x() / lanes;
         let place = first_place + row;
         let is_row = row < sequence.seqlen_q;
@@ -82,8 +91,8 @@ pub fn prepare<T: MatrixElement, const HEADDIM: usize>(p: Params) {
                     p.row_sums.store(at, statistics.1);
                 }
             }
-            p.statistics.store(statistic_at(place, 0), exponent_base(statistics.0));
-            p.statistics.store(statistic_at(place, 1), statistics.1);
+            p.statistics.store(statistic_at(place, 0, BLOCK_M), exponent_base(statistics.0));
+            p.statistics.store(statistic_at(place, 1, BLOCK_M), statistics.1);
         }
     }
 }

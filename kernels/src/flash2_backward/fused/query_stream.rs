@@ -1,5 +1,5 @@
 //! The queries that a block of keys needs, on their way to shared memory.
-use super::places::{first_place, statistic_at};
+use super::places::{ROWS, first_place, statistic_at};
 use crate::attention::{Attention, Sequence, Tensor};
 use crate::flash2_backward::{Params, STAGES};
 use crate::mask::Blocks;
@@ -62,7 +62,7 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
     ) -> Self {
         let Blocks { begin, end, .. } = *blocks;
         let [q_rows, d_o_rows] = Self::rows(p, threads, &sequence, head, begin);
-        let place = first_place(&p.attention, &sequence, head) + begin * BLOCK_M as u32;
+        let place = first_place(&p.attention, &sequence, head, ROWS) + begin * BLOCK_M as u32;
         QueryStream { q, d_o, statistics, threads, sequence, begin, end, head, block: begin, place, q_rows, d_o_rows }
     }
 
@@ -91,7 +91,7 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         let quads = const { BLOCK_M as u32 / 4 };
         if thread_idx_x() < 2 * quads {
             let (part, row) = (thread_idx_x() / quads, thread_idx_x() % quads * 4);
-            let from = p.statistics.offset(statistic_at(self.place + row, part));
+            let from = p.statistics.offset(statistic_at(self.place + row, part, ROWS));
             copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
         }
         copy::commit();
@@ -101,7 +101,7 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         if self.block == self.end {
             (self.head, self.block) = (self.head + 1, self.begin);
             [self.q_rows, self.d_o_rows] = Self::rows(p, self.threads, &self.sequence, self.head, self.block);
-            self.place = first_place(&p.attention, &self.sequence, self.head) + self.block * BLOCK_M as u32;
+            self.place = first_place(&p.attention, &self.sequence, self.head, ROWS) + self.block * BLOCK_M as u32;
         }
         copied
     }

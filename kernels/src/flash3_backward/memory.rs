@@ -1,0 +1,121 @@
+//! What a block of threads keeps in shared memory.
+use super::{GROUPS, STAGES};
+use cuda_std::matrix::PackedElement;
+use cuda_std::mbarrier::Mbarrier;
+use cuda_std::pipeline::Pipeline;
+use cuda_std::{Shared, SmemTile};
+
+/// What comes in: tiles, and the pipelines that they come through.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
+    /// The keys of the block.
+    pub k: SmemTile<T, BLOCK_N, HEADDIM>,
+    /// Their values.
+    pub v: SmemTile<T, BLOCK_N, HEADDIM>,
+    /// Blocks of Q.
+    pub q: SmemTile<T, BLOCK_M, HEADDIM>,
+    /// Blocks of dO.
+    pub d_o: SmemTile<T, BLOCK_M, HEADDIM>,
+    /// What the exponents of a block of queries subtract, a stage after the other; then their D.
+    statistics: Shared<f32>,
+    /// Full once K and V are there.
+    pub keys: Mbarrier,
+    /// Of Q, with what its exponents subtract.
+    pub queries: Pipeline<STAGES>,
+    /// Of dO, with D.
+    pub d_outputs: Pipeline<STAGES>,
+}
+
+/// Warps of a warpgroup: of each, one thread arrives.
+const WARPS: u32 = 4;
+
+impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
+    Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>
+{
+    /// What the tiles take.
+    pub const TILE_BYTES: u32 =
+        2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + 2 * STAGES * SmemTile::<T, BLOCK_M, HEADDIM>::BYTES;
+
+    /// What the statistics and the barriers take.
+    pub const OTHER_BYTES: u32 = 4 * 2 * STAGES * BLOCK_M as u32 + Mbarrier::BYTES + 2 * Pipeline::<STAGES>::BYTES;
+
+    /// The tiles from `tiles` on, aligned to 1024 bytes, the statistics and the barriers from `others` on, aligned to 16.
+    #[inline(always)]
+    pub fn at(tiles: Shared<T>, others: Shared<f32>) -> Self {
+        let k = SmemTile::at(tiles);
+        let v = SmemTile::at(k.end());
+        let q = SmemTile::at(v.end());
+        let d_o = SmemTile::at(q.stage(STAGES - 1).end());
+        let keys = Mbarrier::at(others.offset(2 * STAGES * BLOCK_M as u32).cast());
+        let queries = Pipeline::at(Shared::from_address(keys.offset(1).address()));
+        let d_outputs = Pipeline::at(queries.end());
+        Inputs { k, v, q, d_o, statistics: others, keys, queries, d_outputs }
+    }
+
+    /// The first address after the barriers.
+    #[inline(always)]
+    pub fn end(self) -> Shared<u64> {
+        self.d_outputs.end()
+    }
+
+    /// Said by one thread, before a fence and a barrier of the block.
+    #[inline(always)]
+    #[track_caller]
+    pub fn init_barriers(self) {
+        self.keys.init(1);
+        self.queries.init(1, WARPS * GROUPS);
+        self.d_outputs.init(1, WARPS * GROUPS);
+    }
+
+    /// What the exponents of the queries of a stage subtract.
+    #[inline(always)]
+    pub fn bases(self, stage: u32) -> Shared<f32> {
+        self.statistics.offset(stage * BLOCK_M as u32)
+    }
+
+    /// D of the queries of a stage.
+    #[inline(always)]
+    pub fn sums(self, stage: u32) -> Shared<f32> {
+        self.statistics.offset((STAGES + stage) * BLOCK_M as u32)
+    }
+}
+
+/// What the warpgroups add to dQ, on its way to global memory.
+#[derive(Clone, Copy)]
+pub(super) struct Outgoing<const HEADDIM: usize, const BLOCK_M: usize> {
+    /// A part for each warpgroup, in the order of its registers.
+    d_q: Shared<f32>,
+    /// Each warpgroup fills a stage of its own.
+    pub parts: Pipeline<GROUPS>,
+}
+
+impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
+    /// Elements of a part.
+    pub const PART: u32 = (BLOCK_M * HEADDIM) as u32 / GROUPS;
+
+    /// What the parts take.
+    pub const PART_BYTES: u32 = 4 * GROUPS * Self::PART;
+
+    /// What the barriers take.
+    pub const BARRIER_BYTES: u32 = Pipeline::<GROUPS>::BYTES;
+
+    /// The parts from `d_q` on, aligned to 128 bytes: for each line of memory that it adds to, the copy engine would else
+    /// read two of shared memory, whose bandwidth is what the pass waits for.
+    #[inline(always)]
+    pub fn at(d_q: Shared<f32>, barriers: Shared<u64>) -> Self {
+        Outgoing { d_q, parts: Pipeline::at(barriers) }
+    }
+
+    /// As [`Inputs::init_barriers`].
+    #[inline(always)]
+    #[track_caller]
+    pub fn init_barriers(self) {
+        self.parts.init(WARPS, 1);
+    }
+
+    /// Where a warpgroup puts its part.
+    #[inline(always)]
+    pub fn part(self, group: u32) -> Shared<f32> {
+        self.d_q.offset(group * Self::PART)
+    }
+}

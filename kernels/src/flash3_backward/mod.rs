@@ -1,0 +1,207 @@
+//! FlashAttention-3, backward, for Hopper.
+//!
+//! Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", section 3 and
+//! appendix B.1. The mathematics is that of [`flash2_backward`](crate::flash2_backward), in five products:
+//!
+//! ```text
+//! Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q,   dQ += dS K.
+//! ```
+//!
+//! A block of threads owns `block_n` keys of a head of K and V, and walks over the queries of all heads of Q that share it,
+//! `block_m` at a time. S and dP are transposed, so that Pᵀ and dSᵀ come out in registers as left factors of the products
+//! that dV and dK are the sums of. dS of all keys meets in shared memory. What the block adds to dQ goes to sums in f32 in
+//! global memory; these additions are atomic, so the last bits of dQ differ from run to run. Those of dK and dV do not.
+//!
+//! [`prepare()`] finds what the exponents subtract and D, and clears the sums. [`whole()`] or [`split()`] is the pass
+//! itself, for narrow and for wide heads. [`finish()`] scales and rounds dQ.
+//!
+//! Warps are specialised: a thread keeps copies of Q and dO in flight, and two warpgroups multiply. dQ of a step is
+//! multiplied in the next one, so that no group waits for the other's dS. The pass is bound by the bandwidth of shared
+//! memory: most products read both factors there.
+//!
+//! HBM traffic: Q and dO once for each block of keys, less what the L2 cache keeps; K, V, dK and dV once; the sums of dQ
+//! are cleared, added to, and read.
+//!
+//! A weight of 0 hides nothing from a product, as 0 · NaN is NaN: what is not finite in a block of queries or of keys may
+//! reach the gradients of all queries and keys that are multiplied with it, as in
+//! [`flash2_backward::fused`](crate::flash2_backward::fused). Where sequences follow each other, the last block of one
+//! reaches into the next: then that counts as part of it.
+mod finish;
+mod memory;
+mod prepare;
+mod producer;
+mod split;
+mod whole;
+
+pub use finish::{FINISH, finish};
+pub use prepare::{PREPARE, prepare};
+pub use split::{SPLIT, split};
+pub use whole::{WHOLE, whole};
+
+use crate::attention::{Attention, divisor};
+use crate::config::Config;
+use crate::flash2_backward::{self, fused::first_place};
+use crate::mask::{Blocks, Mask};
+use crate::schedule::{self, KeyBlock};
+use cuda_std::math::unknown;
+use cuda_std::pipeline::Slot;
+use cuda_std::tensor::TensorMap;
+use cuda_std::thread::lane_id;
+use cuda_std::{DType, wgmma};
+
+/// Rows of a product: keys, queries or columns of a head.
+const GROUP_ROWS: u32 = wgmma::ROWS;
+
+/// Warpgroups that multiply.
+const GROUPS: u32 = 2;
+
+/// Stages of Q and dO: one is computed on while the next comes in.
+const STAGES: u32 = 2;
+
+/// Arguments of [`whole()`] and [`split()`]; [`prepare()`] and [`finish()`] take those of [`flash2_backward`], which are the
+/// field `backward`.
+///
+/// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
+/// `headdim` and `block_m`. Each may be launched before the one before it has ended ([`cuda_std::grid`]).
+///
+/// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
+/// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`] fills
+/// both. It also writes `backward.row_sums`, unless that is null.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Params {
+    /// Q: tiles of `block_m` rows and `headdim` columns of the configuration; heads and batches are its outer dimensions.
+    pub q: TensorMap,
+    /// K: tiles of `block_n` rows and `headdim` columns.
+    pub k: TensorMap,
+    /// V: tiles of `block_n` rows and `headdim_v` columns.
+    pub v: TensorMap,
+    /// dO: tiles of `block_m` rows and `headdim_v` columns.
+    pub d_o: TensorMap,
+    /// The problem and the gradients.
+    pub backward: flash2_backward::Params,
+    /// Heads of K whose blocks take turns under a causal mask ([`schedule::key_block_in_turn`]); not 0. Measured with as many
+    /// as have their Q, dO and sums of dQ, 8 bytes an element, in 32 MB, at least one.
+    pub heads_in_turn: u32,
+}
+
+const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config {
+    Config {
+        family: "flash3.backward",
+        dtype,
+        tf32: false,
+        headdim: headdim as u32,
+        headdim_v: headdim as u32,
+        causal,
+        general: false,
+        from_keys: 0,
+        block_m: 0,
+        block_n: 0,
+        threads: 0,
+        min_blocks_per_sm: 1,
+        shared_bytes: 0,
+        barriers: 0,
+    }
+}
+
+/// What a block of threads does: its keys, and the blocks of queries that they need, of each of its heads.
+#[derive(Clone, Copy)]
+struct Work {
+    block: KeyBlock,
+    blocks: Blocks,
+    /// Before which of them a mask hides something. Where keys are missing that is all: what their P would be is not bounded,
+    /// and 0 times infinity is no part of dQ.
+    masked: u32,
+    /// Heads of Q that share the head of K.
+    group: u32,
+}
+
+impl Work {
+    #[inline(always)]
+    #[track_caller]
+    fn of_block<T, const CAUSAL: bool>(a: &Attention<T>, block_m: u32, block_n: u32, heads_in_turn: u32) -> Self {
+        let block = if CAUSAL {
+            schedule::key_block_in_turn(a, block_n, heads_in_turn)
+        } else {
+            schedule::key_block(a, block_n)
+        };
+        let mask = Mask::of::<T, CAUSAL, false>(a, &block.sequence);
+        let blocks = mask.query_blocks(block.first_key, block_n, block_m);
+        let masked = if block.rows() < block_n { u32::MAX } else { blocks.full_begin };
+        Work { block, blocks, masked, group: a.nheads / divisor(a.nheads_k) }
+    }
+
+    /// Blocks of queries of all heads.
+    #[inline(always)]
+    fn steps(&self) -> u32 {
+        self.blocks.count() * self.group
+    }
+
+    /// All of them, in the order in which they are taken.
+    #[inline(always)]
+    fn walk<T>(&self, a: &Attention<T>, block_m: u32) -> Walk {
+        let head = self.block.head_k * self.group;
+        let first_place = |head| first_place(a, &self.block.sequence, head, block_m);
+        let (first_row, rows) = (self.blocks.begin * block_m, self.blocks.count() * block_m);
+        Walk {
+            next: Step { head, first_row, place: first_place(head) + first_row },
+            left: self.steps(),
+            block_m,
+            rows,
+            end_row: first_row + rows,
+            to_next_head: first_place(1) - first_place(0) - rows,
+        }
+    }
+}
+
+/// A block of queries of one head.
+#[derive(Clone, Copy)]
+struct Step {
+    head: u32,
+    /// Its first row in its head.
+    first_row: u32,
+    /// The same among the places of statistics and sums of dQ.
+    place: u32,
+}
+
+/// A walk over the blocks of queries that a block of keys needs: those of one head after the other.
+struct Walk {
+    next: Step,
+    left: u32,
+    block_m: u32,
+    /// Rows of a head that are walked over.
+    rows: u32,
+    /// Where they end.
+    end_row: u32,
+    /// From there to the first of the next head, in places.
+    to_next_head: u32,
+}
+
+impl Walk {
+    #[inline(always)]
+    fn next(&mut self) -> Option<Step> {
+        if self.left == 0 {
+            return None;
+        }
+        // The loop stays one: unrolled it would take more registers than a thread that copies has.
+        self.left = unknown(self.left - 1);
+        let step = self.next;
+        self.next.first_row += self.block_m;
+        self.next.place += self.block_m;
+        if self.next.first_row == self.end_row {
+            self.next.head += 1;
+            self.next.first_row -= self.rows;
+            self.next.place += self.to_next_head;
+        }
+        Some(step)
+    }
+}
+
+/// This warp needs a stage no more.
+#[inline(always)]
+#[track_caller]
+fn release<const STAGES: u32>(slot: Slot<STAGES>) {
+    if lane_id() == 0 {
+        slot.release();
+    }
+}

@@ -1,0 +1,310 @@
+//! The pass for narrow heads: each warpgroup sums dK and dV of 64 keys.
+//!
+//! The second group starts late, so that one's exponentials fall under the other's products. dQ leaves through shared
+//! memory: one more thread has the copy engine add it to its sums.
+use super::memory::{Inputs, Outgoing};
+use super::producer::{add_queries, load};
+use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, release};
+use crate::attention::{Attention, Tensor, Untyped};
+use crate::config::Config;
+use crate::mask::Mask;
+use cuda_std::barrier::NamedBarriers;
+use cuda_std::element::{bf16, f16};
+use cuda_std::fragment::Accumulator;
+use cuda_std::math::{LOG2_E, ex2, fma, unknown};
+use cuda_std::matrix::PackedElement;
+use cuda_std::pipeline::{Phases, Producer};
+use cuda_std::shared::dynamic_shared;
+use cuda_std::thread::{lane_id, pause, sync_threads, thread_idx_x};
+use cuda_std::warp::{ALL, sync_warp};
+use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
+use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
+use cuda_std::{SmemTile, fence, grid, kernel};
+
+/// What a block of threads keeps in shared memory.
+#[derive(Clone, Copy)]
+struct Memory<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
+    inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
+    /// dS of the present step, and of the one before: a row a query.
+    d_s: SmemTile<T, BLOCK_M, BLOCK_N>,
+    outgoing: Outgoing<HEADDIM, BLOCK_M>,
+}
+
+impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
+    Memory<T, HEADDIM, BLOCK_M, BLOCK_N>
+{
+    const TILE_BYTES: u32 = Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::TILE_BYTES;
+    const D_S_BYTES: u32 = 2 * SmemTile::<T, BLOCK_M, BLOCK_N>::BYTES;
+    const BYTES: u32 = Self::TILE_BYTES
+        + Self::D_S_BYTES
+        + Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES
+        + Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::OTHER_BYTES
+        + Outgoing::<HEADDIM, BLOCK_M>::BARRIER_BYTES;
+
+    #[inline(always)]
+    fn of_block() -> Self {
+        let bytes = dynamic_shared::<u8>();
+        let d_s = SmemTile::at(bytes.offset(Self::TILE_BYTES).cast());
+        let d_q = d_s.stage(1).end();
+        let others = d_q.cast::<u8>().offset(Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES);
+        let inputs = Inputs::at(bytes.cast(), others.cast());
+        Memory { inputs, d_s, outgoing: Outgoing::at(d_q, inputs.end()) }
+    }
+}
+
+/// Whether S, dP, dK and dV leave so few registers that the threads that copy have to give all up that they can.
+const fn is_tight(headdim: usize, block_m: usize) -> bool {
+    headdim + block_m > 192
+}
+
+const fn config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>() -> Config {
+    assert!(16 * STEPS == BLOCK_M && 8 * S_COLUMNS == BLOCK_M && 8 * D_COLUMNS == HEADDIM);
+    assert!(BLOCK_N == (GROUPS * GROUP_ROWS) as usize && Q_COLUMNS * 8 * BLOCK_N == BLOCK_M * HEADDIM);
+    Config {
+        from_keys: FROM_KEYS,
+        block_m: BLOCK_M as u32,
+        block_n: BLOCK_N as u32,
+        threads: (1 + GROUPS) * WARPGROUP,
+        shared_bytes: Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::BYTES,
+        barriers: 5,
+        ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
+    }
+}
+
+/// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ. Grid:
+/// `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`.
+///
+/// Sᵀ is `S_COLUMNS`, dK `D_COLUMNS` and a warpgroup's part of dQ `Q_COLUMNS` blocks of eight columns wide, Pᵀ `STEPS` of
+/// sixteen. dQ is `TRANSPOSED` where its part has 64 columns of the head and all queries, rather than 64 queries. The second
+/// warpgroup starts `LATE` clock cycles after the first. Tensors may have fewer columns than `HEADDIM`. `FROM_KEYS`:
+/// [`Config::from_keys`].
+#[kernel(
+    name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+            // On an H100, TFLOP/s at 512, 2k, 8k and 16k tokens, with what goes before and after; in brackets cuDNN's.
+            // 278, 509, 605, 602 (249, 421, 469, 480)
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            // 149, 375, 545, 606 (149, 315, 425, 455)
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            // 315, 553, 655, 642 (296, 507, 592, 594)
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            // 171, 437, 607, 670 (171, 394, 532, 585)
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+            // 295, 558, 683, 708 (296, 507, 592, 594)
+            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
+            // 155, 422, 618, 688 (171, 394, 532, 585)
+            (128, 80, 128, 5, 10, 16, 10, true, 1500, true, 8192),
+        ],
+    config = config,
+    table = WHOLE,
+)]
+pub fn whole<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    let work = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn);
+    if work.block.rows() == 0 {
+        return;
+    }
+    let memory = Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::of_block();
+    if thread_idx_x() == 0 {
+        memory.inputs.init_barriers();
+        memory.outgoing.init_barriers();
+        fence::mbarrier_init();
+    }
+    sync_threads();
+    grid::wait_for_prerequisites();
+    grid::launch_dependents();
+    match warpgroup_id() {
+        0 => {
+            if const { is_tight(HEADDIM, BLOCK_M) } {
+                release_registers::<24>();
+            } else {
+                release_registers::<40>();
+            }
+            if work.steps() > 0 {
+                match thread_idx_x() {
+                    0 => load(&p, &a, memory.inputs, work),
+                    32 => add_queries(&p, &a, memory.outgoing, work),
+                    _ => {}
+                }
+            }
+        }
+        group => {
+            if const { is_tight(HEADDIM, BLOCK_M) } {
+                claim_registers::<240>();
+            } else {
+                claim_registers::<232>();
+            }
+            consume::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL>(
+                &p,
+                &a,
+                memory,
+                work,
+                group - 1,
+            );
+        }
+    }
+}
+
+/// Where the two warpgroups meet: a barrier for each of the two tiles of dS and each group that waits. The other group has
+/// written its keys of that tile, and has read the other tile.
+const D_S: NamedBarriers<1, { 2 * GROUPS }, { GROUPS * WARPGROUP }> = NamedBarriers;
+
+/// dK and dV of the 64 keys of warpgroup `group`, and a part of dQ.
+#[inline(always)]
+#[track_caller]
+fn consume<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+>(
+    p: &Params,
+    a: &Attention<T>,
+    memory: Memory<T, HEADDIM, BLOCK_M, BLOCK_N>,
+    work: Work,
+    group: u32,
+) {
+    let Work { block: keys, blocks, .. } = work;
+    let mask = Mask::of::<T, CAUSAL, false>(a, &keys.sequence);
+    let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
+    let scale = a.softmax_scale * LOG2_E;
+    let own_d_s = TransposedRows::of(memory.d_s, own_key);
+    let mut queries = memory.inputs.queries.consumer();
+    let mut d_q_part = memory.outgoing.parts.producer_at(group);
+
+    let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
+    let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
+    if work.steps() > 0 {
+        Phases::of(memory.inputs.keys).wait();
+        let d_q_of = |d_s: SmemTile<T, BLOCK_M, BLOCK_N>, group: u32| -> InFlight<Q_COLUMNS> {
+            if TRANSPOSED {
+                wgmma::product(memory.inputs.k.columns(GROUP_ROWS * group), d_s.rows(0))
+            } else {
+                wgmma::product(d_s.rows(GROUP_ROWS * group), memory.inputs.k.columns(0))
+            }
+        };
+        // The step before the first has a dS of zeros.
+        Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(1));
+        fence::proxy_async();
+        D_S.arrive(GROUPS + other);
+        if LATE > 0 && group > 0 {
+            queries.wait();
+            queries.beside(memory.inputs.d_outputs).wait();
+            pause(LATE);
+        }
+        let mut block = blocks.begin;
+        for _ in 0..work.steps() {
+            // Descriptors are found anew in each step: kept, they would take the registers of the sums.
+            let group = unknown(group);
+            let first_key = GROUP_ROWS * group;
+            let q_slot = queries.wait();
+            let stage = q_slot.index;
+            let s = wgmma::product(memory.inputs.k.rows(first_key), memory.inputs.q.stage(stage).rows(0));
+            let d_o_slot = queries.beside(memory.inputs.d_outputs).wait();
+            let d_p = wgmma::product(memory.inputs.v.rows(first_key), memory.inputs.d_o.stage(stage).rows(0));
+
+            // Pᵀ = 2^(scale · K Qᵀ - LSE)
+            let mut p: Accumulator<1, S_COLUMNS> = s.wait::<1>();
+            if block < work.masked {
+                mask.apply_transposed(&mut p, keys.first_key + own_key, block * BLOCK_M as u32);
+            }
+            p.zip_shared_columns(memory.inputs.bases(stage), |s, base| ex2(fma(s, scale, -base)));
+            let p_rounded = Registers::<T, STEPS>::of(&p);
+
+            // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
+            wgmma::pin(&mut p);
+            let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
+            wgmma::pin(&mut p);
+            d_s.zip_shared_columns(memory.inputs.sums(stage), |d_p, sum| d_p - sum);
+            d_s.zip(&p, |d_p, p| d_p * p);
+            let d_s_rounded = Registers::<T, STEPS>::of(&d_s);
+
+            let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
+            D_S.sync(GROUPS * (1 - stage) + group);
+            d_s_rounded.store_transposed(own_d_s.stage(stage));
+            fence::proxy_async();
+            let d_q = d_q_of(memory.d_s.stage(1 - stage), group);
+            d_v = d_v_in_flight.wait::<1>();
+            release(d_o_slot);
+            let d_k_in_flight = wgmma::add_product(d_k, d_s_rounded, memory.inputs.q.stage(stage).columns(0));
+            let d_q = d_q.wait::<1>();
+            D_S.arrive(GROUPS * stage + GROUPS - 1 - group);
+            hand_over(&d_q, memory.outgoing, &mut d_q_part);
+            d_k = d_k_in_flight.wait::<0>();
+            release(q_slot);
+
+            queries.advance();
+            block += 1;
+            if block == blocks.end {
+                block = blocks.begin;
+            }
+        }
+        let last = work.steps() % 2 ^ 1;
+        D_S.sync(GROUPS * last + group);
+        let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
+        hand_over(&d_q, memory.outgoing, &mut d_q_part);
+    }
+    let first_key = keys.first_key + own_key;
+    let of_keys = |tensor: Tensor<Untyped>, columns| {
+        keys.sequence.key_matrix(&tensor.cast::<T>(), keys.head_k, first_key, columns, true)
+    };
+    d_v.store_rows(of_keys(p.backward.d_v, a.headdim_v));
+    d_k.map(|_, _, d_k| d_k * a.softmax_scale);
+    d_k.store_rows(of_keys(p.backward.d_k, a.headdim));
+}
+
+/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before.
+#[inline(always)]
+#[track_caller]
+fn hand_over<const HEADDIM: usize, const BLOCK_M: usize, const Q_COLUMNS: usize>(
+    d_q: &Accumulator<1, Q_COLUMNS>,
+    outgoing: Outgoing<HEADDIM, BLOCK_M>,
+    part: &mut Producer<GROUPS>,
+) {
+    let slot = part.acquire();
+    let own = warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32;
+    d_q.store_registers(outgoing.part(slot.index).offset(own));
+    fence::proxy_async();
+    sync_warp(ALL);
+    if lane_id() == 0 {
+        slot.fill();
+    }
+    part.next_round();
+}

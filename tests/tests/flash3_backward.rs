@@ -1,0 +1,329 @@
+//! FlashAttention-3's backward kernels on the simulated GPU, against gradients in f64. The simulator fails a run for any
+//! race, missing fence, uninitialised read or access out of bounds.
+use cuda_std::element::{bf16, f16};
+use cuda_std::sim::{Buffer, Launch, Memory, Options, launch};
+use cuda_std::tensor::{TensorMap, TensorMapDescription};
+use cuda_std::{DType, Element, Global, Kernel};
+use kernels::attention::{Attention, Tensor};
+use kernels::dropout::Dropout;
+use kernels::flash2_backward::{self, fused};
+use kernels::flash3_backward::{FINISH, PREPARE, Params, SPLIT, WHOLE};
+use kernels::{Config, mask};
+
+/// A problem: sequences of `(seqlen_q, seqlen_k)`, which follow each other if `packed`, and are all alike if not.
+#[derive(Clone, Copy)]
+struct Problem {
+    lengths: &'static [(usize, usize)],
+    packed: bool,
+    nheads: usize,
+    nheads_k: usize,
+    headdim: usize,
+    causal: bool,
+}
+
+/// Of one head of one sequence, rows of `headdim`.
+struct Head {
+    d_q: Vec<f64>,
+    d_k: Vec<f64>,
+    d_v: Vec<f64>,
+    o: Vec<f64>,
+    lse: Vec<f64>,
+}
+
+/// Numbers between -1 and 1, the same in each run.
+fn numbers<T: Element>(count: usize, seed: u64) -> Vec<T> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| T::from_f32(next())).collect()
+}
+
+fn dot(x: &[f64], y: &[f64]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
+}
+
+/// The gradients of one head, from its rows of Q, K, V and dO and the gradient of its LSE.
+fn gradients(p: &Problem, scale: f64, [q, k, v, d_o]: [&[f64]; 4], d_lse: &[f64]) -> Head {
+    let d = p.headdim;
+    let (rows, keys) = (q.len() / d, k.len() / d);
+    let mut head = Head {
+        d_q: vec![0.0; q.len()],
+        d_k: vec![0.0; k.len()],
+        d_v: vec![0.0; k.len()],
+        o: vec![0.0; q.len()],
+        lse: vec![f64::NEG_INFINITY; rows],
+    };
+    let row_of = |x: &[f64], i: usize| x[i * d..][..d].to_vec();
+    let add = |to: &mut [f64], i: usize, factor: f64, x: &[f64]| {
+        to[i * d..][..d].iter_mut().zip(x).for_each(|(to, x)| *to += factor * x);
+    };
+    for i in 0..rows {
+        let seen = if p.causal { (i + 1 + keys).saturating_sub(rows).min(keys) } else { keys };
+        if seen == 0 {
+            continue;
+        }
+        let (q_i, d_o_i) = (row_of(q, i), row_of(d_o, i));
+        let s: Vec<f64> = (0..seen).map(|j| scale * dot(&q_i, &k[j * d..][..d])).collect();
+        let m = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let l: f64 = s.iter().map(|s| (s - m).exp()).sum();
+        head.lse[i] = m + l.ln();
+        let weights: Vec<f64> = s.iter().map(|s| (s - head.lse[i]).exp()).collect();
+        for j in 0..seen {
+            add(&mut head.o, i, weights[j], &row_of(v, j));
+        }
+        let sum = dot(&d_o_i, &head.o[i * d..][..d]) - d_lse[i];
+        for j in 0..seen {
+            let d_s = scale * weights[j] * (dot(&d_o_i, &v[j * d..][..d]) - sum);
+            add(&mut head.d_v, j, weights[j], &d_o_i);
+            add(&mut head.d_q, i, d_s, &row_of(k, j));
+            add(&mut head.d_k, j, d_s, &q_i);
+        }
+    }
+    head
+}
+
+/// ‖x - exact‖ / ‖exact‖.
+fn relative_error<T: Element>(x: &[T], exact: &[f64]) -> f64 {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let error = norm(&mut x.iter().zip(exact).map(|(x, exact)| f64::from(x.to_f32()) - exact));
+    error / norm(&mut exact.iter().copied())
+}
+
+/// The kernels of a table for this dtype and the least head dimension that is enough, of those that are asked for.
+fn kernels_of<P>(
+    tables: [&'static [Kernel<P, Config>]; 2],
+    dtype: DType,
+    headdim: usize,
+    is_it: impl Fn(&Config) -> bool,
+) -> Vec<&'static Kernel<P, Config>> {
+    let fits = |config: &Config| config.dtype == dtype && config.headdim as usize >= headdim && is_it(config);
+    let mut fitting: Vec<_> = tables.into_iter().flatten().filter(|kernel| fits(&kernel.config)).collect();
+    let least = fitting.iter().map(|kernel| kernel.config.headdim).min().expect("a kernel");
+    fitting.retain(|kernel| kernel.config.headdim == least);
+    fitting
+}
+
+fn run<P: Copy + Send + Sync>(kernel: &Kernel<P, Config>, blocks: usize, seed: u64, memory: &Memory, p: P) {
+    let Config { threads, shared_bytes, .. } = kernel.config;
+    let described = Launch { kernel: kernel.name, grid: [blocks as u32, 1, 1], block: [threads, 1, 1], shared_bytes };
+    let report = launch(&described, memory, &Options { seed, ..Options::default() }, || (kernel.run)(p));
+    assert!(report.findings.is_empty(), "{}", report.findings[0]);
+}
+
+/// Of (tokens, heads, headdim) rows `first` to `first + count` of one head.
+fn rows<T: Element>(
+    x: &[T],
+    (heads, headdim): (usize, usize),
+    (first, count): (usize, usize),
+    head: usize,
+) -> Vec<f64> {
+    let row = |i| x[((first + i) * heads + head) * headdim..][..headdim].iter();
+    (0..count).flat_map(row).map(|x| f64::from(x.to_f32())).collect()
+}
+
+/// Adds `values` to those rows.
+fn add_rows(to: &mut [f64], (heads, headdim): (usize, usize), first: usize, head: usize, values: &[f64]) {
+    for (i, row) in values.chunks_exact(headdim).enumerate() {
+        let to = &mut to[((first + i) * heads + head) * headdim..][..headdim];
+        to.iter_mut().zip(row).for_each(|(to, x)| *to += x);
+    }
+}
+
+/// The gradients of a problem by all kernels for it are those in f64, as far as T can say.
+fn check<T: Element>(p: Problem, seed: u64) {
+    for pass in kernels_of([WHOLE, SPLIT], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
+        check_pass::<T>(p, pass, seed);
+    }
+}
+
+fn check_pass<T: Element>(p: Problem, pass: &'static Kernel<Params, Config>, seed: u64) {
+    let Problem { lengths, packed, nheads, nheads_k, headdim, causal } = p;
+    let (batch, scale) = (lengths.len(), 1.0 / (headdim as f64).sqrt());
+    let begins = |of: fn(&(usize, usize)) -> usize| -> Vec<usize> {
+        (0..=batch).map(|b| lengths[..b].iter().map(of).sum()).collect()
+    };
+    let (q_begins, k_begins) = (begins(|l| l.0), begins(|l| l.1));
+    let (tokens_q, tokens_k) = (q_begins[batch], k_begins[batch]);
+    let (of_q, of_k) = ((nheads, headdim), (nheads_k, headdim));
+    let q = numbers::<T>(tokens_q * nheads * headdim, seed);
+    let k = numbers::<T>(tokens_k * nheads_k * headdim, seed + 1);
+    let v = numbers::<T>(tokens_k * nheads_k * headdim, seed + 2);
+    let d_o = numbers::<T>(tokens_q * nheads * headdim, seed + 3);
+    let d_lse = numbers::<f32>(nheads * tokens_q, seed + 4);
+
+    // Where the LSE of a row is: (nheads, tokens) if packed, else (batch, nheads, seqlen).
+    let longest = |of: fn(&(usize, usize)) -> usize| lengths.iter().map(of).max().unwrap();
+    let (seqlen_q, seqlen_k) = (longest(|l| l.0), longest(|l| l.1));
+    let lse_at = |b: usize, head: usize| match packed {
+        true => head * tokens_q + q_begins[b],
+        false => (b * nheads + head) * seqlen_q,
+    };
+    let mut exact = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()], vec![0.0; q.len()]];
+    let mut lse = vec![0f32; nheads * tokens_q];
+    for (b, &(seqlen_q, seqlen_k)) in lengths.iter().enumerate() {
+        for head in 0..nheads {
+            let (head_k, of_queries, of_keys) =
+                (head / (nheads / nheads_k), (q_begins[b], seqlen_q), (k_begins[b], seqlen_k));
+            let inputs = [
+                rows(&q, of_q, of_queries, head),
+                rows(&k, of_k, of_keys, head_k),
+                rows(&v, of_k, of_keys, head_k),
+                rows(&d_o, of_q, of_queries, head),
+            ];
+            let first = lse_at(b, head);
+            let d_lse: Vec<f64> = d_lse[first..][..seqlen_q].iter().map(|&x| x.into()).collect();
+            let found = gradients(&p, scale, inputs.each_ref().map(|x| &x[..]), &d_lse);
+            add_rows(&mut exact[0], of_q, q_begins[b], head, &found.d_q);
+            add_rows(&mut exact[1], of_k, k_begins[b], head_k, &found.d_k);
+            add_rows(&mut exact[2], of_k, k_begins[b], head_k, &found.d_v);
+            add_rows(&mut exact[3], of_q, q_begins[b], head, &found.o);
+            (0..seqlen_q).for_each(|i| lse[first + i] = found.lse[i] as f32);
+        }
+    }
+    let o: Vec<T> = exact[3].iter().map(|&x| T::from_f32(x as f32)).collect();
+
+    let Config { headdim: tile_columns, block_m, block_n, .. } = pass.config;
+    let in_step = |config: &Config| config.block_m == block_m && config.headdim == tile_columns;
+    let of_queries = |table| kernels_of([table, &[]], T::DTYPE, headdim, in_step)[0];
+    let (prepare, finish) = (of_queries(PREPARE), of_queries(FINISH));
+
+    let memory = Memory::new();
+    let batches = if packed { 1 } else { batch };
+    let stride = |tokens: usize, heads: usize| if packed { 0 } else { (tokens / batch * heads * headdim) as u64 };
+    let tensor = |at: Buffer<T>, tokens: usize, heads: usize| Tensor {
+        data: at.global().cast(),
+        batch_stride: stride(tokens, heads),
+        row_stride: (heads * headdim) as u64,
+        head_stride: headdim as u64,
+    };
+    let map = |at: Buffer<T>, tokens: usize, heads: usize, rows: u32| -> TensorMap {
+        let row_stride = (heads * headdim) as u64;
+        let rows_of_batch = tokens / batches;
+        let outer = [(heads as u64, headdim as u64), (batches as u64, rows_of_batch as u64 * row_stride)];
+        let extents = (rows_of_batch as u64, headdim as u64);
+        let address = at.global().address();
+        let map = TensorMapDescription::of_panels(T::DTYPE, (rows, tile_columns), address, extents, row_stride, &outer);
+        map.and_then(|map| map.simulated()).expect("a tensor map")
+    };
+    let [q_at, d_o_at, o_at] = [("q", &q), ("d_o", &d_o), ("o", &o)].map(|(name, x)| memory.upload(name, x));
+    let [k_at, v_at] = [("k", &k), ("v", &v)].map(|(name, x)| memory.upload(name, x));
+    let d_q_at = memory.allocate::<T>("d_q", q.len());
+    let [d_k_at, d_v_at] = ["d_k", "d_v"].map(|name| memory.allocate::<T>(name, k.len()));
+    let upload_begins = |name, begins: &[usize]| {
+        let begins: Vec<i32> = begins.iter().map(|&x| x as i32).collect();
+        if packed { memory.upload(name, &begins).global() } else { Global::NULL }
+    };
+    let places = fused::places_in_blocks(block_m, batch as u64, seqlen_q as u64, packed.then_some(tokens_q as u64));
+    let places = places as usize * nheads;
+    let nothing = Tensor { data: Global::NULL, batch_stride: 0, row_stride: 0, head_stride: 0 };
+    let parameters = Params {
+        q: map(q_at, tokens_q, nheads, block_m),
+        k: map(k_at, tokens_k, nheads_k, block_n),
+        v: map(v_at, tokens_k, nheads_k, block_n),
+        d_o: map(d_o_at, tokens_q, nheads, block_m),
+        backward: flash2_backward::Params {
+            attention: Attention {
+                q: tensor(q_at, tokens_q, nheads),
+                k: tensor(k_at, tokens_k, nheads_k),
+                v: tensor(v_at, tokens_k, nheads_k),
+                o: tensor(o_at, tokens_q, nheads),
+                bias: nothing,
+                mask: Tensor { data: Global::NULL, batch_stride: 0, row_stride: 0, head_stride: 0 },
+                alibi_slopes: Global::NULL,
+                alibi_batch_stride: 0,
+                sinks: Global::NULL,
+                softmax_lse: memory.upload("lse", &lse).global(),
+                lse_batch_stride: if packed { 0 } else { (nheads * seqlen_q) as u64 },
+                lse_head_stride: if packed { tokens_q } else { seqlen_q } as u64,
+                cu_seqlens_q: upload_begins("cu_seqlens_q", &q_begins),
+                cu_seqlens_k: upload_begins("cu_seqlens_k", &k_begins),
+                dropout: Dropout::NONE,
+                batch: batch as u32,
+                nheads: nheads as u32,
+                nheads_k: nheads_k as u32,
+                seqlen_q: seqlen_q as u32,
+                seqlen_k: seqlen_k as u32,
+                headdim: headdim as u32,
+                headdim_v: headdim as u32,
+                softmax_scale: scale as f32,
+                softcap: 0.0,
+                window_left: mask::UNBOUNDED,
+                window_right: if causal { 0 } else { mask::UNBOUNDED },
+                aligned: 1,
+            },
+            d_o: tensor(d_o_at, tokens_q, nheads),
+            d_q: tensor(d_q_at, tokens_q, nheads),
+            d_k: tensor(d_k_at, tokens_k, nheads_k),
+            d_v: tensor(d_v_at, tokens_k, nheads_k),
+            d_lse: memory.upload("d_lse", &d_lse).global(),
+            row_sums: Global::NULL,
+            d_bias: nothing,
+            bias_batch: 0,
+            bias_heads: 0,
+            bias_rows: 0,
+            d_sinks: Global::NULL,
+            statistics: memory.allocate::<f32>("statistics", 2 * places).global(),
+            d_q_sums: memory.allocate::<f32>("d_q_sums", places * tile_columns as usize).global(),
+        },
+        heads_in_turn: 2,
+    };
+    let query_blocks = seqlen_q.div_ceil(block_m as usize) * nheads * batch;
+    let key_blocks = seqlen_k.div_ceil(block_n as usize) * nheads_k * batch;
+    run(prepare, query_blocks, seed, &memory, parameters.backward);
+    run(pass, key_blocks, seed, &memory, parameters);
+    run(finish, query_blocks, seed, &memory, parameters.backward);
+
+    let tolerance = if T::DTYPE == DType::F16 { 5e-4 } else { 4e-3 };
+    let found = [("dQ", memory.read(&d_q_at)), ("dK", memory.read(&d_k_at)), ("dV", memory.read(&d_v_at))];
+    for ((name, found), exact) in found.iter().zip(&exact) {
+        let error = relative_error(found, exact);
+        println!("{} {name} {error:.2e}", pass.name);
+        assert!(error < tolerance, "{name}: {error:.2e} of {tolerance:.0e}, {}", pass.name);
+    }
+}
+
+const FIXED: Problem =
+    Problem { lengths: &[(200, 200); 2], packed: false, nheads: 2, nheads_k: 2, headdim: 128, causal: false };
+
+#[test]
+fn one_head() {
+    for causal in [false, true] {
+        check::<bf16>(Problem { lengths: &[(256, 256)], nheads: 1, nheads_k: 1, causal, ..FIXED }, 1);
+        check::<f16>(Problem { lengths: &[(256, 256)], nheads: 1, nheads_k: 1, headdim: 64, causal, ..FIXED }, 2);
+    }
+}
+
+#[test]
+fn tails_and_narrow_heads() {
+    for causal in [false, true] {
+        check::<f16>(Problem { causal, ..FIXED }, 3);
+        check::<bf16>(Problem { lengths: &[(130, 70); 2], headdim: 40, causal, ..FIXED }, 4);
+        check::<bf16>(Problem { lengths: &[(70, 260)], headdim: 96, causal, ..FIXED }, 5);
+    }
+}
+
+#[test]
+fn wide_heads() {
+    for causal in [false, true] {
+        check::<bf16>(Problem { lengths: &[(150, 210)], headdim: 256, causal, ..FIXED }, 9);
+        check::<f16>(Problem { lengths: &[(130, 70)], headdim: 192, nheads_k: 1, causal, ..FIXED }, 10);
+    }
+}
+
+#[test]
+fn grouped_queries() {
+    for headdim in [64, 128] {
+        check::<bf16>(Problem { nheads: 6, causal: true, headdim, ..FIXED }, 6);
+    }
+}
+
+#[test]
+fn packed_sequences() {
+    for causal in [false, true] {
+        let lengths = &[(100, 40), (0, 130), (1, 1), (190, 210)];
+        check::<bf16>(Problem { lengths, packed: true, nheads_k: 1, causal, ..FIXED }, 7);
+        check::<f16>(Problem { lengths, packed: true, headdim: 64, causal, ..FIXED }, 8);
+    }
+}

@@ -9,14 +9,12 @@ use ferroflash_tests::grid::DTYPES;
 use ferroflash_tests::guarded::Gaps;
 use ferroflash_tests::pointers::Machine;
 
-/// Runs a problem by plain pointers with all gaps, its gradients in one order of additions and in any.
-fn check(machine: Machine, kernel: Kernel, problem: &Combination, gaps: &[Gaps]) {
-    for &gaps in gaps {
-        for deterministic in if kernel == Kernel::Auto { &[true, false][..] } else { &[true] } {
-            let mut problem = problem.clone();
-            problem.options.deterministic = *deterministic;
-            problem.check_pointers(machine, kernel, gaps).unwrap_or_else(|reason| panic!("{reason}"));
-        }
+/// Runs a problem by plain pointers, its gradients in one order of additions and in any.
+fn check(machine: Machine, problem: &Combination, gaps: Gaps) {
+    for deterministic in [true, false] {
+        let mut problem = problem.clone();
+        problem.options.deterministic = deterministic;
+        problem.check_pointers(machine, Kernel::Auto, gaps).unwrap_or_else(|reason| panic!("{reason}"));
     }
 }
 
@@ -28,7 +26,9 @@ fn check_elders(machine: Machine, lengths: (usize, usize), headdims: &[usize]) {
                 for causal in [false, true] {
                     let mut problem = plain(dtype, lengths, (headdim, headdim));
                     problem.options.causal = causal;
-                    check(machine, kernel, &problem, &[Gaps::Aligned, Gaps::HeadsFirst]);
+                    for gaps in [Gaps::Aligned, Gaps::HeadsFirst] {
+                        problem.check_pointers(machine, kernel, gaps).unwrap_or_else(|reason| panic!("{reason}"));
+                    }
                 }
             }
         }
@@ -43,7 +43,7 @@ fn of_each_feature_on_the_simulator() {
         let mut problem = plain(DTYPES[i % 3], (35, 70), headdims);
         problem.nheads_k = 1;
         feature(&mut problem);
-        check(Machine::Simulator, Kernel::Auto, &problem, &[Gaps::OF_TOKENS[i % 3]]);
+        check(Machine::Simulator, &problem, Gaps::OF_TOKENS[i % 3]);
     }
 }
 
@@ -55,7 +55,7 @@ fn of_each_head_dimension_on_the_simulator() {
         let mut problem = plain(DTYPES[1 + i % 2], (19, 37), headdims);
         (problem.lengths, problem.group) = (vec![(19, 37)], 1);
         problem.options.causal = i % 2 == 0;
-        check(Machine::Simulator, Kernel::Auto, &problem, &[Gaps::OF_TOKENS[i % 2]]);
+        check(Machine::Simulator, &problem, Gaps::OF_TOKENS[i % 2]);
     }
 }
 
@@ -64,13 +64,22 @@ fn of_the_elders_on_the_simulator() {
     check_elders(Machine::Simulator, (35, 70), &[32]);
 }
 
+/// The GPU; `None`, said aloud, where there is none.
+fn gpu(test: &str) -> Option<Machine> {
+    Machine::gpu().inspect_err(|reason| println!("skipped: {test}: {reason}")).ok()
+}
+
+#[test]
+fn of_the_elders_on_the_gpu() {
+    let Some(machine) = gpu("of_the_elders_on_the_gpu") else { return };
+    check_elders(machine, (113, 203), &[32, 64, 128]);
+}
+
+/// Each feature with each head dimension and dtype; the gaps go round, so that each of these meets all of them.
 #[test]
 fn of_everything_on_the_gpu() {
-    let machine = match Machine::gpu() {
-        Ok(machine) => machine,
-        Err(reason) => return println!("skipped: of_everything_on_the_gpu: {reason}"),
-    };
-    check_elders(machine, (113, 203), &[32, 64, 128]);
+    let Some(machine) = gpu("of_everything_on_the_gpu") else { return };
+    let mut done = 0;
     for headdims in [
         (8, 8),
         (32, 32),
@@ -84,15 +93,14 @@ fn of_everything_on_the_gpu() {
         (192, 192),
         (256, 256),
     ] {
-        for dtype in DTYPES {
+        for (dtype, allow_tf32) in [(DType::F32, false), (DType::F32, true), (DType::F16, false), (DType::BF16, false)]
+        {
             for (_, feature) in FEATURES {
                 let mut problem = plain(dtype, (113, 203), headdims);
                 feature(&mut problem);
-                check(machine, Kernel::Auto, &problem, &Gaps::OF_TOKENS);
-                if dtype == DType::F32 {
-                    problem.options.allow_tf32 = true;
-                    check(machine, Kernel::Auto, &problem, &[Gaps::Aligned]);
-                }
+                problem.options.allow_tf32 = allow_tf32;
+                check(machine, &problem, Gaps::OF_TOKENS[done % 3]);
+                done += 1;
             }
         }
     }

@@ -56,8 +56,8 @@ impl<const FIRST: u32, const GROUPS: u32, const THREADS: u32> Turns<FIRST, GROUP
     }
 }
 
-/// Hardware barriers `FIRST` to `FIRST + COUNT`, each for `THREADS` threads, of which a number known to whole warps says
-/// one: those that wait at a different one in each step, or each in their own.
+/// Hardware barriers `FIRST` to `FIRST + COUNT`, each for `THREADS` threads, of which a number known to whole warps
+/// says one: for threads that wait at a different one in each step, or each at their own.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NamedBarriers<const FIRST: u32, const COUNT: u32, const THREADS: u32>;
 

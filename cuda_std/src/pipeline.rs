@@ -161,8 +161,8 @@ impl<const STAGES: u32> Consumer<STAGES> {
         self.pipeline.slot(self.at)
     }
 
-    /// The state of a thread that is at the same stage of another pipeline, in the same phase: of pipelines that are emptied
-    /// in step, one state is enough.
+    /// The state of a thread that is at the same stage of another pipeline, in the same phase: of pipelines that are
+    /// emptied in step, one state is enough.
     #[inline(always)]
     pub fn beside(&self, pipeline: Pipeline<STAGES>) -> Self {
         Consumer { pipeline, at: self.at }

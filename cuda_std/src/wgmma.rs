@@ -190,8 +190,8 @@ impl<T: PackedElement, const STEPS: usize> Registers<T, STEPS> {
         Registers { registers, of: core::marker::PhantomData }
     }
 
-    /// Writes the transpose of the matrix to shared memory: column c of the warp's 16 rows becomes row c of a tile, from a
-    /// column on. Said by each warp for itself. PTX ISA: `stmatrix.sync.aligned.m8n8.x4.trans`.
+    /// Writes the transpose of the matrix to shared memory: column c of the warp's 16 rows becomes row c of a tile,
+    /// from a column on. Said by each warp for itself. PTX ISA: `stmatrix.sync.aligned.m8n8.x4.trans`.
     #[inline(always)]
     #[track_caller]
     pub fn store_transposed<const R: usize, const C: usize>(self, to: TransposedRows<T, R, C>) {

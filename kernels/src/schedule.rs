@@ -83,8 +83,8 @@ pub fn key_block<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
     KeyBlock { first_key: index * block_n, head_k, sequence: a.sequence(batch) }
 }
 
-/// As [`key_block`], for a causal mask: the first keys of a few heads come before the next keys of any of them, so that the
-/// last blocks to run are short ones. `heads_in_turn` of K: so few that what they read stays in the L2 cache.
+/// As [`key_block`], for a causal mask: the first keys of a few heads come before the next keys of any of them, so that
+/// the last blocks to run are short ones. `heads_in_turn` of K: so few that what they read stays in the L2 cache.
 #[inline(always)]
 #[track_caller]
 pub fn key_block_in_turn<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32) -> KeyBlock {

@@ -1,5 +1,5 @@
-//! FlashAttention-3's backward kernels on the simulated GPU, against gradients in f64. The simulator fails a run for any
-//! race, missing fence, uninitialised read or access out of bounds.
+//! FlashAttention-3's backward kernels on the simulated GPU, against gradients in f64. The simulator fails a run for
+//! any race, missing fence, uninitialised read or access out of bounds.
 use cuda_std::element::{bf16, f16};
 use cuda_std::sim::{Buffer, Launch, Memory, Options, launch};
 use cuda_std::tensor::{TensorMap, TensorMapDescription};

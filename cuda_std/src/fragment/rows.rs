@@ -32,8 +32,8 @@ impl<const N: usize> Accumulator<1, N> {
 }
 
 impl<const N: usize> Accumulator<1, N> {
-    /// As [`zip_columns`](Self::zip_columns), with `8 N` values in shared memory from `columns` on, aligned to 8 bytes. Each
-    /// is loaded where it is used: where few registers are left, these do not hold all of them at once.
+    /// As [`zip_columns`](Self::zip_columns), with `8 N` values in shared memory from `columns` on, aligned to 8 bytes.
+    /// Each is loaded where it is used: where few registers are left, these do not hold all of them at once.
     #[inline(always)]
     #[track_caller]
     pub fn zip_shared_columns(&mut self, columns: Shared<f32>, f: impl Fn(f32, f32) -> f32) {
@@ -45,8 +45,8 @@ impl<const N: usize> Accumulator<1, N> {
         }
     }
 
-    /// Writes the matrix to [`ELEMENTS`](Self::ELEMENTS) elements of shared memory in the order of the registers, four of a
-    /// lane at a time, without a bank conflict.
+    /// Writes the matrix to [`ELEMENTS`](Self::ELEMENTS) elements of shared memory in the order of the registers, four
+    /// of a lane at a time, without a bank conflict.
     #[inline(always)]
     #[track_caller]
     pub fn store_registers(&self, to: Shared<f32>) {

@@ -12,8 +12,8 @@ pub type MapAddress = u64;
 pub fn map_address<P>(parameters: &P, map: &TensorMap) -> MapAddress {
     let offset = (&raw const *map as u64).wrapping_sub(&raw const *parameters as u64);
     let address: u64;
-    // SAFETY: takes an address. The sum is made here, or LLVM would add up the three terms in another order. Not `pure`: found
-    // where it is said, in a loop too, rather than kept in two registers.
+    // SAFETY: takes an address. The sum is made here, or LLVM would add up the three terms in another order. Not
+    // `pure`: found where it is said, in a loop too, rather than kept in two registers.
     unsafe {
         asm!("{{ .reg .b64 parameters; mov.b64 parameters, kernel_parameters; cvta.param.u64 parameters, parameters;",
             "add.u64 {0}, parameters, {1}; }}",

@@ -39,7 +39,7 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
     /// What the statistics and the barriers take.
     pub const OTHER_BYTES: u32 = 4 * 2 * STAGES * BLOCK_M as u32 + Mbarrier::BYTES + 2 * Pipeline::<STAGES>::BYTES;
 
-    /// The tiles from `tiles` on, aligned to 1024 bytes, the statistics and the barriers from `others` on, aligned to 16.
+    /// The tiles from `tiles` on, aligned to 1024 bytes; statistics and barriers from `others` on, aligned to 16.
     #[inline(always)]
     pub fn at(tiles: Shared<T>, others: Shared<f32>) -> Self {
         let k = SmemTile::at(tiles);
@@ -99,8 +99,7 @@ impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
     /// What the barriers take.
     pub const BARRIER_BYTES: u32 = Pipeline::<GROUPS>::BYTES;
 
-    /// The parts from `d_q` on, aligned to 128 bytes: for each line of memory that it adds to, the copy engine would else
-    /// read two of shared memory, whose bandwidth is what the pass waits for.
+    /// The parts from `d_q` on, aligned to 128 bytes, which is what the copy engine reads and adds to at a time.
     #[inline(always)]
     pub fn at(d_q: Shared<f32>, barriers: Shared<u64>) -> Self {
         Outgoing { d_q, parts: Pipeline::at(barriers) }

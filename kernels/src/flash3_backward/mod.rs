@@ -1,29 +1,30 @@
 //! FlashAttention-3, backward, for Hopper.
 //!
-//! Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", section 3 and
-//! appendix B.1. The mathematics is that of [`flash2_backward`](crate::flash2_backward), in five products:
+//! Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", section 3
+//! and appendix B.1. The mathematics is that of [`flash2_backward`](crate::flash2_backward), in five products:
 //!
 //! ```text
 //! Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q,   dQ += dS K.
 //! ```
 //!
-//! A block of threads owns `block_n` keys of a head of K and V, and walks over the queries of all heads of Q that share it,
-//! `block_m` at a time. S and dP are transposed, so that Pᵀ and dSᵀ come out in registers as left factors of the products
-//! that dV and dK are the sums of. dS of all keys meets in shared memory. What the block adds to dQ goes to sums in f32 in
-//! global memory; these additions are atomic, so the last bits of dQ differ from run to run. Those of dK and dV do not.
+//! A block of threads owns `block_n` keys of a head of K and V, and walks over the queries of all heads of Q that share
+//! it, `block_m` at a time. S and dP are transposed, so that Pᵀ and dSᵀ come out in registers as left factors of the
+//! products that dV and dK are the sums of. dS of all keys meets in shared memory. What the block adds to dQ goes to
+//! sums in f32 in global memory; these additions are atomic, so the last bits of dQ differ from run to run. Those of dK
+//! and dV do not.
 //!
 //! [`prepare()`] finds what the exponents subtract and D, and clears the sums. [`whole()`] or [`split()`] is the pass
 //! itself, for narrow and for wide heads. [`finish()`] scales and rounds dQ.
 //!
 //! Warps are specialised: a thread keeps copies of Q and dO in flight, and two warpgroups multiply. dQ of a step is
-//! multiplied in the next one, so that no group waits for the other's dS. The pass is bound by the bandwidth of shared
-//! memory: most products read both factors there.
+//! multiplied in the next one, so that no group waits for the other's dS. By the count of bytes it is the bandwidth of
+//! shared memory, where most products read both factors, that bounds the pass.
 //!
-//! HBM traffic: Q and dO once for each block of keys, less what the L2 cache keeps; K, V, dK and dV once; the sums of dQ
-//! are cleared, added to, and read.
+//! HBM traffic: Q and dO once for each block of keys, less what the L2 cache keeps; K, V, dK and dV once; the sums of
+//! dQ are cleared, added to, and read.
 //!
-//! A weight of 0 hides nothing from a product, as 0 · NaN is NaN: what is not finite in a block of queries or of keys may
-//! reach the gradients of all queries and keys that are multiplied with it, as in
+//! A weight of 0 hides nothing from a product, as 0 · NaN is NaN: what is not finite in a block of queries or of keys
+//! may reach the gradients of all queries and keys that are multiplied with it, as in
 //! [`flash2_backward::fused`](crate::flash2_backward::fused). Where sequences follow each other, the last block of one
 //! reaches into the next: then that counts as part of it.
 mod finish;
@@ -58,19 +59,20 @@ const GROUPS: u32 = 2;
 /// Stages of Q and dO: one is computed on while the next comes in.
 const STAGES: u32 = 2;
 
-/// Arguments of [`whole()`] and [`split()`]; [`prepare()`] and [`finish()`] take those of [`flash2_backward`], which are the
-/// field `backward`.
+/// Arguments of [`whole()`] and [`split()`]; [`prepare()`] and [`finish()`] take those of [`flash2_backward`], which
+/// are the field `backward`.
 ///
 /// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
 /// `headdim` and `block_m`. Each may be launched before the one before it has ended ([`cuda_std::grid`]).
 ///
 /// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
-/// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`] fills
-/// both. It also writes `backward.row_sums`, unless that is null.
+/// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`]
+/// fills both. It also writes `backward.row_sums`, unless that is null.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Params {
-    /// Q: tiles of `block_m` rows and `headdim` columns of the configuration; heads and batches are its outer dimensions.
+    /// Q: tiles of `block_m` rows and `headdim` columns of the configuration; heads and batches are its outer
+    /// dimensions.
     pub q: TensorMap,
     /// K: tiles of `block_n` rows and `headdim` columns.
     pub k: TensorMap,
@@ -80,8 +82,8 @@ pub struct Params {
     pub d_o: TensorMap,
     /// The problem and the gradients.
     pub backward: flash2_backward::Params,
-    /// Heads of K whose blocks take turns under a causal mask ([`schedule::key_block_in_turn`]); not 0. Measured with as many
-    /// as have their Q, dO and sums of dQ, 8 bytes an element, in 32 MB, at least one.
+    /// Heads of K whose blocks take turns under a causal mask ([`schedule::key_block_in_turn`]); not 0. Measured with
+    /// as many as have their Q, dO and sums of dQ, 8 bytes an element, in 32 MB, at least one.
     pub heads_in_turn: u32,
 }
 
@@ -109,8 +111,8 @@ const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config
 struct Work {
     block: KeyBlock,
     blocks: Blocks,
-    /// Before which of them a mask hides something. Where keys are missing that is all: what their P would be is not bounded,
-    /// and 0 times infinity is no part of dQ.
+    /// Before which of them a mask hides something. Where keys are missing that is all: what their P would be is not
+    /// bounded, and 0 times infinity is no part of dQ.
     masked: u32,
     /// Heads of Q that share the head of K.
     group: u32,

@@ -1,5 +1,5 @@
-//! The pass for wide heads: of each block of queries one warpgroup computes P and sums dV, the other computes dS and sums
-//! dK. One runs ahead of the other, so that one multiplies while the other computes.
+//! The pass for wide heads: of each block of queries one warpgroup computes P and sums dV, the other computes dS and
+//! sums dK. One runs ahead of the other, so that one multiplies while the other computes.
 use super::memory::Inputs;
 use super::producer::load;
 use super::{GROUP_ROWS, GROUPS, Params, Walk, Work, config_of, release};
@@ -83,12 +83,12 @@ const fn config<
     }
 }
 
-/// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can have
-/// the sums of only one of them. Grid: `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`.
+/// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can
+/// have the sums of only one of them. Grid: `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`.
 ///
-/// Sᵀ is `S_COLUMNS`, dK and dV are `D_COLUMNS` and a warpgroup's half of dQ `Q_COLUMNS` blocks of eight columns wide, Pᵀ
-/// `STEPS` of sixteen. Each warpgroup adds its half of dQ from its registers: shared memory has no room for it. Tensors may
-/// have fewer columns than `HEADDIM`.
+/// Sᵀ is `S_COLUMNS`, dK and dV are `D_COLUMNS` and a warpgroup's half of dQ `Q_COLUMNS` blocks of eight columns wide,
+/// Pᵀ `STEPS` of sixteen. Each warpgroup adds its half of dQ from its registers: shared memory has no room for it.
+/// Tensors may have fewer columns than `HEADDIM`.
 #[kernel(
     name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
@@ -275,8 +275,8 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
     }
 }
 
-/// 0, which the compiler does not know: it would have the first step, in which there is no dQ yet, as a copy of its own, with
-/// the barriers in it.
+/// 0, which the compiler does not know: it would have the first step, in which there is no dQ yet, as a copy of its
+/// own, with the barriers in it.
 #[inline(always)]
 fn first_step() -> u32 {
     unknown(0)

@@ -87,10 +87,10 @@ const fn config<
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ. Grid:
 /// `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`.
 ///
-/// Sᵀ is `S_COLUMNS`, dK `D_COLUMNS` and a warpgroup's part of dQ `Q_COLUMNS` blocks of eight columns wide, Pᵀ `STEPS` of
-/// sixteen. dQ is `TRANSPOSED` where its part has 64 columns of the head and all queries, rather than 64 queries. The second
-/// warpgroup starts `LATE` clock cycles after the first. Tensors may have fewer columns than `HEADDIM`. `FROM_KEYS`:
-/// [`Config::from_keys`].
+/// Sᵀ is `S_COLUMNS`, dK `D_COLUMNS` and a warpgroup's part of dQ `Q_COLUMNS` blocks of eight columns wide, Pᵀ `STEPS`
+/// of sixteen. dQ is `TRANSPOSED` where its part has 64 columns of the head and all queries, rather than 64 queries.
+/// The second warpgroup starts `LATE` clock cycles after the first. Tensors may have fewer columns than `HEADDIM`.
+/// `FROM_KEYS`: [`Config::from_keys`].
 #[kernel(
     name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
@@ -175,8 +175,8 @@ pub fn whole<
     }
 }
 
-/// Where the two warpgroups meet: a barrier for each of the two tiles of dS and each group that waits. The other group has
-/// written its keys of that tile, and has read the other tile.
+/// Where the two warpgroups meet: a barrier for each of the two tiles of dS and each group that waits. The other group
+/// has written its keys of that tile, and has read the other tile.
 const D_S: NamedBarriers<1, { 2 * GROUPS }, { GROUPS * WARPGROUP }> = NamedBarriers;
 
 /// dK and dV of the 64 keys of warpgroup `group`, and a part of dQ.

@@ -25,7 +25,7 @@ pub const fn places_in_blocks(rows: u32, batch: u64, seqlen_q: u64, tokens: Opti
     }
 }
 
-/// The place of the first row of a head, in blocks of so many `rows`. 32 bits: the sums of more places would take 512 GB.
+/// The place of the first row of a head, in blocks of so many `rows`. 32 bits: the sums of more would take 512 GB.
 #[inline(always)]
 pub(crate) fn first_place<T>(a: &Attention<T>, sequence: &Sequence, head: u32, rows: u32) -> u32 {
     let (batch, seqlen_q) = (a.batch as u64, a.seqlen_q as u64);
@@ -38,8 +38,8 @@ pub(crate) fn first_place<T>(a: &Attention<T>, sequence: &Sequence, head: u32, r
     }
 }
 
-/// Where the statistics of the row in `place` are: of each block of `rows` first part 0, what the exponents subtract, then
-/// part 1, D.
+/// Where the statistics of the row in `place` are: of each block of `rows` first part 0, what the exponents subtract,
+/// then part 1, D.
 #[inline(always)]
 pub(crate) fn statistic_at(place: u32, part: u32, rows: u32) -> usize {
     (place / rows * 2 + part) as usize * rows as usize + (place % rows) as usize

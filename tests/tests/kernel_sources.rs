@@ -10,7 +10,7 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 30] = sources![
+const SOURCES: [(&str, &str); 41] = sources![
     "lib",
     "attention",
     "config",
@@ -34,12 +34,23 @@ const SOURCES: [(&str, &str); 30] = sources![
     "flash2_backward/row_sums",
     "flash2_backward/sinks",
     "flash2_backward/wide_keys_and_values",
+    "flash3/mod",
+    "flash3/memory",
+    "flash3/schedule",
+    "flash3_backward/mod",
+    "flash3_backward/finish",
+    "flash3_backward/memory",
+    "flash3_backward/prepare",
+    "flash3_backward/producer",
+    "flash3_backward/split",
+    "flash3_backward/whole",
     "mask",
     "online_softmax",
     "row_softmax",
     "schedule",
     "scores",
     "softmax",
+    "spoiled_rows",
     "standard",
 ];
 

@@ -17,7 +17,7 @@ mod whole;
 
 pub use finish::{FINISH, finish};
 pub use places::{ROWS, places, places_in_blocks};
-pub(crate) use places::{first_place, statistic_at};
+pub(crate) use places::first_place;
 pub use prepare::{PREPARE, prepare};
 pub(crate) use prepare::{THREADS as PREPARE_THREADS, prepare_block};
 pub use split::{SPLIT, split};

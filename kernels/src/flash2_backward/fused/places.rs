@@ -41,7 +41,7 @@ pub(crate) fn first_place<T>(a: &Attention<T>, sequence: &Sequence, head: u32, r
 /// Where the statistics of the row in `place` are: of each block of `rows` first part 0, what the exponents subtract,
 /// then part 1, D.
 #[inline(always)]
-pub(crate) fn statistic_at(place: u32, part: u32, rows: u32) -> usize {
+pub(super) fn statistic_at(place: u32, part: u32, rows: u32) -> usize {
     (place / rows * 2 + part) as usize * rows as usize + (place % rows) as usize
 }
 

@@ -6,7 +6,6 @@ use std::fmt;
 
 use cuda_std::DType;
 
-use crate::backend::Backend;
 use crate::dispatch::{BackwardPlan, Optional, Plan};
 use crate::error::Result;
 use crate::inputs::Inputs;
@@ -139,8 +138,9 @@ impl Pass {
 }
 
 /// What computes, without a kernel the CPU, and in which pass.
-const ROWS: [(Option<Kernel>, Pass); 7] = [
+const ROWS: [(Option<Kernel>, Pass); 8] = [
     (Some(Kernel::Flash3), Pass::Forward),
+    (Some(Kernel::Flash3), Pass::Backward),
     (Some(Kernel::Flash2), Pass::Forward),
     (Some(Kernel::Flash2), Pass::Backward),
     (Some(Kernel::Flash1), Pass::Forward),
@@ -239,14 +239,10 @@ impl Probe {
         let problem = self.problem()?;
         // The CPU refuses nothing.
         let Some(kernel) = algorithm else { return Ok(Support::Full) };
+        let access = Access { aligned: self.aligned, mapped: true };
         let is_general = match pass {
-            Pass::Forward => {
-                let access = Access { aligned: self.aligned, mapped: true };
-                Plan::new(&problem, access, kernel, Target::HOPPER)?.is_general()
-            }
-            Pass::Backward => {
-                BackwardPlan::new(&problem, self.gradients, self.aligned, kernel, Backend::Cuda)?.is_general()
-            }
+            Pass::Forward => Plan::new(&problem, access, kernel, Target::HOPPER)?.is_general(),
+            Pass::Backward => BackwardPlan::new(&problem, self.gradients, access, kernel, Target::HOPPER)?.is_general(),
         };
         Ok(if is_general { Support::General } else { Support::Full })
     }

@@ -311,26 +311,26 @@ class Flash3(Flash2):
 FAMILIES = {"flash2": Flash2, "flash3": Flash3}
 
 
-def dispatched(command, dtype, headdim, causal, kernel="auto", seqlen=4096):
+def dispatched(command, dtype, headdim, causal, kernel="auto", seqlen=4096, direction="forward"):
     """What the host takes on this GPU."""
     shape = ["--dtype", dtype, "--headdim", headdim, "--seqlen", seqlen, *(["--causal"] if causal else [])]
-    choice = answer(command, "info", "--explain-dispatch", "--kernel", kernel, *map(str, shape))["forward"]
+    choice = answer(command, "info", "--explain-dispatch", "--kernel", kernel, *map(str, shape))[direction]
     if "refused" in choice:
         raise LookupError(choice["refused"])
     return choice
 
 
-class Flash2Backward:
-    """Its backward pass: what is common to the two ways."""
+class Backward:
+    """A backward pass, after flash2's forward pass: what is common to all."""
 
     def __init__(self, driver, command, dtype, headdim, causal):
+        self.driver, self.command, self.dtype, self.headdim, self.causal = driver, command, dtype, headdim, causal
         self.forward = Flash2(driver, command, dtype, headdim, causal)
-        self.headdim = headdim
+        self.load()
 
-        def kernel(**wanted):
-            return Kernel(driver, command, BackwardParameters, **{"dtype": dtype, "headdim": headdim, **wanted})
-
-        self.load(kernel, causal)
+    def kernel(self, parameters=BackwardParameters, **wanted):
+        wanted = {"dtype": self.dtype, "headdim": self.headdim, **wanted}
+        return Kernel(self.driver, self.command, parameters, **wanted)
 
     def __call__(self, q, k, v, d_o):
         """A call that computes and returns dQ, dK and dV, after the forward pass."""
@@ -342,7 +342,7 @@ class Flash2Backward:
         d_q, d_k, d_v = (Tensor.of(x) for x in gradients)
         workspace = {
             name: torch.empty(numbers, device=q.device, dtype=torch.float32)
-            for name, numbers in self.workspace(batch, seqlen_q, nheads).items()
+            for name, numbers in self.workspace(q, k).items()
         }
         parameters = BackwardParameters(
             attention=self.forward.parameters(q, k, v, o, lse),
@@ -352,51 +352,124 @@ class Flash2Backward:
             d_v=d_v,
             **{name: numbers.data_ptr() for name, numbers in workspace.items()},
         )
+        queries, keys = (seqlen_q, nheads * batch), (seqlen_k, nheads_k * batch)
+        launches = self.launches(queries, keys, (q, k, v, d_o), parameters)
         alive = (q, k, v, d_o, o, lse, workspace)  # as long as the call
 
         def call():
             assert alive
-            self.launch((seqlen_q, nheads * batch), (seqlen_k, nheads_k * batch), parameters)
+            for kernel, (rows, heads), block, parameters in launches:
+                kernel.launch(rows, block, heads, parameters)
             return gradients
 
         return call
 
 
-class DeterministicBackward(Flash2Backward):
+class DeterministicBackward(Backward):
     """Each gradient where it is owned: the same bits in every run."""
 
-    def load(self, kernel, causal):
-        self.row_sums = kernel(family="flash2.row_sums", headdim=None)
-        self.keys_and_values = kernel(family="flash2.keys_and_values", causal=causal, headdim_v=self.headdim)
-        self.queries = kernel(family="flash2.queries", causal=causal)
+    def load(self):
+        self.row_sums = self.kernel(family="flash2.row_sums", headdim=None)
+        self.keys_and_values = self.kernel(
+            family="flash2.keys_and_values", causal=self.causal, headdim_v=self.headdim
+        )
+        self.queries = self.kernel(family="flash2.queries", causal=self.causal)
 
-    def workspace(self, batch, seqlen_q, nheads):
-        return {"row_sums": batch * nheads * seqlen_q}
+    def workspace(self, q, k):
+        return {"row_sums": q.shape[:3].numel()}
 
-    def launch(self, queries, keys, parameters):
-        self.row_sums.launch(math.prod(queries), "block_m", 1, parameters)
-        self.keys_and_values.launch(keys[0], "block_n", keys[1], parameters)
-        self.queries.launch(queries[0], "block_m", queries[1], parameters)
+    def launches(self, queries, keys, tensors, parameters):
+        return [
+            (self.row_sums, (math.prod(queries), 1), "block_m", parameters),
+            (self.keys_and_values, keys, "block_n", parameters),
+            (self.queries, queries, "block_m", parameters),
+        ]
 
 
-class FusedBackward(Flash2Backward):
+class Flash2Backward(Backward):
     """S and dP computed once, dQ summed by atomic additions."""
 
     ROWS = 64  # that the places of a sequence are rounded up to
 
-    def load(self, kernel, causal):
-        self.prepare = kernel(family="flash2.fused.prepare")
-        self.fused = kernel(family="flash2.fused", causal=causal)
-        self.finish = kernel(family="flash2.fused.finish", block_m=self.fused.entry["block_m"])
+    def load(self):
+        self.prepare = self.kernel(family="flash2.fused.prepare")
+        self.fused = self.kernel(family="flash2.fused", causal=self.causal)
+        self.finish = self.kernel(family="flash2.fused.finish", block_m=self.fused.entry["block_m"])
 
-    def workspace(self, batch, seqlen_q, nheads):
-        places = batch * nheads * math.ceil(seqlen_q / self.ROWS) * self.ROWS
-        return {"statistics": 2 * places, "d_q_sums": self.headdim * places}
+    def workspace(self, q, k):
+        return places(q, self.ROWS, self.headdim)
 
-    def launch(self, queries, keys, parameters):
-        self.prepare.launch(queries[0], "block_m", queries[1], parameters)
-        self.fused.launch(keys[0], "block_n", keys[1], parameters)
-        self.finish.launch(queries[0], "block_m", queries[1], parameters)
+    def launches(self, queries, keys, tensors, parameters):
+        return [
+            (self.prepare, queries, "block_m", parameters),
+            (self.fused, keys, "block_n", parameters),
+            (self.finish, queries, "block_m", parameters),
+        ]
+
+
+class Flash3BackwardParameters(ctypes.Structure):
+    """`kernels::flash3_backward::Params`."""
+
+    _fields_ = [
+        ("q", TensorMap),
+        ("k", TensorMap),
+        ("v", TensorMap),
+        ("d_o", TensorMap),
+        ("backward", BackwardParameters),
+        ("heads_in_turn", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32 * 3),  # to a multiple of 16 bytes
+    ]
+
+
+class Flash3Backward(Backward):
+    """The same on Hopper, launched as `host/src/families/hopper/backward.rs` does it."""
+
+    CACHED = 32 * 2**20  # bytes of Q, dO and the sums of dQ of the heads that take turns
+
+    def load(self):
+        self.kernels = {}
+
+    def of_keys(self, seqlen_k):
+        """The entry points that the host takes for so many keys."""
+        if seqlen_k not in self.kernels:
+            choice = dispatched(
+                self.command, self.dtype, self.headdim, self.causal, "flash3", seqlen_k, direction="backward"
+            )
+            types = (BackwardParameters, Flash3BackwardParameters, BackwardParameters)
+            names = [launch["entry"] for launch in choice["launches"]]
+            self.kernels[seqlen_k] = [
+                Kernel(self.driver, self.command, parameters, name=name) for parameters, name in zip(types, names)
+            ]
+        return self.kernels[seqlen_k]
+
+    def workspace(self, q, k):
+        prepare, _, _ = self.of_keys(k.shape[1])
+        return places(q, prepare.entry["block_m"], self.headdim)
+
+    def launches(self, queries, keys, tensors, parameters):
+        prepare, fused, finish = self.of_keys(keys[0])
+        block_m, block_n = fused.entry["block_m"], fused.entry["block_n"]
+        maps = [
+            TensorMap.of(self.driver, x, rows, self.headdim)
+            for x, rows in zip(tensors, (block_m, block_n, block_n, block_m))
+        ]
+        of_head = 8 * self.headdim * queries[0] * (queries[1] // keys[1])
+        in_turn = max(1, min(self.CACHED // of_head, keys[1]))
+        return [
+            (prepare, queries, "block_m", parameters),
+            (fused, keys, "block_n", Flash3BackwardParameters(*maps, parameters, in_turn)),
+            (finish, queries, "block_m", parameters),
+        ]
+
+
+BACKWARD = {"flash2": Flash2Backward, "flash3": Flash3Backward}
+
+
+def places(q, rows, headdim):
+    """The workspace of a fused pass that takes so many rows of Q at a time."""
+    batch, seqlen, heads, _ = q.shape
+    rounded = batch * heads * math.ceil(seqlen / rows) * rows
+    return {"statistics": 2 * rounded, "d_q_sums": headdim * rounded}
 
 
 def answer(command, *arguments):
@@ -586,12 +659,13 @@ def measure_all(options):
         for causal in options.causal:
             say(f"headdim {headdim}{', causal' if causal else ''}")
             peer, keeps_rule = sdpa, check
-            if options.kernel == "auto":
-                ours = FAMILIES[dispatched(options.ferroflash, options.dtype, headdim, causal)["kernel"]]
-            else:
-                ours = FAMILIES[options.kernel]
+            direction, families = ("backward", BACKWARD) if options.backward else ("forward", FAMILIES)
+            family = options.kernel
+            if family == "auto":
+                family = dispatched(options.ferroflash, options.dtype, headdim, causal, direction=direction)["kernel"]
+            ours = families[family]
             if options.backward:
-                ours = DeterministicBackward if options.deterministic else FusedBackward
+                ours = DeterministicBackward if options.deterministic else ours
                 peer, keeps_rule = sdpa_backward, check_backward
             attentions = {
                 OURS: ours(driver, options.ferroflash, options.dtype, headdim, causal),
@@ -705,7 +779,7 @@ def arguments():
     add("--tokens", metavar="N", type=positive, default=16384, help="batch x seqlen [16384]")
     add("--hidden", metavar="N", type=positive, default=2048, help="heads x headdim [2048]")
     add("--causal", choices=masks, default="both", help="[both]")
-    add("--kernel", choices=["auto", *FAMILIES], default="auto", help="of the forward pass [auto]")
+    add("--kernel", choices=["auto", *FAMILIES], default="auto", help="ours [auto]")
     add("--backward", action="store_true", help="time the gradients")
     add("--deterministic", action="store_true", help="ours the same bits in every run")
     add("--dtype", choices=DTYPES, default="bf16", help="[bf16]")
@@ -716,6 +790,8 @@ def arguments():
     add("--json", metavar="FILE", help="write the results to this file, too")
     add("--svg", metavar="FILE", help="draw them")
     options = parser.parse_args()
+    if options.deterministic and options.kernel == "flash3":
+        parser.error("--deterministic: only flash2 sums gradients in the same order in every run")
     options.causal = masks[options.causal]
     return options
 

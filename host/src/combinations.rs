@@ -6,7 +6,6 @@ use std::fmt;
 
 use cuda_std::DType;
 
-use crate::backend::Backend;
 use crate::dispatch::{BackwardPlan, Optional, Plan};
 use crate::error::Result;
 use crate::inputs::Inputs;
@@ -119,7 +118,7 @@ const PREFACE: &str = "\
 `ferroflash info --kernels` prints this page. It asks what chooses kernels for calls, with heads of 64 elements where
 it says nothing else. `yes`: as fast as without; `general`: by a kernel that asks its arguments for all features, which
 costs time; `no`: refused, with the reason. Gradients of flash2 that are `deterministic` compute S and dP twice, which costs
-time too. flash3 runs on Hopper. `auto` takes the first family here that can run a problem.
+time too; flash3 leaves them to flash2. flash3 runs on Hopper. `auto` takes the first family here that can run a problem.
 
 ";
 
@@ -139,8 +138,9 @@ impl Pass {
 }
 
 /// What computes, without a kernel the CPU, and in which pass.
-const ROWS: [(Option<Kernel>, Pass); 7] = [
+const ROWS: [(Option<Kernel>, Pass); 8] = [
     (Some(Kernel::Flash3), Pass::Forward),
+    (Some(Kernel::Flash3), Pass::Backward),
     (Some(Kernel::Flash2), Pass::Forward),
     (Some(Kernel::Flash2), Pass::Backward),
     (Some(Kernel::Flash1), Pass::Forward),
@@ -239,14 +239,10 @@ impl Probe {
         let problem = self.problem()?;
         // The CPU refuses nothing.
         let Some(kernel) = algorithm else { return Ok(Support::Full) };
+        let access = Access { aligned: self.aligned, mapped: true };
         let is_general = match pass {
-            Pass::Forward => {
-                let access = Access { aligned: self.aligned, mapped: true };
-                Plan::new(&problem, access, kernel, Target::HOPPER)?.is_general()
-            }
-            Pass::Backward => {
-                BackwardPlan::new(&problem, self.gradients, self.aligned, kernel, Backend::Cuda)?.is_general()
-            }
+            Pass::Forward => Plan::new(&problem, access, kernel, Target::HOPPER)?.is_general(),
+            Pass::Backward => BackwardPlan::new(&problem, self.gradients, access, kernel, Target::HOPPER)?.is_general(),
         };
         Ok(if is_general { Support::General } else { Support::Full })
     }

@@ -63,12 +63,7 @@ impl Plan {
 
     /// Why this family.
     pub fn reason(&self) -> String {
-        let name = self.family.name();
-        match (self.asked, &self.refused[..]) {
-            (Kernel::Auto, []) => format!("{name} is the newest kernel"),
-            (Kernel::Auto, refused) => format!("{name} is the newest kernel that can: {}", refused.join("; ")),
-            _ => format!("{name} was asked for"),
-        }
+        why(self.family.name(), self.asked, &self.refused)
     }
 
     /// The name of the family.
@@ -106,6 +101,15 @@ impl Plan {
         machine: &Resources,
     ) -> Result<Vec<Launch>> {
         self.family.launches(problem, attention, workspace, machine)
+    }
+}
+
+/// Why a family runs, where this kernel was asked for and newer families were refused.
+fn why(family: &str, asked: Kernel, refused: &[String]) -> String {
+    match (asked, refused) {
+        (Kernel::Auto, []) => format!("{family} is the newest kernel"),
+        (Kernel::Auto, refused) => format!("{family} is the newest kernel that can: {}", refused.join("; ")),
+        _ => format!("{family} was asked for"),
     }
 }
 

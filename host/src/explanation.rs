@@ -17,7 +17,6 @@ use std::str::FromStr;
 
 use kernels::Config;
 
-use crate::backend::Backend;
 use crate::cuda::DeviceInfo;
 use crate::dispatch::{BackwardPlan, Optional, Plan};
 use crate::error::{Error, Result};
@@ -108,9 +107,10 @@ pub struct ChosenKernel {
 impl Explanation {
     /// For a problem of aligned tensors, on a GPU of this architecture.
     pub fn new(problem: &Problem, kernel: Kernel, architecture: Architecture) -> Self {
-        let forward = Plan::new(problem, Access::ANY, kernel, Target::gpu(architecture.compute_capability));
+        let target = Target::gpu(architecture.compute_capability);
+        let forward = Plan::new(problem, Access::ANY, kernel, target);
         let optional = Optional { dbias: problem.bias.is_some(), dsinks: problem.sinks };
-        let backward = BackwardPlan::new(problem, optional, true, kernel, Backend::Cuda);
+        let backward = BackwardPlan::new(problem, optional, Access::ANY, kernel, target);
         Explanation {
             forward: forward.map(|plan| Choice {
                 algorithm: plan.algorithm(),
@@ -120,7 +120,7 @@ impl Explanation {
             }),
             backward: backward.map(|plan| Choice {
                 algorithm: plan.algorithm(),
-                reason: plan.reason.clone(),
+                reason: plan.reason(),
                 kernels: chosen(plan.kernels(architecture.shared_memory_per_block)),
                 workspace_bytes: plan.extra_bytes(),
             }),

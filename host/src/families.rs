@@ -15,7 +15,7 @@ use crate::parameters::Access;
 use crate::problem::Problem;
 use crate::target::Resources;
 
-mod hopper;
+pub(crate) mod hopper;
 
 /// A problem, and what it asks of kernels.
 #[derive(Clone, Debug)]

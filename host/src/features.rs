@@ -31,6 +31,8 @@ pub(crate) enum Feature {
     GroupedQueries,
     /// Sequences of different lengths.
     Varlen,
+    /// No queries at all.
+    NoQueries,
     /// No keys at all.
     NoKeys,
     /// Heads of V that are longer or shorter than those of K.
@@ -50,21 +52,28 @@ impl Feature {
         Feature::Sinks,
         Feature::GroupedQueries,
         Feature::Varlen,
+        Feature::NoQueries,
         Feature::NoKeys,
         Feature::HeaddimV,
         Feature::Unmapped,
     ];
 
     /// What flash3 knows.
-    pub const OF_HOPPER: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen, Feature::HeaddimV];
+    pub const OF_HOPPER: &[Feature] =
+        &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen, Feature::NoQueries, Feature::HeaddimV];
+
+    /// What its backward pass knows.
+    pub const OF_HOPPER_BACKWARD: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen];
 
     /// What flash1 and standard attention know.
-    pub const OF_ELDERS: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Unmapped];
+    pub const OF_ELDERS: &[Feature] =
+        &[Feature::Causal, Feature::GroupedQueries, Feature::NoQueries, Feature::Unmapped];
 
     /// All that a problem asks for, whose tensors may be accessed so.
     pub fn of(problem: &Problem, Access { aligned, mapped }: Access) -> Vec<Feature> {
         let is_odd = |headdim: usize| !headdim.is_multiple_of(8);
         let odd = is_odd(problem.headdim) || is_odd(problem.headdim_v);
+        let no_queries = problem.seqlen_q == 0 || problem.varlen.as_ref().is_some_and(|varlen| varlen.total_q == 0);
         let no_keys = problem.seqlen_k == 0 || problem.varlen.as_ref().is_some_and(|varlen| varlen.total_k == 0);
         let windowed = problem.window != WindowSize::default() && !problem.is_causal();
         [
@@ -79,6 +88,7 @@ impl Feature {
             (problem.sinks, Feature::Sinks),
             (problem.nheads_k != problem.nheads, Feature::GroupedQueries),
             (problem.varlen.is_some(), Feature::Varlen),
+            (no_queries, Feature::NoQueries),
             (no_keys, Feature::NoKeys),
             (problem.headdim_v != problem.headdim, Feature::HeaddimV),
             (odd, Feature::OddHeaddim),
@@ -105,6 +115,7 @@ impl fmt::Display for Feature {
             Feature::Sinks => "sinks",
             Feature::GroupedQueries => "fewer nheads_k than nheads",
             Feature::Varlen => "cu_seqlens",
+            Feature::NoQueries => "a seqlen_q of 0",
             Feature::NoKeys => "a seqlen_k of 0",
             Feature::HeaddimV => "another headdim of v",
             Feature::OddHeaddim => "a headdim that is no multiple of 8",

@@ -107,7 +107,7 @@ pub(crate) fn attention_backward<M: Machine>(
 ) -> Result<(Vec<LaunchReport>, f64)> {
     let inputs = inputs.try_map(|name, tensor| Placed::upload(machine, name, tensor))?;
     let placed = gradients.try_map(|name, gradient| Placed::output(machine, name, gradient.layout()))?;
-    let (_workspace, addresses) = allocate_all(machine, &plan.workspace)?;
+    let (_workspace, addresses) = allocate_all(machine, plan.workspace())?;
 
     let located = (inputs.map(|_, tensor| tensor.located()), placed.map(|_, gradient| gradient.located()));
     let parameters = parameters::backward(problem, &located.0, &located.1);

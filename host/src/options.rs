@@ -174,6 +174,13 @@ named_choices! {
     }
 }
 
+impl Kernel {
+    /// Whether the family has a backward pass.
+    pub const fn has_backward(self) -> bool {
+        matches!(self, Kernel::Auto | Kernel::Flash2 | Kernel::Flash3)
+    }
+}
+
 named_choices! {
     /// How a row's softmax is computed.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

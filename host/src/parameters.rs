@@ -18,7 +18,7 @@ pub(crate) const ALIGNMENT: usize = 16;
 pub(crate) struct Access {
     /// Eight elements at a time, as [`RawTensor::is_aligned`] says of each.
     pub aligned: bool,
-    /// Q, K and V by tensor maps, if they are aligned.
+    /// Q, K and V, and in a backward pass dO, by tensor maps, if they are aligned.
     pub mapped: bool,
 }
 
@@ -39,6 +39,22 @@ impl Access {
     pub fn on_machine<X>(inputs: &Inputs<X>, layout: fn(&X) -> &Layout) -> Self {
         let mapped = [&inputs.q, &inputs.k, &inputs.v].into_iter().all(|tensor| is_mapped(layout(tensor)));
         Access { aligned: true, mapped }
+    }
+
+    /// Of the tensors of a backward pass.
+    pub fn of_backward(inputs: &BackwardInputs<RawTensor>, gradients: &GradientOutputs<RawTensor>) -> Self {
+        let Access { aligned, mapped } = Self::of(&inputs.forward, &inputs.out);
+        let GradientOutputs { dq, dk, dv, .. } = gradients;
+        Access {
+            aligned: aligned && [&inputs.dout, dq, dk, dv].into_iter().all(RawTensor::is_aligned),
+            mapped: mapped && is_mapped(&inputs.dout.layout),
+        }
+    }
+
+    /// Of copies of these tensors, as [`on_machine`](Self::on_machine), and of gradients without gaps.
+    pub fn of_backward_on_machine<X>(inputs: &BackwardInputs<X>, layout: fn(&X) -> &Layout) -> Self {
+        let Access { aligned, mapped } = Self::on_machine(&inputs.forward, layout);
+        Access { aligned, mapped: mapped && is_mapped(layout(&inputs.dout)) }
     }
 }
 
@@ -102,11 +118,10 @@ pub(crate) fn backward(
 ) -> Params {
     let BackwardInputs { forward, out, softmax_lse, dout, dlse } = inputs;
     let GradientOutputs { dq, dk, dv, dbias, dsinks } = gradients;
-    let of_forward = attention(problem, forward, out, softmax_lse.address);
-    let aligned = u32::from([dout, dq, dk, dv].into_iter().all(RawTensor::is_aligned));
+    let aligned = u32::from(Access::of_backward(inputs, gradients).aligned);
     let [bias_batch, bias_heads, bias_rows, _] = problem.bias.unwrap_or([1; 4]).map(|extent| extent as u32);
     Params {
-        attention: Attention { aligned: of_forward.aligned & aligned, ..of_forward },
+        attention: Attention { aligned, ..attention(problem, forward, out, softmax_lse.address) },
         d_o: tokens(dout),
         d_q: tokens(dq),
         d_k: tokens(dk),

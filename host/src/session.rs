@@ -203,13 +203,18 @@ impl Session {
 
     /// The kernel families that run there, the oldest first. The CPU has none.
     pub fn kernels(&self) -> Vec<Kernel> {
-        let target = match self.executor {
-            Executor::Cpu => return Vec::new(),
-            Executor::Cuda(device) => device.target(),
-            Executor::Simulator => Target::SIMULATOR,
-        };
+        let Some(target) = self.target() else { return Vec::new() };
         let families = Kernel::ALL.iter().copied().filter(|&kernel| kernel != Kernel::Auto);
         families.filter(|&kernel| kernel != Kernel::Flash3 || target.against_hopper(kernel).is_none()).collect()
+    }
+
+    /// The machine that kernels are chosen for; `None`: the CPU.
+    fn target(&self) -> Option<Target> {
+        match self.executor {
+            Executor::Cpu => None,
+            Executor::Cuda(device) => Some(device.target()),
+            Executor::Simulator => Some(Target::SIMULATOR),
+        }
     }
 
     /// Why it computes there.
@@ -287,8 +292,8 @@ impl Session {
         softmax_lse: &mut [f32],
     ) -> Result<Report> {
         let (algorithm, reason, extra_bytes, (launches, seconds));
-        match self.executor {
-            Executor::Cpu => {
+        match self.target() {
+            None => {
                 self.refuse_kernels_on_cpu()?;
                 algorithm = "tiled online softmax";
                 reason = "the CPU has one algorithm".to_owned();
@@ -297,11 +302,7 @@ impl Session {
                     self.on_cpu::<T>(problem, inputs, out, softmax_lse)?
                 });
             }
-            Executor::Cuda(_) | Executor::Simulator => {
-                let target = match self.executor {
-                    Executor::Cuda(device) => device.target(),
-                    _ => Target::SIMULATOR,
-                };
+            Some(target) => {
                 let access = Access::on_machine(inputs, TensorRef::layout);
                 let plan = Plan::new(problem, access, self.kernel, target)?;
                 let lse = TensorMut::new(softmax_lse, &problem.lse_shape())?;

@@ -522,8 +522,8 @@ fn info_explains_which_kernels_would_run() {
         "architecture  sm_80, 163 KiB of shared memory a block",
         "forward       flash2: flash2 is the newest kernel that can: flash3: runs on sm_90, not on sm_80",
         "              flash2_fwd_bf16_d128_causal",
-        "backward      flash2: flash2 is the family with a backward pass; fused: dQ is summed by atomic additions, \
-         unless deterministic forbids it",
+        "backward      flash2: flash2 is the newest kernel that can: flash3: runs on sm_90, not on sm_80; fused: dQ is \
+         summed by atomic additions, unless deterministic forbids it",
         "              flash2_bwd_fused_prepare_bf16_d128",
         "              flash2_bwd_fused_bf16_d128_m64_causal",
         "              flash2_bwd_fused_finish_bf16_d128_m64",
@@ -543,6 +543,26 @@ fn info_explains_which_kernels_would_run() {
     assert_eq!(explained(&["--arch=sm_90"])[2], format!("forward       {plain}"));
     let expected = format!("forward       flash2: flash2 is the newest kernel that can: flash3: {capped}");
     assert_eq!(explained(&["--arch=sm_90", "--softcap=30"])[2], expected);
+
+    // What flash3's backward pass cannot do is left to flash2 too.
+    let backward = |arguments: &[&str]| {
+        let lines = explained(&[&["--arch=sm_90"][..], arguments].concat());
+        lines.into_iter().find_map(|line| line.strip_prefix("backward      ").map(str::to_owned)).expect("a line")
+    };
+    let fused = "fused: dQ is summed by atomic additions, unless deterministic forbids it";
+    let owned = "each gradient is computed where it is owned: deterministic asks for it";
+    let capped = match is_built {
+        true => "flash3 backward: no kernel of bf16 and headdim 128 for softcap",
+        false => "flash3: this build embeds no PTX for sm_90a",
+    };
+    let ordered = match is_built {
+        true => "flash3 backward: dQ is summed by atomic additions, which deterministic forbids",
+        false => "flash3: this build embeds no PTX for sm_90a",
+    };
+    let left = |reason| format!("flash2: flash2 is the newest kernel that can: {reason}");
+    assert_eq!(backward(&[]), format!("{plain}; {fused}"));
+    assert_eq!(backward(&["--softcap=30"]), format!("{}; {fused}", left(capped)));
+    assert_eq!(backward(&["--deterministic"]), format!("{}; {owned}", left(ordered)));
 
     let answer = answers(["info", "--explain-dispatch", "--arch=sm_80", "--dtype=f32", "--headdim=300"]);
     assert!(answer["forward"]["refused"].as_str().is_some_and(|reason| reason.contains("headdim 300")), "{answer}");

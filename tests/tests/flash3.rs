@@ -54,7 +54,8 @@ fn sequences_of_different_lengths() {
     }
 }
 
-/// Tensors with gaps between heads, tokens and batches, which it neither reads nor writes.
+/// Tensors with gaps between heads, tokens and batches, which it neither reads nor writes; forward, and backward where
+/// heads of V are as long as those of K.
 #[test]
 fn tensors_with_gaps() {
     for (i, headdims) in [(64, 64), (48, 48), (128, 128), (192, 128), (256, 256)].into_iter().enumerate() {
@@ -64,6 +65,68 @@ fn tensors_with_gaps() {
         let checked = combination.check_pointers(Machine::Simulator, Kernel::Flash3, gaps);
         checked.unwrap_or_else(|reason| panic!("{reason}"));
     }
+}
+
+/// Gradients of the head dimensions that the backward pass is built for and of shorter ones, with tails of blocks.
+#[test]
+fn gradients_of_head_dimensions() {
+    let session = session();
+    for (i, headdim) in [8, 40, 64, 96, 128, 192, 256].into_iter().enumerate() {
+        let dtype = [DType::F16, DType::BF16][i % 2];
+        for causal in [false, true] {
+            Case::single(dtype, (90, 150), headdim, causal).check_backward(&session);
+        }
+    }
+}
+
+/// Gradients by the tile for many keys.
+#[test]
+fn gradients_of_many_keys() {
+    let case = Case::single(DType::BF16, (100, 2050), 128, false);
+    let (gradients, accuracy) = case.run_backward(&session());
+    assert!(accuracy.passed(), "{accuracy}");
+    assert_eq!(gradients.report.launches[1].entry, "flash3_bwd_bf16_d128_m80");
+}
+
+/// Gradients of heads that share K and V, and of more queries than keys.
+#[test]
+fn gradients_of_grouped_queries() {
+    for (seqlen_q, nheads, nheads_k) in [(130, 6, 2), (260, 2, 1)] {
+        for causal in [false, true] {
+            let case = Case { batch: 2, nheads, nheads_k, ..Case::single(DType::F16, (seqlen_q, 140), 64, causal) };
+            case.check_backward(&session());
+        }
+    }
+}
+
+/// Gradients of sequences of different lengths, also of none, of a loss that depends on the LSE.
+#[test]
+fn gradients_of_sequences_of_different_lengths() {
+    for (headdim, causal) in [(64, false), (64, true), (48, true), (256, false)] {
+        let mut combination = Combination { varlen: true, dlse: true, ..plain(DType::F16, (0, 0), (headdim, headdim)) };
+        combination.lengths = vec![(5, 9), (0, 7), (100, 150), (70, 0), (64, 130), (150, 40), (0, 0)];
+        combination.options.causal = causal;
+        combination.check(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+    }
+}
+
+/// What its backward pass cannot do is refused, and named.
+#[test]
+fn gradients_that_it_has_not() {
+    let refused = |change: fn(&mut Combination)| {
+        let mut combination = plain(DType::BF16, (20, 30), (64, 64));
+        let forward = combination.forward(&session(), &combination.tensors()).expect("plain");
+        change(&mut combination);
+        let refused = combination.backward(&session(), &combination.tensors(), &forward).expect_err("refused");
+        refused.to_string()
+    };
+    let capped = refused(|combination| combination.options.softcap = Some(9.0));
+    assert!(capped.ends_with("flash3 backward: no kernel of bf16 and headdim 64 for softcap"), "{capped}");
+    let deterministic = refused(|combination| combination.options.deterministic = true);
+    assert!(
+        deterministic.ends_with("dQ is summed by atomic additions, which deterministic forbids"),
+        "{deterministic}"
+    );
 }
 
 /// The order in which threads run must not matter, where stages are used again and again.

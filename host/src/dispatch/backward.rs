@@ -1,19 +1,22 @@
 //! Which kernels run a backward pass.
+use std::fmt;
+
 use cuda_std::{DType, Global, Kernel as EntryPoint};
 use kernels::Config;
 use kernels::attention::Untyped;
 use kernels::flash2_backward::{BIAS, KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS, SINKS, WIDE_KEYS_AND_VALUES, fused};
+use kernels::flash3_backward as flash3;
 
-use crate::backend::Backend;
+use super::why;
 use crate::error::{Error, Result};
-use crate::families::{Table, Wanted};
+use crate::families::{Table, Wanted, hopper};
 use crate::features::Feature;
 use crate::inputs::GradientOutputs;
 use crate::launch::{Launch, Workspace};
 use crate::options::Kernel;
 use crate::parameters::Access;
 use crate::problem::Problem;
-use crate::target::Resources;
+use crate::target::{Resources, Target};
 
 /// What kernels work in.
 const ROW_SUMS_OF: &str = "D";
@@ -36,23 +39,63 @@ impl Optional {
     }
 }
 
-/// FlashAttention-2's backward kernels for one problem, in the order in which they run: the only family that has any.
+/// The backward kernels for one problem, in the order in which they run.
 #[derive(Clone, Debug)]
 pub(crate) struct BackwardPlan {
+    passes: Passes,
+    asked: Kernel,
+    /// What stands against newer families, each with its name.
+    pub refused: Vec<String>,
+}
+
+/// What one family does.
+#[derive(Clone, Debug)]
+struct Passes {
+    family: &'static str,
     steps: Vec<Step>,
     /// The same in less shared memory, for machines that do not have as much as the steps take.
     leaner: Option<Vec<Step>>,
-    /// Why these.
-    pub reason: String,
-    /// The memory that they need besides the inputs and the gradients.
-    pub workspace: Vec<Workspace>,
+    /// How the gradients are summed, and why so.
+    how: String,
+    workspace: Vec<Workspace>,
 }
 
 /// One launch.
 #[derive(Clone, Copy, Debug)]
 struct Step {
-    kernel: &'static EntryPoint<Params, Config>,
+    kernel: Entry,
     grid: Grid,
+}
+
+/// The entry point of a step.
+#[derive(Clone, Copy)]
+enum Entry {
+    /// It takes addresses.
+    Plain(&'static EntryPoint<Params, Config>),
+    /// It takes tensor maps too.
+    Mapped(&'static EntryPoint<flash3::Params, Config>),
+}
+
+impl Entry {
+    fn name(self) -> &'static str {
+        match self {
+            Entry::Plain(kernel) => kernel.name,
+            Entry::Mapped(kernel) => kernel.name,
+        }
+    }
+
+    fn config(self) -> Config {
+        match self {
+            Entry::Plain(kernel) => kernel.config,
+            Entry::Mapped(kernel) => kernel.config,
+        }
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// What each block of threads owns.
@@ -71,41 +114,171 @@ enum Grid {
 }
 
 impl BackwardPlan {
-    /// The kernels for a problem. `aligned`: whether its tensors are.
+    /// The kernels for a problem, whose tensors may be accessed so, on a machine: those of the family that is asked for, or
+    /// with [`Kernel::Auto`] of the newest that can.
     ///
     /// # Errors
-    /// [`Error::Unsupported`], with the reason.
-    pub fn new(problem: &Problem, optional: Optional, aligned: bool, kernel: Kernel, backend: Backend) -> Result<Self> {
-        let unsupported = |reason| Error::Unsupported { kernel, backend, reasons: vec![reason] };
-        if let Kernel::Standard | Kernel::Flash1 | Kernel::Flash3 = kernel {
-            return Err(unsupported(format!("{kernel} has no backward pass; allowed: auto, flash2")));
-        }
-        let wanted = Wanted::new(problem, Access { aligned, mapped: false });
-        let family = match kernel {
-            Kernel::Auto => "flash2 is the family with a backward pass",
-            _ => "flash2 was asked for",
+    /// [`Error::Unsupported`], with the reason of each family.
+    pub fn new(problem: &Problem, optional: Optional, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
+        let unsupported = |reasons| Error::Unsupported { kernel, backend: target.backend, reasons };
+        let wanted = Wanted::new(problem, access);
+        let flash3 = || match target.against_hopper(kernel) {
+            Some(against) => Err(format!("flash3: {against}")),
+            None => Passes::flash3(&wanted),
         };
+        let flash2 = || Passes::flash2(&wanted, optional);
+        let families: &[&dyn Fn() -> Result<Passes, String>] = match kernel {
+            Kernel::Auto => &[&flash3, &flash2],
+            Kernel::Flash3 => &[&flash3],
+            Kernel::Flash2 => &[&flash2],
+            Kernel::Flash1 | Kernel::Standard => {
+                let reason = format!("{kernel} has no backward pass; allowed: auto, flash2, flash3");
+                return Err(unsupported(vec![reason]));
+            }
+        };
+        let mut refused = Vec::new();
+        for family in families {
+            match family() {
+                Ok(passes) => return Ok(BackwardPlan { passes, asked: kernel, refused }),
+                Err(reason) => refused.push(reason),
+            }
+        }
+        Err(unsupported(refused))
+    }
+
+    /// The name of the family.
+    pub fn algorithm(&self) -> &'static str {
+        self.passes.family
+    }
+
+    /// Why these.
+    pub fn reason(&self) -> String {
+        format!("{}; {}", why(self.passes.family, self.asked, &self.refused), self.passes.how)
+    }
+
+    /// The memory that they need besides the inputs and the gradients.
+    pub fn workspace(&self) -> &[Workspace] {
+        &self.passes.workspace
+    }
+
+    /// Whether its kernels are for Hopper alone.
+    pub fn is_for_hopper(&self) -> bool {
+        self.passes.steps.iter().any(|step| matches!(step.kernel, Entry::Mapped(_)))
+    }
+
+    /// Whether a kernel of scores runs that asks its arguments for all features.
+    pub fn is_general(&self) -> bool {
+        self.passes
+            .steps
+            .iter()
+            .any(|Step { kernel, grid }| kernel.config().general && matches!(grid, Grid::Queries | Grid::Keys))
+    }
+
+    /// Bytes of memory besides the inputs and the gradients.
+    pub fn extra_bytes(&self) -> u64 {
+        self.workspace().iter().map(Workspace::bytes).fold(0, u64::saturating_add)
+    }
+
+    /// The launches, in order, for tensors and a workspace at these addresses of a machine. Where a grid would be empty
+    /// there is none: no queries, or no keys.
+    pub fn launches(
+        &self,
+        problem: &Problem,
+        mut parameters: Params,
+        workspace: &[Global<Untyped>],
+        machine: &Resources,
+    ) -> Result<Vec<Launch>> {
+        for (part, address) in self.workspace().iter().zip(workspace) {
+            let of_part = match part.name {
+                ROW_SUMS_OF => &mut parameters.row_sums,
+                STATISTICS => &mut parameters.statistics,
+                D_Q_SUMS => &mut parameters.d_q_sums,
+                name => unreachable!("{name} is part of no plan"),
+            };
+            *of_part = address.cast();
+        }
+        let launch = |step: &Step| {
+            let blocks = step.blocks(problem);
+            (blocks > 0).then(|| match step.kernel {
+                Entry::Plain(kernel) => Launch::new(kernel, blocks, parameters),
+                Entry::Mapped(kernel) => hopper::backward::launch(kernel, blocks, problem, parameters, machine),
+            })
+        };
+        self.steps_in(machine.shared_memory).iter().filter_map(launch).collect()
+    }
+
+    /// The kernels on a machine with so many bytes of shared memory a block, in the order in which they run.
+    pub fn kernels(&self, shared_memory: u32) -> Vec<(&'static str, Config)> {
+        self.steps_in(shared_memory).iter().map(|Step { kernel, .. }| (kernel.name(), kernel.config())).collect()
+    }
+
+    fn steps_in(&self, shared_memory: u32) -> &[Step] {
+        let Passes { steps, leaner, .. } = &self.passes;
+        let fits = |step: &Step| step.kernel.config().shared_bytes <= shared_memory;
+        leaner.as_ref().filter(|_| !steps.iter().all(fits)).unwrap_or(steps)
+    }
+}
+
+impl Passes {
+    /// FlashAttention-3's. The gradients that not every pass has are of what it does not know.
+    fn flash3(wanted: &Wanted) -> Result<Self, String> {
+        let name = "flash3 backward";
+        let kernels = &[flash3::WHOLE, flash3::SPLIT];
+        let pass = Table { name, kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true }.find(wanted)?;
+        if wanted.problem.deterministic {
+            return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
+        }
+        let Config { dtype, headdim, block_m, .. } = pass.config;
+        let in_step = |kernels: &'static [EntryPoint<Params, Config>]| {
+            let key = |config: Config| (config.dtype, config.headdim, config.block_m);
+            let found = kernels.iter().find(|kernel| key(kernel.config) == (dtype, headdim, block_m));
+            found.ok_or_else(|| format!("{name}: nothing goes with {}", pass.name))
+        };
+        Ok(Passes {
+            family: "flash3",
+            steps: vec![
+                Step { kernel: Entry::Plain(in_step(flash3::PREPARE)?), grid: Grid::Queries },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                Step { kernel: Entry::Plain(in_step(flash3::FINISH)?), grid: Grid::Queries },
+            ],
+            leaner: None,
+            how: FUSED.to_owned(),
+            workspace: Self::fused_workspace(wanted.problem, headdim, block_m),
+        })
+    }
+
+    /// FlashAttention-2's.
+    fn flash2(wanted: &Wanted, optional: Optional) -> Result<Self, String> {
+        let family = "flash2";
+        let problem = wanted.problem;
+        let row_sums = Workspace { name: ROW_SUMS_OF, dtype: DType::F32, len: problem.rows() as u64 };
         if !problem.deterministic
-            && let Ok(pass) = Self::fused_pass(&wanted)
+            && let Ok(pass) = Self::fused_pass(wanted)
         {
             let same = |other: &&EntryPoint<Params, Config>| {
                 let key = |config: Config| (config.dtype, config.headdim, config.causal);
                 key(other.config) == key(pass.config) && other.config.shared_bytes < pass.config.shared_bytes
             };
             let leaner = fused::SPLIT.iter().find(same);
-            return Ok(BackwardPlan {
-                steps: Self::fused(pass, &wanted, optional).map_err(unsupported)?,
-                leaner: leaner.map(|pass| Self::fused(pass, &wanted, optional)).transpose().map_err(unsupported)?,
-                reason: format!("{family}; fused: dQ is summed by atomic additions, unless deterministic forbids it"),
-                workspace: Self::fused_workspace(problem, pass.config.headdim, optional),
+            let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
+            workspace.extend(optional.dsinks.then_some(row_sums));
+            return Ok(Passes {
+                family,
+                steps: Self::fused(pass, wanted, optional)?,
+                leaner: leaner.map(|pass| Self::fused(pass, wanted, optional)).transpose()?,
+                how: FUSED.to_owned(),
+                workspace,
             });
         }
-        let steps = Self::apart(&wanted, optional).map_err(unsupported)?;
         let why =
             if problem.deterministic { "deterministic asks for it" } else { "no fused kernel can run this problem" };
-        let reason = format!("{family}; each gradient is computed where it is owned: {why}");
-        let row_sums = Workspace { name: ROW_SUMS_OF, dtype: DType::F32, len: problem.rows() as u64 };
-        Ok(BackwardPlan { steps, leaner: None, reason, workspace: vec![row_sums] })
+        Ok(Passes {
+            family,
+            steps: Self::apart(wanted, optional)?,
+            leaner: None,
+            how: format!("each gradient is computed where it is owned: {why}"),
+            workspace: vec![row_sums],
+        })
     }
 
     /// The passes that compute each gradient where it is owned: the same bits in every run.
@@ -113,13 +286,13 @@ impl BackwardPlan {
         let name = "flash2 backward";
         let of_keys = found(name, &[KEYS_AND_VALUES, WIDE_KEYS_AND_VALUES], wanted)?;
         let mut steps = vec![
-            Step { kernel: found(name, &[ROW_SUMS], wanted)?, grid: Grid::Rows },
-            Step { kernel: of_keys, grid: Grid::Keys },
-            Step { kernel: found(name, &[QUERIES], wanted)?, grid: Grid::Queries },
+            Step { kernel: Entry::Plain(found(name, &[ROW_SUMS], wanted)?), grid: Grid::Rows },
+            Step { kernel: Entry::Plain(of_keys), grid: Grid::Keys },
+            Step { kernel: Entry::Plain(found(name, &[QUERIES], wanted)?), grid: Grid::Queries },
         ];
         if optional.dbias {
             let kernel = found("flash2 backward, the gradient of the bias", &[BIAS], wanted)?;
-            steps.push(Step { kernel, grid: Grid::Bias });
+            steps.push(Step { kernel: Entry::Plain(kernel), grid: Grid::Bias });
         }
         steps.extend(optional.dsinks.then_some(OF_SINKS));
         Ok(steps)
@@ -141,82 +314,31 @@ impl BackwardPlan {
         let finish = fused::FINISH.iter().find(|EntryPoint { config, .. }| {
             (config.dtype, config.headdim, config.block_m) == (pass.config.dtype, headdim, block_m)
         });
+        let prepare = found("flash2 backward, fused", &[fused::PREPARE], wanted)?;
         let mut steps = vec![
-            Step { kernel: found("flash2 backward, fused", &[fused::PREPARE], wanted)?, grid: Grid::Queries },
-            Step { kernel: pass, grid: Grid::Keys },
-            Step { kernel: finish.ok_or("flash2 backward, fused: no end")?, grid: Grid::Queries },
+            Step { kernel: Entry::Plain(prepare), grid: Grid::Queries },
+            Step { kernel: Entry::Plain(pass), grid: Grid::Keys },
+            Step { kernel: Entry::Plain(finish.ok_or("flash2 backward, fused: no end")?), grid: Grid::Queries },
         ];
         steps.extend(optional.dsinks.then_some(OF_SINKS));
         Ok(steps)
     }
 
-    /// What they work in, with heads of so many elements.
-    fn fused_workspace(problem: &Problem, headdim: u32, optional: Optional) -> Vec<Workspace> {
+    /// What a pass that sums dQ works in, with heads of so many elements and statistics in blocks of so many rows.
+    fn fused_workspace(problem: &Problem, headdim: u32, rows: u32) -> Vec<Workspace> {
         let tokens = problem.varlen.as_ref().map(|varlen| varlen.total_q as u64);
-        let of_head = fused::places(problem.batch as u64, problem.seqlen_q as u64, tokens);
+        let of_head = fused::places_in_blocks(rows, problem.batch as u64, problem.seqlen_q as u64, tokens);
         let places = of_head.saturating_mul(problem.nheads as u64);
         let of = |name, len| Workspace { name, dtype: DType::F32, len };
-        let mut workspace =
-            vec![of(STATISTICS, places.saturating_mul(2)), of(D_Q_SUMS, places.saturating_mul(u64::from(headdim)))];
-        workspace.extend(optional.dsinks.then(|| of(ROW_SUMS_OF, problem.rows() as u64)));
-        workspace
-    }
-
-    /// The name of the family.
-    pub fn algorithm(&self) -> &'static str {
-        "flash2"
-    }
-
-    /// Whether a kernel of scores runs that asks its arguments for all features.
-    pub fn is_general(&self) -> bool {
-        self.steps
-            .iter()
-            .any(|Step { kernel, grid }| kernel.config.general && matches!(grid, Grid::Queries | Grid::Keys))
-    }
-
-    /// Bytes of memory besides the inputs and the gradients.
-    pub fn extra_bytes(&self) -> u64 {
-        self.workspace.iter().map(Workspace::bytes).fold(0, u64::saturating_add)
-    }
-
-    /// The launches, in order, for tensors and a workspace at these addresses of a machine. Where a grid would be empty
-    /// there is none: no queries, or no keys.
-    pub fn launches(
-        &self,
-        problem: &Problem,
-        mut parameters: Params,
-        workspace: &[Global<Untyped>],
-        machine: &Resources,
-    ) -> Result<Vec<Launch>> {
-        for (part, address) in self.workspace.iter().zip(workspace) {
-            let of_part = match part.name {
-                ROW_SUMS_OF => &mut parameters.row_sums,
-                STATISTICS => &mut parameters.statistics,
-                D_Q_SUMS => &mut parameters.d_q_sums,
-                name => unreachable!("{name} is part of no plan"),
-            };
-            *of_part = address.cast();
-        }
-        let launch = |step: &Step| {
-            let blocks = step.blocks(problem);
-            (blocks > 0).then(|| Launch::new(step.kernel, blocks, parameters))
-        };
-        self.steps_in(machine.shared_memory).iter().filter_map(launch).collect()
-    }
-
-    /// The kernels on a machine with so many bytes of shared memory a block, in the order in which they run.
-    pub fn kernels(&self, shared_memory: u32) -> Vec<(&'static str, Config)> {
-        self.steps_in(shared_memory).iter().map(|Step { kernel, .. }| (kernel.name, kernel.config)).collect()
-    }
-
-    fn steps_in(&self, shared_memory: u32) -> &[Step] {
-        let fits = |step: &Step| step.kernel.config.shared_bytes <= shared_memory;
-        self.leaner.as_ref().filter(|_| !self.steps.iter().all(fits)).unwrap_or(&self.steps)
+        vec![of(STATISTICS, places.saturating_mul(2)), of(D_Q_SUMS, places.saturating_mul(u64::from(headdim)))]
     }
 }
 
+/// How a pass that computes S and dP once is one.
+const FUSED: &str = "fused: dQ is summed by atomic additions, unless deterministic forbids it";
+
 /// The gradient of the sinks. Its kernel is for everything.
-const OF_SINKS: Step = Step { kernel: &SINKS[0], grid: Grid::Heads };
+const OF_SINKS: Step = Step { kernel: Entry::Plain(&SINKS[0]), grid: Grid::Heads };
 
 /// That of them which suits a problem best, or what stands against all of them.
 fn found(
@@ -230,7 +352,7 @@ fn found(
 impl Step {
     /// Blocks of its grid.
     fn blocks(&self, problem: &Problem) -> u64 {
-        let Config { block_m, block_n, .. } = self.kernel.config;
+        let Config { block_m, block_n, .. } = self.kernel.config();
         let blocks = |extent: usize, of: u32| (extent as u64).div_ceil(u64::from(of));
         let product = |factors: [usize; 2], blocks: u64| {
             factors.into_iter().fold(blocks, |product, factor| product.saturating_mul(factor as u64))

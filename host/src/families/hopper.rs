@@ -1,16 +1,18 @@
 //! The launch of FlashAttention-3: its grid and its tensor maps.
 use cuda_std::Kernel;
-use cuda_std::tensor::TensorMapDescription;
 use kernels::Config;
-use kernels::attention::{Attention, Tensor};
+use kernels::attention::Attention;
 use kernels::flash3::schedule::{Schedule, tiles_of_head, units_of_head};
 use kernels::flash3::{GROUP_ROWS, Params};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::launch::Launch;
-use crate::parameters::ALIGNMENT;
 use crate::problem::Problem;
 use crate::target::Resources;
+use maps::{Extents, map};
+
+pub(crate) mod backward;
+mod maps;
 
 /// The launch for a problem with rows and keys.
 pub(super) fn launch(
@@ -20,7 +22,12 @@ pub(super) fn launch(
     machine: &Resources,
 ) -> Result<Launch> {
     let (schedule, blocks) = schedule(problem, &kernel.config, machine.multiprocessors)?;
-    let [q, k, v] = maps(problem, [&attention.q, &attention.k, &attention.v], &kernel.config)?;
+    let Config { dtype, headdim, headdim_v, block_n, .. } = kernel.config;
+    let q = Extents::of_queries(problem, problem.headdim);
+    let [k, v] = [problem.headdim, problem.headdim_v].map(|columns| Extents::of_keys(problem, columns));
+    let q = map("q", &attention.q, dtype, (GROUP_ROWS, headdim), q)?;
+    let k = map("k", &attention.k, dtype, (block_n, headdim), k)?;
+    let v = map("v", &attention.v, dtype, (block_n, headdim_v), v)?;
     let parameters = Params {
         q: (machine.tensor_map)(&q)?,
         k: (machine.tensor_map)(&k)?,
@@ -58,41 +65,12 @@ fn schedule(problem: &Problem, config: &Config, multiprocessors: u32) -> Result<
     Ok((Schedule { walkers, walked_heads }, blocks))
 }
 
-/// The maps of Q, K and V: heads and batches are their outer dimensions.
-fn maps<T>(problem: &Problem, tensors: [&Tensor<T>; 3], config: &Config) -> Result<[TensorMapDescription; 3]> {
-    let [q, k, v] = tensors;
-    let (total_q, total_k, batch) = match &problem.varlen {
-        None => (problem.seqlen_q, problem.seqlen_k, problem.batch),
-        Some(varlen) => (varlen.total_q, varlen.total_k, 1),
-    };
-    let map = |argument, tensor: &Tensor<T>, tile, (rows, heads, columns): (usize, usize, usize)| {
-        let address = tensor.data.address();
-        let outer = [stride_of(heads, tensor.head_stride), stride_of(batch, tensor.batch_stride)];
-        let (rows, row_stride) = stride_of(rows, tensor.row_stride);
-        TensorMapDescription::of_panels(config.dtype, tile, address, (rows, columns as u64), row_stride, &outer)
-            .map_err(|reason| Error::TensorMap { argument, reason })
-    };
-    let Problem { nheads, nheads_k, headdim, headdim_v, .. } = *problem;
-    Ok([
-        map("q", q, (GROUP_ROWS, config.headdim), (total_q, nheads, headdim))?,
-        map("k", k, (config.block_n, config.headdim), (total_k, nheads_k, headdim))?,
-        map("v", v, (config.block_n, config.headdim_v), (total_k, nheads_k, headdim_v))?,
-    ])
-}
-
-/// A dimension of a map. The stride of a dimension of one element is never taken, and may be anything: here what every
-/// dtype of Hopper's products can have.
-fn stride_of(extent: usize, stride: u64) -> (u64, u64) {
-    (extent as u64, if extent == 1 { ALIGNMENT as u64 } else { stride })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
-    use cuda_std::element::bf16;
-    use cuda_std::{DType, Global};
+    use cuda_std::DType;
     use kernels::flash3::FORWARD;
 
     /// (batch, seqlen, nheads, headdim), in bf16.
@@ -126,18 +104,5 @@ mod tests {
         let config = Config { block_m: 64, ..FORWARD[0].config };
         let refused = schedule(&problem(shape, false), &config, 132).expect_err("2^32 tiles").to_string();
         assert_eq!(refused, "blocks of a kernel: 4294967296; allowed: at most 2147483647");
-    }
-
-    #[test]
-    fn maps_hold_heads_and_batches_and_no_stride_that_is_never_taken() {
-        let problem = problem([1, 300, 4, 40], false);
-        let tensor = Tensor::<bf16> { data: Global::NULL, batch_stride: 7, row_stride: 192, head_stride: 48 };
-        let config = Config { headdim: 64, headdim_v: 64, block_n: 192, dtype: DType::BF16, ..FORWARD[0].config };
-        let [q, k, _] = maps(&problem, [&tensor; 3], &config).expect("valid");
-        assert_eq!((q.dimensions, q.strides), ([40, 300, 4, 1, 1], [384, 96, 32, 0]));
-        assert_eq!((q.tile, k.tile), ([64, 64, 1, 1, 1], [64, 192, 1, 1, 1]));
-        let odd = Tensor { row_stride: 191, ..tensor };
-        let refused = maps(&problem, [&tensor, &odd, &tensor], &config).expect_err("odd").to_string();
-        assert_eq!(refused, "k: no tensor map: stride 0 is no multiple of 16 bytes, or 2^40 or more");
     }
 }

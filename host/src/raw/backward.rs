@@ -3,16 +3,17 @@ use cuda_std::sim;
 use kernels::flash2_backward::Params;
 
 use super::{RawTensor, Stream, check_inputs, launch_all, workspace_addresses, workspace_offsets};
-use crate::backend::Backend;
 use crate::cuda::Device;
 use crate::dispatch::{BackwardPlan, Optional};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::inputs::{BackwardInputs, GradientOutputs};
+use crate::launch::Launch;
 use crate::options::{AttentionOptions, Kernel};
-use crate::parameters;
+use crate::parameters::{self, Access};
 use crate::problem::Problem;
 use crate::report::LaunchReport;
 use crate::simulator::{self, SimulatorOptions};
+use crate::target::{Resources, Target};
 
 /// The arguments of a backward pass.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,7 +33,11 @@ pub struct BackwardArguments {
 #[derive(Clone, Debug)]
 pub struct BackwardCall {
     problem: Problem,
+    kernel: Kernel,
+    /// With the newest kernels.
     plan: BackwardPlan,
+    /// With those that all GPUs run, where the newest are for Hopper alone and these can run the problem too.
+    elsewhere: Option<BackwardPlan>,
     /// All but the addresses of the workspace.
     parameters: Params,
 }
@@ -59,9 +64,11 @@ impl BackwardCall {
         })?;
         gradients.dsinks.as_ref().map_or(Ok(()), |dsinks| dsinks.check_contiguous("dsinks"))?;
         let parameters = parameters::backward(&problem, inputs, gradients);
-        let aligned = parameters.attention.aligned == 1;
-        let plan = BackwardPlan::new(&problem, Optional::of(gradients), aligned, *kernel, Backend::Cuda)?;
-        Ok(BackwardCall { problem, plan, parameters })
+        let (kernel, optional, access) = (*kernel, Optional::of(gradients), Access::of_backward(inputs, gradients));
+        let plan_for = |target| BackwardPlan::new(&problem, optional, access, kernel, target);
+        let plan = plan_for(Target::HOPPER)?;
+        let elsewhere = if plan.is_for_hopper() { plan_for(Target::OLDEST).ok() } else { None };
+        Ok(BackwardCall { problem, kernel, plan, elsewhere, parameters })
     }
 
     /// The problem.
@@ -69,15 +76,38 @@ impl BackwardCall {
         &self.problem
     }
 
-    /// The kernel family that will run.
-    pub fn algorithm(&self) -> &'static str {
-        self.plan.algorithm()
+    /// The kernel family that will run on a device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
+    pub fn algorithm(&self, device: &Device) -> Result<&'static str> {
+        self.plan_for(device.target()).map(BackwardPlan::algorithm)
     }
 
-    /// Device memory that the kernels work in, in bytes. For each row of Q the kernels that
+    /// Device memory that the kernels work in on any device, in bytes. For each row of Q the kernels that
     /// [`deterministic`](AttentionOptions::deterministic) asks for keep D = rowsum(dO ∘ O) in f32; the others keep dQ too.
     pub fn workspace_bytes(&self) -> u64 {
-        workspace_offsets(&self.plan.workspace).1
+        let bytes = |plan: &BackwardPlan| workspace_offsets(plan.workspace()).1;
+        bytes(&self.plan).max(self.elsewhere.as_ref().map_or(0, bytes))
+    }
+
+    fn plan_for(&self, target: Target) -> Result<&BackwardPlan> {
+        let against = target.against_hopper(self.kernel).filter(|_| self.plan.is_for_hopper());
+        match (against, &self.elsewhere) {
+            (None, _) => Ok(&self.plan),
+            (Some(_), Some(elsewhere)) => Ok(elsewhere),
+            (Some(against), None) => {
+                let reasons = vec![format!("{}: {against}", self.plan.algorithm())];
+                Err(Error::Unsupported { kernel: self.kernel, backend: target.backend, reasons })
+            }
+        }
+    }
+
+    /// The launches on a machine, in a workspace at this address.
+    fn launches(&self, target: Target, machine: &Resources, workspace: u64) -> Result<Vec<Launch>> {
+        let plan = self.plan_for(target)?;
+        let addresses = workspace_addresses(plan.workspace(), workspace)?;
+        plan.launches(&self.problem, self.parameters, &addresses, machine)
     }
 
     /// Puts the launches on a stream. Returns at once; what is in the workspace afterwards means nothing.
@@ -92,8 +122,7 @@ impl BackwardCall {
     /// # Safety
     /// As [`Call::launch`](super::Call::launch), of these tensors; the outputs are the gradients.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
-        let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
-        let launches = self.plan.launches(&self.problem, self.parameters, &addresses, &device.resources())?;
+        let launches = self.launches(device.target(), &device.resources(), workspace)?;
         // SAFETY: as the caller promises.
         unsafe { launch_all(&launches, device, stream) }
     }
@@ -108,8 +137,7 @@ impl BackwardCall {
         workspace: u64,
         options: &SimulatorOptions,
     ) -> Result<Vec<LaunchReport>> {
-        let addresses = workspace_addresses(&self.plan.workspace, workspace)?;
-        let launches = self.plan.launches(&self.problem, self.parameters, &addresses, &simulator::RESOURCES)?;
+        let launches = self.launches(Target::SIMULATOR, &simulator::RESOURCES, workspace)?;
         launches.iter().map(|launch| simulator::run(launch, memory, options)).collect()
     }
 }
@@ -144,9 +172,53 @@ mod tests {
             let options = AttentionOptions::new().deterministic(deterministic);
             BackwardCall::new(&BackwardArguments { options, ..arguments() }).expect("valid")
         };
-        assert_eq!((call(true).workspace_bytes(), call(true).algorithm()), (2 * 4 * 8 * 4, "flash2"));
-        // 64 rows instead of 8.
-        assert_eq!((call(false).workspace_bytes(), call(false).algorithm()), (2 * 4 * 64 * (64 + 2) * 4, "flash2"));
+        assert_eq!(call(true).workspace_bytes(), 2 * 4 * 8 * 4);
+        // 128 rows instead of 8.
+        assert_eq!(call(false).workspace_bytes(), 2 * 4 * 128 * (64 + 2) * 4);
+    }
+
+    #[test]
+    fn a_call_knows_what_runs_on_every_gpu() {
+        let call = |change: fn(&mut BackwardArguments)| {
+            let mut arguments = arguments();
+            change(&mut arguments);
+            BackwardCall::new(&arguments).expect("valid")
+        };
+        let on = |call: &BackwardCall, target| {
+            call.plan_for(target).map(BackwardPlan::algorithm).map_err(|error| error.to_string())
+        };
+        let plain = call(|_| ());
+        assert_eq!(on(&plain, Target::HOPPER).as_deref(), Ok("flash3"));
+        assert_eq!(on(&plain, Target::OLDEST).as_deref(), Ok("flash2"));
+        assert_eq!(on(&plain, Target::SIMULATOR).as_deref(), Ok("flash2"));
+        let asked = call(|a| a.kernel = Kernel::Flash3);
+        assert_eq!(on(&asked, Target::SIMULATOR).as_deref(), Ok("flash3"));
+        let refused = on(&asked, Target::OLDEST).expect_err("no Hopper");
+        let expected = "no flash3 kernel on the cuda backend for this problem: flash3: runs on sm_90, not on sm_80";
+        assert_eq!(refused, expected);
+
+        let refused = |change| {
+            let call = call(change);
+            assert_eq!(on(&call, Target::HOPPER).as_deref(), Ok("flash2"));
+            call.plan.refused.join("; ")
+        };
+        let broadcast = refused(|a| {
+            a.inputs.dout.layout = Layout::strided(DType::BF16, &[2, 8, 4, 64], &[0, 0, 64, 1]).expect("four strides");
+        });
+        let strides_of_0 =
+            "flash3 backward: no kernel of bf16 and headdim 64 for strides of 0 or of 2^40 bytes and more";
+        assert_eq!(broadcast, strides_of_0);
+        let unaligned = refused(|a| a.gradients.dq.address += 8);
+        assert!(unaligned.ends_with("for addresses and strides that are no multiples of 16 bytes"), "{unaligned}");
+        let deterministic = refused(|a| a.options.deterministic = true);
+        assert_eq!(deterministic, "flash3 backward: dQ is summed by atomic additions, which deterministic forbids");
+        let empty = refused(|a| {
+            let of_queries = |address| tensor(DType::BF16, address, &[2, 0, 4, 64]);
+            (a.inputs.forward.q, a.inputs.out) = (of_queries(0x1000), of_queries(0x4000));
+            (a.inputs.dout, a.gradients.dq) = (of_queries(0x6000), of_queries(0x7000));
+            a.inputs.softmax_lse = tensor(DType::F32, 0x5000, &[2, 4, 0]);
+        });
+        assert!(empty.ends_with("for a seqlen_q of 0"), "{empty}");
     }
 
     #[test]
@@ -175,6 +247,6 @@ mod tests {
         };
         assert_eq!(refused(dbias), "dbias: batch is 2; allowed: 1, as of the bias");
         let standard = refused(|a| a.kernel = Kernel::Standard);
-        assert!(standard.ends_with("standard has no backward pass; allowed: auto, flash2"), "{standard}");
+        assert!(standard.ends_with("standard has no backward pass; allowed: auto, flash2, flash3"), "{standard}");
     }
 }

@@ -14,6 +14,7 @@ use crate::inputs::{BackwardInputs, GradientOutputs, Inputs};
 use crate::machine;
 use crate::operands::Operands;
 use crate::options::AttentionOptions;
+use crate::parameters::Access;
 use crate::problem::Problem;
 use crate::report::{LaunchReport, Report};
 use crate::simulator::Simulator;
@@ -150,8 +151,8 @@ impl Session {
     ) -> Result<Report> {
         let row_sums = (problem.rows() * size_of::<f32>()) as u64;
         let (algorithm, reason, extra_bytes, (launches, seconds));
-        match self.executor {
-            Executor::Cpu => {
+        match self.target() {
+            None => {
                 self.refuse_kernels_on_cpu()?;
                 algorithm = "tiled recomputation";
                 reason = "the CPU has one algorithm".to_owned();
@@ -160,10 +161,9 @@ impl Session {
                     self.gradients_on_cpu::<T>(problem, inputs, gradients)?
                 });
             }
-            Executor::Cuda(_) | Executor::Simulator => {
-                // On a machine all tensors are aligned.
-                let optional = Optional::of(&gradients);
-                let plan = BackwardPlan::new(problem, optional, true, self.kernel, self.backend())?;
+            Some(target) => {
+                let access = Access::of_backward_on_machine(inputs, TensorRef::layout);
+                let plan = BackwardPlan::new(problem, Optional::of(&gradients), access, self.kernel, target)?;
                 let times = self.repetitions;
                 (launches, seconds) = match self.executor {
                     Executor::Cuda(device) => {
@@ -176,7 +176,7 @@ impl Session {
                 };
                 algorithm = plan.algorithm();
                 extra_bytes = plan.extra_bytes();
-                reason = plan.reason;
+                reason = plan.reason();
             }
         }
         Ok(Report {

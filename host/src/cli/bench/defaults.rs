@@ -14,8 +14,8 @@ pub struct Defaults {
 
 impl Defaults {
     pub fn on(session: &Session, backward: bool) -> Self {
-        // One family has a backward pass.
-        let kernels = if backward { vec![Kernel::Flash2] } else { session.kernels() };
+        let mut kernels = session.kernels();
+        kernels.retain(|kernel| !backward || kernel.has_backward());
         match session.backend() {
             Backend::Cuda => Defaults {
                 kernels,

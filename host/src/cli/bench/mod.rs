@@ -35,8 +35,8 @@ Examples:
 pub struct Arguments {
     #[command(flatten)]
     backend: BackendArgument,
-    /// The kernels [default: all of them; with --backward flash2, which alone has gradients; on the CPU, which has one
-    /// algorithm of its own, auto]
+    /// The kernels [default: all of them; with --backward those that have gradients, flash2 and flash3; on the CPU, which
+    /// has one algorithm of its own, auto]
     #[arg(long, value_name = "KERNEL,...", value_delimiter = ',', value_parser = one_of::<Kernel>(Kernel::NAMES))]
     kernels: Option<Vec<Kernel>>,
     #[command(flatten)]

@@ -85,8 +85,7 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
     let kernels = if kernels.is_empty() { &[Kernel::Auto] } else { kernels };
     let mut groups = Vec::new();
     for &kernel in kernels {
-        // Hopper's products are of 16 bits.
-        for dtype in DTYPES.into_iter().filter(|&dtype| (kernel, dtype) != (Kernel::Flash3, DType::F32)) {
+        for dtype in dtypes_of(kernel) {
             for &headdim in extent.headdims {
                 let name = if kernel == Kernel::Auto { "attention" } else { kernel.name() };
                 let name = format!("{name} {} headdim {headdim}", dtype.name());
@@ -94,13 +93,16 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
             }
         }
     }
-    let kernel = if backend == Backend::Cpu { Kernel::Auto } else { Kernel::Flash2 };
-    for dtype in DTYPES {
-        for &headdim in extent.headdims {
-            let name = format!("backward {} headdim {headdim}", dtype.name());
-            groups.push(Group { name, kernel, cases: backward_cases(&extent, dtype, headdim) });
+    for kernel in kernels.iter().copied().filter(|kernel| kernel.has_backward()) {
+        for dtype in dtypes_of(kernel) {
+            for &headdim in extent.headdims {
+                let family = if kernel == Kernel::Auto { String::new() } else { format!("{kernel} ") };
+                let name = format!("{family}backward {} headdim {headdim}", dtype.name());
+                groups.push(Group { name, kernel, cases: backward_cases(&extent, dtype, headdim) });
+            }
         }
     }
+    let kernel = if backend == Backend::Cpu { Kernel::Auto } else { Kernel::Flash2 };
     for &dtype in extent.feature_dtypes {
         for &headdim in extent.feature_headdims {
             let cases = features::of(dtype).map(|feature| Case::Feature { feature, dtype, headdim });
@@ -116,6 +118,11 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
         }
     }
     groups
+}
+
+/// The dtypes of a kernel: Hopper's products are of 16 bits.
+fn dtypes_of(kernel: Kernel) -> impl Iterator<Item = DType> {
+    DTYPES.into_iter().filter(move |&dtype| (kernel, dtype) != (Kernel::Flash3, DType::F32))
 }
 
 fn attention_cases(extent: &Extent, dtype: DType, headdim: usize) -> Vec<Case> {

@@ -1,0 +1,73 @@
+//! The launch of FlashAttention-3's backward pass: its tensor maps, and which heads take turns.
+use cuda_std::Kernel;
+use kernels::Config;
+use kernels::flash2_backward;
+use kernels::flash3_backward::Params;
+
+use super::maps::{Extents, map};
+use crate::error::Result;
+use crate::launch::Launch;
+use crate::problem::Problem;
+use crate::target::Resources;
+
+/// The launch, in so many blocks of threads, for a problem with rows and keys.
+pub fn launch(
+    kernel: &'static Kernel<Params, Config>,
+    blocks: u64,
+    problem: &Problem,
+    backward: flash2_backward::Params,
+    machine: &Resources,
+) -> Result<Launch> {
+    let Config { dtype, headdim, headdim_v, block_m, block_n, .. } = kernel.config;
+    let of_queries = |columns| Extents::of_queries(problem, columns);
+    let of_keys = |columns| Extents::of_keys(problem, columns);
+    let attention = &backward.attention;
+    let q = map("q", &attention.q, dtype, (block_m, headdim), of_queries(problem.headdim))?;
+    let k = map("k", &attention.k, dtype, (block_n, headdim), of_keys(problem.headdim))?;
+    let v = map("v", &attention.v, dtype, (block_n, headdim_v), of_keys(problem.headdim_v))?;
+    let d_o = map("dout", &backward.d_o, dtype, (block_m, headdim_v), of_queries(problem.headdim_v))?;
+    let parameters = Params {
+        q: (machine.tensor_map)(&q)?,
+        k: (machine.tensor_map)(&k)?,
+        v: (machine.tensor_map)(&v)?,
+        d_o: (machine.tensor_map)(&d_o)?,
+        backward,
+        heads_in_turn: heads_in_turn(problem, &kernel.config),
+    };
+    Launch::new(kernel, blocks, parameters)
+}
+
+/// What the heads that take turns may have of Q, dO and the sums of dQ, in bytes: it stays in the L2 cache.
+const CACHED: u64 = 32 << 20;
+
+/// How many heads of K take turns under a causal mask: as many as have theirs in the cache, at least one.
+fn heads_in_turn(problem: &Problem, config: &Config) -> u32 {
+    // Two bytes each of Q and dO, four of the sums.
+    let row = 8 * u64::from(config.headdim);
+    let group = (problem.nheads / problem.nheads_k) as u64;
+    let of_head = (problem.seqlen_q as u64).saturating_mul(row).saturating_mul(group).max(1);
+    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    (CACHED / of_head).min(heads).max(1) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use crate::options::AttentionOptions;
+    use cuda_std::DType;
+    use kernels::flash3_backward::WHOLE;
+
+    #[test]
+    fn as_many_heads_take_turns_as_the_cache_holds() {
+        let in_turn = |batch, seqlen, nheads, nheads_k| {
+            let of = |heads| Layout::contiguous(DType::BF16, &[batch, seqlen, heads, 128]).expect("small");
+            let problem = Problem::new(&of(nheads), &of(nheads_k), &of(nheads_k), &AttentionOptions::new());
+            heads_in_turn(&problem.expect("valid"), &Config { headdim: 128, ..WHOLE[0].config })
+        };
+        assert_eq!(in_turn(4, 8192, 16, 16), 4);
+        assert_eq!(in_turn(4, 8192, 16, 8), 2);
+        // One where the cache holds none, and no more than there are.
+        assert_eq!((in_turn(1, 65536, 8, 8), in_turn(2, 100, 4, 2)), (1, 4));
+    }
+}

@@ -42,8 +42,10 @@ use crate::problem::Problem;
 use crate::report::LaunchReport;
 
 mod backward;
+mod softmax;
 
 pub use backward::{BackwardArguments, BackwardCall};
+pub use softmax::SoftmaxCall;
 
 /// A `CUstream`; null for the default one.
 pub type Stream = *mut c_void;

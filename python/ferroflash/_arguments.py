@@ -32,6 +32,12 @@ def check_optional_tensor(name: str, x: Any) -> None:
         refuse_type(name, x, "a torch.Tensor, or None")
 
 
+def check_device(name: str, x: Optional[torch.Tensor], q: torch.Tensor) -> None:
+    """Checks that this is on the device of Q, or None."""
+    if x is not None and x.device != q.device:
+        refuse(name, f"on device {x.device}", f"{q.device}, where q is")
+
+
 def check_flag(name: str, x: Any) -> None:
     """Checks that this is True or False."""
     if not isinstance(x, bool):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ferroflash import _ops as _ops
 from ferroflash._arguments import (
+    check_device,
     check_flag,
     check_optional_tensor,
     check_tensor,
@@ -83,6 +84,7 @@ def attention(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
+        check_device(name, x, q)
     for name, x in (
         ("bias", bias),
         ("mask", mask),
@@ -92,6 +94,7 @@ def attention(
         ("cu_seqlens_k", cu_seqlens_k),
     ):
         check_optional_tensor(name, x)
+        check_device(name, x, q)
     for name, x in (
         ("causal", causal),
         ("deterministic", deterministic),

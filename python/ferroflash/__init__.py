@@ -7,7 +7,7 @@ run, compiled by NVIDIA's driver when they are first used; on the CPU the same a
   different lengths, and the LSE with its gradient.
 - `flash_attn_func` and the others: the functions of flash_attn 2.8, with its names, defaults, layouts and results.
 - `softmax`: by the online or the two-pass kernel.
-- `ferroflash.integrations.transformers.register()`: `attn_implementation="ferroflash"` for Hugging Face models.
+- `ferroflash.integrations.transformers.register()`: `attn_implementation="ferro"` for Hugging Face models.
 
 Nothing of torch is imported before one of these is used, and nothing of it is changed.
 """

@@ -5,7 +5,7 @@ from typing import Optional, Tuple, Union
 import torch
 from torch import Tensor
 
-from ferroflash import _ops as _ops
+from ferroflash import _ops
 from ferroflash._arguments import (
     check_device,
     check_flag,
@@ -129,7 +129,7 @@ def attention(
     if dropout_p > 0:
         # In host memory, so that nobody waits for the device to read it.
         rng_state = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device="cpu")
-    out, softmax_lse = torch.ops.ferroflash.attention(
+    out, softmax_lse = _ops.attention(
         q,
         k,
         v,

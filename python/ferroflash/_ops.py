@@ -2,6 +2,9 @@
 
 Each allocates what it returns, and what it works in, from torch's allocator, and launches on the current stream of Q's
 device. None synchronises, so that CUDA graphs can capture them. Tracers see their shapes through fake implementations.
+
+Operators that are written in Python go through torch's dispatcher several times, which takes longer than a small kernel.
+So `attention` takes the same functions without it where nobody listens.
 """
 
 from typing import Any, Callable, List, Optional, Tuple
@@ -36,7 +39,8 @@ def _place(x: Tensor) -> Optional[Tuple[int, int]]:
     """The device and torch's current stream there; None for the CPU."""
     if not x.is_cuda:
         return None
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    # The stream alone, without an object for it, as torch's own compiler asks for it.
+    return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
 def _allocate_beside(x: Tensor) -> Callable[[int], Tensor]:
@@ -153,8 +157,38 @@ def _attention_backward_fake(
     return _gradients(q, k, v, rest[0], rest[3], rest[-2], rest[-1])
 
 
+def _is_unobserved(*tensors: Optional[Tensor]) -> bool:
+    """Whether no compiler, mode, transform or subclass of tensors has to see an operator."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
+    """The operator `attention`: O and LSE, differentiable."""
+    if _is_unobserved(*arguments[:_TENSORS]):
+        return _Attention.apply(*arguments)
+    return torch.ops.ferroflash.attention(*arguments)
+
+
 _TENSORS = 10
 _NUMBERS = 10
+
+
+class _Attention(torch.autograd.Function):
+    """What the operators and their registrations do, in one step."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tuple[Tensor, Tensor]:
+        output = _attention(*arguments)
+        _keep(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        return _differentiate(ctx, *gradients)
 
 
 def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
@@ -167,9 +201,11 @@ def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
     """The gradients of all arguments."""
     needs_dbias, needs_dsinks = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
-    dq, dk, dv, dbias, dsinks = torch.ops.ferroflash.attention_backward(
-        dout, dlse, *ctx.saved_tensors, *ctx.options, needs_dbias, needs_dsinks
-    )
+    arguments = (dout, dlse, *ctx.saved_tensors, *ctx.options, needs_dbias, needs_dsinks)
+    # A graph of the gradients is to hold the operator, which refuses to be differentiated.
+    is_alone = not torch.is_grad_enabled() and _is_unobserved(*arguments[: 4 + _TENSORS])
+    run = _attention_backward if is_alone else torch.ops.ferroflash.attention_backward
+    dq, dk, dv, dbias, dsinks = run(*arguments)
     of_inputs: List[Optional[Tensor]] = [dq, dk, dv, dbias if needs_dbias else None, None, None]
     of_inputs += [dsinks if needs_dsinks else None, None, None, None]
     return (*of_inputs, *[None] * _NUMBERS)

@@ -126,7 +126,7 @@ COMPILED = {
     "lse": lambda q, k, v: attention(q, k, v, return_lse=True)[1].sin(),
     "flash_attn_func": lambda q, k, v: flash_attn_func(q * 2, k, v, causal=True, softcap=9.0),
     "transposed": lambda q, k, v: attention(*((x * 2).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))),
-    "softmax": lambda q, k, v: softmax(q * 2, dim=1) * k.sum() * v.sum(),
+    "softmax": lambda q, k, v: softmax(q * 2, dim=1).sum() + softmax(k, dim=3).sin().mean() + v.mean(),
     "from the package": lambda q, k, v: ferroflash.attention(q, k, v).sin(),
 }
 
@@ -236,6 +236,25 @@ def test_checkpointing_drops_the_same(device):
     found = torch.autograd.grad(checkpoint(function, q, k, v, use_reentrant=False).square().sum(), (q, k, v))
     for x, y in zip(found, expected):
         assert torch.allclose(x, y, atol=1e-5)
+
+
+def test_operators_are_what_runs_without_them(device):
+    """Eager calls leave the dispatcher out; what a mode sees, and what it computes, is the same."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Listening(TorchDispatchMode):
+        heard = []
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.heard.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    tensors = leaves(device)
+    silent = gradients(lambda *x: attention(*x, deterministic=True), tensors)
+    with Listening():
+        heard = gradients(lambda *x: attention(*x, deterministic=True), tensors)
+    assert all(torch.equal(x, y) for x, y in zip(silent, heard))
+    assert {"ferroflash.attention.default", "ferroflash.attention_backward.default"} <= set(Listening.heard)
 
 
 def test_threads(device):

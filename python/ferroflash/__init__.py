@@ -1,10 +1,11 @@
 """Exact attention for PyTorch whose GPU kernels are written in Rust.
 
-Tensors are (batch, seqlen, nheads, headdim), in float32, float16 or bfloat16. On a CUDA device the kernels of FlashAttention
-run, compiled by NVIDIA's driver when they are first used; on the CPU the same algorithm runs on all cores.
+Tensors are (batch, seqlen, nheads, headdim), in float32, float16 or bfloat16. On a CUDA device the kernels of
+FlashAttention run, compiled by NVIDIA's driver when they are first used; on the CPU the same algorithm runs on all
+cores.
 
-- `attention`: everything: bias and attention sinks with gradients, masks, windows, ALiBi, softcap, dropout, sequences of
-  different lengths, and the LSE with its gradient.
+- `attention`: everything: bias and attention sinks with gradients, masks, windows, ALiBi, softcap, dropout, sequences
+  of different lengths, and the LSE with its gradient.
 - `flash_attn_func` and the others: the functions of flash_attn 2.8, with its names, defaults, layouts and results.
 - `softmax`: by the online or the two-pass kernel.
 - `ferroflash.integrations.transformers.register()`: `attn_implementation="ferro"` for Hugging Face models.
@@ -51,7 +52,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"ferroflash.{home}"), name)
     except ModuleNotFoundError as error:
         if error.name == "torch":
-            raise ModuleNotFoundError(f"ferroflash.{name} needs PyTorch 2.4 or newer: pip install torch", name="torch") from error
+            raise ModuleNotFoundError(
+                f"ferroflash.{name} needs PyTorch 2.4 or newer: pip install torch", name="torch"
+            ) from error
         raise
     globals()[name] = value
     return value

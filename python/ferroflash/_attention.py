@@ -57,8 +57,8 @@ def attention(
         alibi_slopes: float32, (nheads) or (batch, nheads): -slope · |i + seqlen_k - seqlen_q - j| is added to the score
             of query i and key j. It has no gradient.
         sinks: (nheads): a logit that takes part in the softmax of every row of a head, and has no value.
-        cu_seqlens_q: int32, (batch + 1): where each sequence of Q begins, from 0 to total_q. On CUDA nobody checks what is
-            in it.
+        cu_seqlens_q: int32, (batch + 1): where each sequence of Q begins, from 0 to total_q. On CUDA nobody checks
+            what is in it.
         cu_seqlens_k: The same for K and V.
         max_seqlen_q: With `cu_seqlens_q`, the length of the longest sequence; on the CPU it may be None.
         max_seqlen_k: The same for K and V.
@@ -73,8 +73,8 @@ def attention(
         return_lse: Whether to return the LSE too.
 
     Returns:
-        O, (batch, seqlen_q, nheads, headdim_v) or (total_q, nheads, headdim_v), in the dtype of Q. With `return_lse` also
-        the LSE, log Σ e^score, float32, (batch, nheads, seqlen_q) or (nheads, total_q).
+        O, (batch, seqlen_q, nheads, headdim_v) or (total_q, nheads, headdim_v), in the dtype of Q. With `return_lse`
+        also the LSE, log Σ e^score, float32, (batch, nheads, seqlen_q) or (nheads, total_q).
 
     Raises:
         ValueError, TypeError: An argument is not allowed; the message names it, says what it was, and what is allowed.
@@ -155,7 +155,7 @@ def attention(
 
 
 def _over_all_keys(scores: Tensor, k: Tensor, longest: Optional[int]) -> Tensor:
-    """A tensor of scores, of which kernels read a row of keys for each query: one that is the same for all keys is repeated."""
+    """A tensor of scores with a row of keys for each query, as kernels read it."""
     if scores.dim() != 4 or scores.shape[-1] != 1 or k.dim() < 3:
         return scores
     seqlen_k = k.shape[-3] if longest is None else longest

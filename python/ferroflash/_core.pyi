@@ -34,7 +34,12 @@ class _Allocate:
 __version__: str
 
 def attention(
-    tensors: _Inputs, out: torch.Tensor, softmax_lse: torch.Tensor, options: _Options, place: _Place, allocate: _Allocate
+    tensors: _Inputs,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    options: _Options,
+    place: _Place,
+    allocate: _Allocate,
 ) -> None: ...
 def attention_backward(
     tensors: _Inputs,

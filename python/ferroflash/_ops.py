@@ -3,8 +3,8 @@
 Each allocates what it returns, and what it works in, from torch's allocator, and launches on the current stream of Q's
 device. None synchronises, so that CUDA graphs can capture them. Tracers see their shapes through fake implementations.
 
-Operators that are written in Python go through torch's dispatcher several times, which takes longer than a small kernel.
-So `attention` takes the same functions without it where nobody listens.
+Operators that are written in Python go through torch's dispatcher several times, which takes longer than a small
+kernel. So `attention` takes the same functions without it where nobody listens.
 """
 
 from typing import Any, Callable, List, Optional, Tuple
@@ -114,7 +114,13 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tuple[Tensor
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor], needs_dbias: bool, needs_dsinks: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Optional[Tensor],
+    sinks: Optional[Tensor],
+    needs_dbias: bool,
+    needs_dsinks: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients, not yet written; without elements, where they are not wanted."""
     dbias = q.new_empty(bias.shape if needs_dbias and bias is not None else (0,))
@@ -152,7 +158,14 @@ def _attention_backward(
 
 
 def _attention_backward_fake(
-    dout: Optional[Tensor], dlse: Optional[Tensor], out: Tensor, softmax_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    dout: Optional[Tensor],
+    dlse: Optional[Tensor],
+    out: Tensor,
+    softmax_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _gradients(q, k, v, rest[0], rest[3], rest[-2], rest[-1])
 
@@ -247,4 +260,6 @@ for _name, _run, _fake in [
 
 torch.library.register_autograd("ferroflash::attention", _differentiate, setup_context=_keep, lib=_library)
 torch.library.register_autograd("ferroflash::attention_backward", _refuse_double_backward, lib=_library)
-torch.library.register_autograd("ferroflash::softmax", _differentiate_softmax, setup_context=_keep_softmax, lib=_library)
+torch.library.register_autograd(
+    "ferroflash::softmax", _differentiate_softmax, setup_context=_keep_softmax, lib=_library
+)

@@ -13,8 +13,8 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "online") -> Tensor:
     Args:
         x: Of any rank but 0; float32, float16 or bfloat16. Where `dim` is not contiguous, a copy is made.
         dim: The dimension.
-        method: "online": maximum and sum in one pass over the row, the result in a second. "two-pass": the maximum first,
-            then the sum, then the result.
+        method: "online": maximum and sum in one pass over the row, the result in a second. "two-pass": the maximum
+            first, then the sum, then the result.
 
     Raises:
         ValueError, TypeError: An argument is not allowed; the message names it, says what it was, and what is allowed.

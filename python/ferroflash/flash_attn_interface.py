@@ -1,7 +1,8 @@
 """The functions of flash_attn 2.8: its names, defaults, layouts and results. `from ferroflash import flash_attn_func`.
 
 What differs: gradients flow through `softmax_lse` too; float32 and a head dimension of V unlike that of Q are allowed;
-S_dmask, which flash_attn returns for its own tests, is never computed. Arguments that are not supported are refused by name.
+S_dmask, which flash_attn returns for its own tests, is never computed. Arguments that are not supported are refused by
+name.
 """
 
 from typing import Any, Optional, Tuple, Union
@@ -33,8 +34,8 @@ def flash_attn_func(
     `window_size` is (left, right), -1 for all keys; `softcap` 0.0 is none. The rest as `ferroflash.attention`.
 
     Returns:
-        O, (batch, seqlen_q, nheads, headdim). With `return_attn_probs` (O, softmax_lse, S_dmask): the second (batch, nheads,
-        seqlen_q) in float32, the third without elements, as flash_attn has it without dropout.
+        O, (batch, seqlen_q, nheads, headdim). With `return_attn_probs` (O, softmax_lse, S_dmask): the second (batch,
+        nheads, seqlen_q) in float32, the third without elements, as flash_attn has it without dropout.
     """
     return _result(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -98,12 +99,12 @@ def flash_attn_varlen_func(
 ) -> Result:
     """O of sequences of different lengths: Q (total_q, nheads, headdim), K and V (total_k, nheads_k, headdim).
 
-    `cu_seqlens_q` and `cu_seqlens_k`, int32 of shape (batch + 1), say where each begins; `max_seqlen_q` and `max_seqlen_k`
-    how long the longest are. A paged cache (`block_table`) is not supported.
+    `cu_seqlens_q` and `cu_seqlens_k`, int32 of shape (batch + 1), say where each begins; `max_seqlen_q` and
+    `max_seqlen_k` how long the longest are. A paged cache (`block_table`) is not supported.
 
     Returns:
-        O, (total_q, nheads, headdim). With `return_attn_probs` (O, softmax_lse, S_dmask): the second (nheads, total_q) in
-        float32, the third without elements.
+        O, (total_q, nheads, headdim). With `return_attn_probs` (O, softmax_lse, S_dmask): the second (nheads, total_q)
+        in float32, the third without elements.
     """
     if block_table is not None:
         refuse("block_table", "a tensor", "None: paged caches are not supported")

@@ -1,52 +1,10 @@
-"""Attention as its definition says it, in float64, and the rule for how far from it a result may be."""
+"""The rule for how far from the definition in float64 a result may be."""
 
 import math
 
 import torch
 
-
-def reference(q, k, v, dtype=torch.float64, bias=None, mask=None, alibi_slopes=None, sinks=None, causal=False,
-              window_size=(None, None), softcap=None, softmax_scale=None):
-    """O and LSE, computed in `dtype`. Differentiable, also where a row sees no key."""
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-    scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(q.shape[-1])
-    s = (q * scale) @ k.transpose(-1, -2)
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    place = torch.arange(seqlen_q, device=q.device)[:, None] + seqlen_k - seqlen_q
-    key = torch.arange(seqlen_k, device=q.device)
-    if bias is not None:
-        s = s + bias.to(dtype)
-    if alibi_slopes is not None:
-        s = s - alibi_slopes.to(dtype)[..., None, None] * (place - key).abs()
-    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
-    left, right = (None if side is None or side < 0 else side for side in window_size)
-    right = 0 if causal else right
-    if left is not None:
-        seen &= key >= place - left
-    if right is not None:
-        seen &= key <= place + right
-    seen = seen if mask is None else seen & mask
-    s = s.masked_fill(~seen, -math.inf)
-    sink = None if sinks is None else sinks.to(dtype)[:, None, None]
-    top = s.detach().amax(-1, keepdim=True) if seqlen_k else s.new_full((*s.shape[:-1], 1), -math.inf)
-    top = top if sink is None else torch.maximum(top, sink.detach())
-    top = top.masked_fill(top == -math.inf, 0)
-    p = torch.exp(s - top)
-    total = p.sum(-1, keepdim=True)
-    total = total if sink is None else total + torch.exp(sink - top)
-    safe = total.masked_fill(total == 0, 1)
-    lse = (safe.log() + top).masked_fill(total == 0, -math.inf).squeeze(-1)
-    return ((p / safe) @ v).transpose(1, 2), lse
-
-
-def furthest(x, y):
-    """max |x - y|, where equal infinities are 0 apart and a NaN is infinitely far."""
-    x, y = x.double(), y.double()
-    distance = torch.where(x == y, torch.zeros_like(x), (x - y).abs())
-    return distance.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if distance.numel() else 0.0
+from ferroflash._reference import furthest, reference
 
 
 def assert_accurate(name, found, exact, plain, times=2):

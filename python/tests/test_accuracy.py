@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
+from reference import assert_attention
 
 from ferroflash import attention
-from reference import assert_attention, furthest, reference
+from ferroflash._reference import furthest, reference
 
 with_lse = functools.partial(attention, return_lse=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -25,7 +26,9 @@ def test_lengths_and_masks(device, dtype, seqlens, mask):
     assert_attention(with_lse, *tensors(device, dtype, seqlens), **mask)
 
 
-@pytest.mark.parametrize("headdims", [(64, 64), (96, 96), (128, 128), (256, 256), (40, 40), (33, 33), (64, 32)], ids=str)
+@pytest.mark.parametrize(
+    "headdims", [(64, 64), (96, 96), (128, 128), (256, 256), (40, 40), (33, 33), (64, 32)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dimensions(device, dtype, headdims):
     assert_attention(with_lse, *tensors(device, dtype, headdims=headdims), causal=True)

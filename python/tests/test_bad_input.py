@@ -144,6 +144,7 @@ def test_nonsense_is_never_a_crash():
     storage = torch.randn(1 << 16)
     outcomes = set()
     for _ in range(400):
+
         def tensor(rank=4):
             shape = [(1, 2, 3, 4, 8, 16)[draw(6)] for _ in range(rank if draw(8) else draw(6))]
             strides = [(0, 1, 2, 8, 64, 300)[draw(6)] for _ in shape[:-1]] + [1 if draw(5) else 3]

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from reference import assert_accurate, assert_attention
 
 import ferroflash
 from ferroflash import (
@@ -15,7 +16,7 @@ from ferroflash import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from reference import assert_accurate, assert_attention, reference
+from ferroflash._reference import reference
 
 NUMBERS = {
     "dropout_p": 0.0,
@@ -42,7 +43,9 @@ SIGNATURES = {
 def test_signatures_are_those_of_flash_attn(name):
     positional, defaults = SIGNATURES[name]
     parameters = inspect.signature(getattr(ferroflash, name)).parameters.values()
-    assert [(p.name, p.default) for p in parameters if p.default is p.empty] == [(n, inspect._empty) for n in positional]
+    assert [(p.name, p.default) for p in parameters if p.default is p.empty] == [
+        (n, inspect._empty) for n in positional
+    ]
     assert [(p.name, p.default) for p in parameters if p.default is not p.empty] == list(defaults.items())
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
@@ -62,7 +65,10 @@ def drop_in(q, k, v, **options):
 @pytest.mark.parametrize("seqlens", [(113, 203), (108, 256)], ids=str)
 def test_the_grid_of_flash_attn(device, seqlens, nheads_k, causal, local, dtype):
     """tests/test_flash_attn.py of flash_attn has this grid, with more heads and batches."""
-    q, kv = tokens(device, 1, seqlens[0], 6, 32, dtype=dtype), tokens(device, 1, seqlens[1], 2, nheads_k, 32, dtype=dtype)
+    q, kv = (
+        tokens(device, 1, seqlens[0], 6, 32, dtype=dtype),
+        tokens(device, 1, seqlens[1], 2, nheads_k, 32, dtype=dtype),
+    )
     window_size = (seqlens[1] // 5, 11) if local else (-1, -1)
     assert_attention(drop_in, q, *kv.unbind(2), gradient_times=3, causal=causal, window_size=window_size)
 
@@ -106,7 +112,10 @@ def starts(device, lengths):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (7, 2)}, {"softcap": 20.0}], ids=str)
 def test_sequences_of_different_lengths(device, options):
-    q, k, v = (tokens(device, sum(lengths), nheads, 64) for lengths, nheads in zip((LENGTHS[0], LENGTHS[1], LENGTHS[1]), (4, 2, 2)))
+    q, k, v = (
+        tokens(device, sum(lengths), nheads, 64)
+        for lengths, nheads in zip((LENGTHS[0], LENGTHS[1], LENGTHS[1]), (4, 2, 2))
+    )
     leaves = [x.requires_grad_() for x in (q, k, v)]
     cu_q, cu_k = (starts(device, lengths) for lengths in LENGTHS)
     out, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 40, 64, return_attn_probs=True, **options)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from reference import assert_accurate
 
 from ferroflash import softmax
-from reference import assert_accurate
 
 METHODS = ["online", "two-pass"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

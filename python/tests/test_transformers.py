@@ -19,11 +19,24 @@ GROUPED = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
 CAUSAL = {
     "Llama": GROUPED,
     "Mistral": {**GROUPED, "sliding_window": 7},
-    "Gemma2": {**GROUPED, "head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "Gemma2": {
+        **GROUPED,
+        "head_dim": 16,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 16,
+    },
     "GptOss": {**GROUPED, "head_dim": 16, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
     "GPT2": {"vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
-DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_probs_dropout_prob", "hidden_dropout_prob")
+DROPOUTS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +113,15 @@ def test_encoders(device, side):
 
 
 def test_position_biases(device):
-    sizes = {"vocab_size": 99, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    sizes = {
+        "vocab_size": 99,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+    }
     tokens, mask = drawn_tokens(device), padded(device, "right")
     results = []
     for model in both("T5", {**sizes, "decoder_start_token_id": 0}, "ForConditionalGeneration", device):
@@ -165,7 +186,11 @@ def test_masks_are_not_in_memory():
     assert causal.left is None and causal.padding.shape == (2, 1, 1, 10)
     window = integration.attention_mask(**sizes, local_size=4)
     assert window == integration.CausalMask(3, None)
-    both_ways = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True, "mask_function": bidirectional_mask_function}
+    both_ways = {
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": True,
+        "mask_function": bidirectional_mask_function,
+    }
     assert integration.attention_mask(**sizes, **both_ways, attention_mask=padding).shape == (2, 1, 1, 10)
     assert integration.attention_mask(**sizes, **both_ways) is None
 

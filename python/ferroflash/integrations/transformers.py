@@ -8,12 +8,12 @@ ferroflash.integrations.transformers.register()
 model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="ferro")
 ```
 
-Training and generation, causal and bidirectional, with grouped queries, padding, sliding windows, softcap, sinks, position
-biases and dropout as the models ask for them. Causal masks and windows, padded or not, are never in memory; masks of
-other shapes are, as booleans.
+Training and generation, causal and bidirectional, with grouped queries, padding, sliding windows, softcap, sinks,
+position biases and dropout as the models ask for them. Causal masks and windows, padded or not, are never in memory;
+masks of other shapes are, as booleans.
 
-The name is not "ferroflash", since transformers takes every name with "flash" in it for a package like flash_attn: it looks
-for that package, prepares other arguments, and for some models (GPT-OSS) takes another implementation instead.
+The name is not "ferroflash", since transformers takes every name with "flash" in it for a package like flash_attn: it
+looks for that package, prepares other arguments, and for some models (GPT-OSS) takes another implementation instead.
 """
 
 from typing import Any, NamedTuple, Optional, Tuple
@@ -97,7 +97,8 @@ def attention_forward(
     position_bias: Optional[Tensor] = None,
     **kwargs: Any,
 ) -> Tuple[Tensor, None]:
-    """Attention of a module: query, key and value are (batch, nheads, seqlen, headdim); the result has the heads last but one.
+    """Attention of a module: query, key and value are (batch, nheads, seqlen, headdim); the result has the heads last
+    but one.
 
     `attention_mask` is what `attention_mask` of this module made, or what the user passed: True for keys that are seen,
     or numbers that are added to the scores. Without one a module that is causal sees no later keys.

@@ -28,6 +28,5 @@ begin = time.perf_counter()
 step()
 print(f"{tokens} tokens, 32 heads of 128, forward and backward: {time.perf_counter() - begin:.2f} s")
 if device == "cuda":
-    print(
-        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most; S would take {32 * tokens**2 * 2 / 2**30:.0f} GiB"
-    )
+    most, whole = torch.cuda.max_memory_allocated() / 2**30, 32 * tokens**2 * 2 / 2**30
+    print(f"{most:.1f} GiB at most; S would take {whole:.0f} GiB")

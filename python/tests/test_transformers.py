@@ -153,6 +153,18 @@ def test_training_goes_the_same_way(device):
     assert losses[1][-1] < losses[1][0] - 0.1
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_models_compile(device, name):
+    torch._dynamo.reset()
+    model = build(name, CAUSAL[name], "ForCausalLM", device, "ferro")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens, mask = drawn_tokens(device), padded(device, "left")
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+        found = compiled(tokens, attention_mask=mask, use_cache=False).logits
+    assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=2e-5)
+
+
 def test_dropout_is_on_in_training_alone(device):
     config = {**GROUPED, "attention_dropout": 0.0}
     model = build("Llama", config, "ForCausalLM", device, "ferro")

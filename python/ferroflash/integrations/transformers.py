@@ -38,10 +38,12 @@ def register(name: str = "ferro") -> None:
     """Makes `attn_implementation=name` known to transformers 5.
 
     Raises:
-        ValueError: A name with "flash" in it, of which transformers would make something else.
+        ValueError: A name with "flash" in it, of which transformers would make something else; an older transformers.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, __version__
 
+    if int(__version__.split(".")[0]) < 5:
+        refuse("transformers", __version__, "5 or newer")
     if "flash" in name:
         refuse("name", repr(name), 'one without "flash", which transformers takes for the package flash_attn')
     AttentionInterface.register(name, attention_forward)

@@ -31,8 +31,8 @@ fn inputs<'py>((q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k): InputTupl
 
 /// Writes O to `out` and the LSE to `softmax_lse`.
 ///
-/// Without a place on the CPU, where the call waits for the result; else on its stream, where `allocate` gives memory to
-/// work in. All tensors are on the device of Q.
+/// Without a place on the CPU, where the call waits for the result; else on its stream, where `allocate` gives memory
+/// to work in. All tensors are on the device of Q.
 #[pyfunction]
 pub fn attention<'py>(
     py: Python<'py>,
@@ -57,8 +57,8 @@ pub fn attention<'py>(
     let workspace = Workspace::new(allocate, call.workspace_bytes())?;
     let address = workspace.address()?;
     let device = place.device()?;
-    // SAFETY: the tensors are of this device, as torch says, and the caller keeps them until the launches are on the stream,
-    // which is torch's current one: memory that it frees then is used again only after them.
+    // SAFETY: the tensors are of this device, as torch says, and the caller keeps them until the launches are on the
+    // stream, which is torch's current one: memory that it frees then is used again only after them.
     py.detach(|| unsafe { call.launch(device, address, place.stream()) }).map_err(exception)?;
     Ok(())
 }

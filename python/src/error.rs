@@ -3,7 +3,8 @@ use ferroflash::Error;
 use pyo3::PyErr;
 use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 
-/// `TypeError` for a tensor of the wrong dtype, `ValueError` for other arguments, `RuntimeError` for a machine that cannot.
+/// `TypeError` for a tensor of the wrong dtype, `ValueError` for other arguments, `RuntimeError` for a machine that
+/// cannot.
 pub fn exception(error: Error) -> PyErr {
     let message = error.to_string();
     match error {

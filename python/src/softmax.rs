@@ -17,7 +17,8 @@ pub fn softmax(py: Python, x: &Bound<PyAny>, y: &Bound<PyAny>, method: &str, pla
     let Some(place) = place else { return py.detach(|| on_cpu(&x, &y, method)).map_err(exception) };
     let call = SoftmaxCall::new(&x, &y, method).map_err(exception)?;
     let device = place.device()?;
-    // SAFETY: the tensors are of this device, as torch says; they are freed on the stream, which is torch's current one.
+    // SAFETY: the tensors are of this device, as torch says; they are freed on the stream, which is torch's current
+    // one.
     py.detach(|| unsafe { call.launch(device, place.stream()) }).map_err(exception)?;
     Ok(())
 }

@@ -28,8 +28,8 @@ const DTYPES: [(&str, DType); 6] = [
 /// Where a tensor is, its dtype, shape and strides.
 ///
 /// # Errors
-/// `TypeError` for what is no tensor or has another dtype, `ValueError` for one on another device than `device`; both with
-/// the name of the argument.
+/// `TypeError` for what is no tensor or has another dtype, `ValueError` for one on another device than `device`; both
+/// with the name of the argument.
 pub fn read(argument: &'static str, tensor: &Bound<PyAny>, device: &Bound<PyAny>) -> PyResult<RawTensor> {
     let py = tensor.py();
     let found = tensor.getattr(intern!(py, "device"))?;
@@ -110,8 +110,8 @@ pub unsafe fn view_mut<'a>(tensor: &RawTensor) -> ferroflash::Result<TensorMut<'
     }
 }
 
-/// Elements of memory from the first to the last of a tensor. A span that no index counts is no tensor of torch's, and left
-/// for the views to refuse.
+/// Elements of memory from the first to the last of a tensor. A span that no index counts is no tensor of torch's, and
+/// left for the views to refuse.
 fn elements(layout: &Layout) -> usize {
     layout.span().unwrap_or(0)
 }

@@ -45,7 +45,8 @@ fn environment() -> Result<PathBuf> {
     Ok(environment)
 }
 
-/// A wheel of the development profile, which has compiled nearly all of it by now, and its tests. Whether pytest is content.
+/// A wheel of the development profile, which has compiled nearly all of it by now, and its tests. Whether pytest is
+/// content.
 fn build_and_test(environment: &Path) -> Result<(bool, Counts)> {
     let wheels = target()?.join("wheels");
     if wheels.exists() {
@@ -131,7 +132,8 @@ mod tests {
 
     #[test]
     fn pytest_is_counted_by_its_last_line() {
-        let output = "..F.s  [100%]\nFAILED a.py::b - 3 passed in spirit\n2 failed, 34 passed, 31 skipped, 1 warning in 50.73s (0:00:50)\n";
+        let output = "..F.s  [100%]\nFAILED a.py::b - 3 passed in spirit\n\
+            2 failed, 34 passed, 31 skipped, 1 warning in 50.73s (0:00:50)\n";
         let mut shown = Vec::new();
         let counts = count(output.as_bytes(), &mut shown).expect("readable");
         assert_eq!(counts, Counts { passed: 34, failed: 2, skipped: 31 });

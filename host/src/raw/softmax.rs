@@ -22,8 +22,8 @@ pub struct SoftmaxCall {
 }
 
 impl SoftmaxCall {
-    /// Checks the arguments: `x`, of any rank but 0, and `y`, which is written, of its shape and dtype. Both are contiguous,
-    /// and `y` is `x` or overlaps it nowhere.
+    /// Checks the arguments: `x`, of any rank but 0, and `y`, which is written, of its shape and dtype. Both are
+    /// contiguous, and `y` is `x` or overlaps it nowhere.
     ///
     /// # Errors
     /// [`Error::Rank`] for a tensor without dimensions; [`Error::DType`], [`Error::Argument`], [`Error::Stride`] or
@@ -50,7 +50,8 @@ impl SoftmaxCall {
     /// during the call, and afterwards the one that was.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] for more rows or columns than a kernel counts; else as [`Call::launch`](super::Call::launch).
+    /// [`Error::TooLarge`] for more rows or columns than a kernel counts; else as
+    /// [`Call::launch`](super::Call::launch).
     ///
     /// # Safety
     /// As [`Call::launch`](super::Call::launch), of these tensors; the output is `y`.

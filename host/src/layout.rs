@@ -118,6 +118,23 @@ impl Layout {
         }
     }
 
+    /// Checks that this, the layout of `argument`, has the dtype and the shape of x, and no gaps.
+    pub(crate) fn check_like_x(&self, argument: &'static str, x: &Layout) -> Result<()> {
+        if self.dtype != x.dtype {
+            let allowed = format!("{}, as of x", x.dtype.name());
+            return Err(Error::DType { argument, found: self.dtype.name(), allowed });
+        }
+        if self.shape != x.shape {
+            let (found, allowed) = (format!("shape {:?}", self.shape), format!("{:?}, as of x", x.shape));
+            return Err(Error::Argument { argument, found, allowed });
+        }
+        if !self.is_contiguous() {
+            let allowed = "those of a contiguous tensor";
+            return Err(Error::Stride { argument, found: self.strides.clone(), allowed });
+        }
+        Ok(())
+    }
+
     /// Checks that `found` elements of memory hold the tensor.
     pub(crate) fn check_length(&self, argument: &'static str, found: usize) -> Result<()> {
         let needed = self.span();

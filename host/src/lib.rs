@@ -24,8 +24,8 @@
 //!   kernel, on the GPU, on the CPU or on a simulated GPU.
 //! - **Device tensors**: [`cuda::DeviceTensor`], [`cuda::Device::attention`] and [`cuda::Device::attention_backward`], to
 //!   keep data on the GPU.
-//! - **Pointers**: [`raw::Call`] and [`raw::BackwardCall`] take addresses, strides and a CUDA stream from any framework, and
-//!   only launch.
+//! - **Pointers**: [`raw::Call`], [`raw::BackwardCall`] and [`raw::SoftmaxCall`] take addresses, strides and a CUDA stream
+//!   from any framework, and only launch.
 //!
 //! Each level has short forms that take Q, K and V, and forms that take [`Inputs`]: besides these a bias, a boolean
 //! mask, ALiBi slopes, attention sinks, and where sequences of different lengths begin. [`AttentionOptions`] has

@@ -173,7 +173,7 @@ impl Problem {
             return Err(argument("softcap", softcap, "positive and finite"));
         }
         if let Some(Dropout { p, .. }) = options.dropout.filter(|dropout| !(0.0..1.0).contains(&dropout.p)) {
-            return Err(argument("dropout p", p, "at least 0, below 1"));
+            return Err(argument("dropout_p", p, "at least 0, below 1"));
         }
         Ok(Problem {
             dtype: q.dtype(),
@@ -597,7 +597,7 @@ mod tests {
         let softcap = refused(AttentionOptions::new().softcap(0.0));
         assert_eq!(softcap, "softcap: 0; allowed: positive and finite");
         let dropout = refused(AttentionOptions::new().dropout(1.0, 0, 0));
-        assert_eq!(dropout, "dropout p: 1; allowed: at least 0, below 1");
+        assert_eq!(dropout, "dropout_p: 1; allowed: at least 0, below 1");
     }
 
     #[test]

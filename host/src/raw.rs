@@ -43,8 +43,10 @@ use crate::simulator::{self, SimulatorOptions};
 use crate::target::{Resources, Target};
 
 mod backward;
+mod softmax;
 
 pub use backward::{BackwardArguments, BackwardCall};
+pub use softmax::SoftmaxCall;
 
 /// A `CUstream`; null for the default one.
 pub type Stream = *mut c_void;

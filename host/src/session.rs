@@ -10,7 +10,6 @@ use crate::element::{Element, with_element};
 use crate::error::{Error, Result};
 use crate::heads::HeadsMut;
 use crate::inputs::Inputs;
-use crate::layout::Layout;
 use crate::machine::{self, Repetitions};
 use crate::operands::Operands;
 use crate::options::{AttentionOptions, Kernel, SoftmaxMethod};
@@ -367,36 +366,56 @@ impl Session {
     /// and those of the backend.
     pub fn softmax<'a>(&self, x: impl Into<TensorRef<'a>>, method: SoftmaxMethod) -> Result<Softmax> {
         let x = x.into();
-        with_element!("x", x.dtype(), T => self.softmax_of::<T>(&x, method))
+        let mut y = Tensor::zeros(x.dtype(), x.shape())?;
+        let report =
+            with_element!("x", x.dtype(), T => self.softmax_of::<T>(&x, method, y.as_mut_slice().unwrap_or_default())?);
+        Ok(Softmax { y, report })
     }
 
-    fn softmax_of<T: Element>(&self, x: &TensorRef, method: SoftmaxMethod) -> Result<Softmax> {
+    /// The same, into a contiguous tensor that is there, of the shape and the dtype of x.
+    ///
+    /// # Errors
+    /// As [`Session::softmax`]; [`Error::DType`], [`Error::Argument`] or [`Error::Stride`] if `y` is another.
+    pub fn softmax_into<'a, 'o>(
+        &self,
+        x: impl Into<TensorRef<'a>>,
+        method: SoftmaxMethod,
+        y: impl Into<TensorMut<'o>>,
+    ) -> Result<Report> {
+        let (x, y) = (x.into(), y.into());
+        y.layout().check_like_x("y", x.layout())?;
+        with_element!("x", x.dtype(), T => {
+            let elements = x.layout().len();
+            let y = y.into_slice::<T>().unwrap_or_default();
+            self.softmax_of::<T>(&x, method, &mut y[..elements])
+        })
+    }
+
+    /// `y` has as many elements as x.
+    fn softmax_of<T: Element>(&self, x: &TensorRef, method: SoftmaxMethod, y: &mut [T]) -> Result<Report> {
         let Some(&columns) = x.shape().last() else {
             return Err(Error::Rank { argument: "x", found: 0, allowed: "1 or more" });
         };
-        // A view with strides of 0 may claim more elements than memory holds.
-        Layout::contiguous(T::DTYPE, x.shape())?;
         let data = x.packed::<T>().unwrap_or_default();
-        let mut y = vec![T::default(); data.len()];
         let (launches, seconds) = if data.is_empty() {
             (Vec::new(), 0.0)
         } else {
             match self.executor {
                 Executor::Cuda(device) => {
-                    machine::softmax(&Gpu::new(device)?, &data, columns, method, self.repetitions, &mut y)?
+                    machine::softmax(&Gpu::new(device)?, &data, columns, method, self.repetitions, y)?
                 }
                 Executor::Simulator => {
                     let simulator = Simulator::new(&self.simulator);
-                    machine::softmax(&simulator, &data, columns, method, self.repetitions, &mut y)?
+                    machine::softmax(&simulator, &data, columns, method, self.repetitions, y)?
                 }
                 Executor::Cpu => self.repetitions.run(|| {
                     let start = Instant::now();
-                    cpu::softmax(&data, &mut y, columns, method);
+                    cpu::softmax(&data, y, columns, method);
                     Ok((Vec::new(), start.elapsed().as_secs_f64()))
                 })?,
             }
         };
-        let report = Report {
+        Ok(Report {
             backend: self.backend(),
             device: self.device_name(),
             algorithm: match method {
@@ -411,8 +430,7 @@ impl Session {
             flops: 4 * data.len() as u64,
             extra_bytes: 0,
             launches,
-        };
-        Ok(Softmax { y: Tensor::from_vec(y, x.shape())?, report })
+        })
     }
 }
 

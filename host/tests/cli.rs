@@ -625,7 +625,7 @@ fn bad_arguments_are_refused() {
         refuses(["run", &input, "--softmax-scale", scale], "softmax_scale");
     }
     refuses(["run", &input, "--softcap=-1"], "softcap: -1; allowed: positive and finite");
-    refuses(["run", &input, "--dropout=1"], "dropout p: 1; allowed: at least 0, below 1");
+    refuses(["run", &input, "--dropout=1"], "dropout_p: 1; allowed: at least 0, below 1");
     for (arguments, reason) in [
         (vec!["run", &input, "--backend", "tpu"], "possible values: auto, cuda, cpu, simulator"),
         (vec!["run", &input, "--kernel", "flash9"], "possible values: auto, standard, flash1, flash2"),

@@ -4,6 +4,7 @@ mod build_ptx;
 mod bundle;
 mod fingerprint;
 mod libtest;
+mod python;
 mod sass;
 mod setup;
 mod test;

@@ -1,7 +1,7 @@
 //! Everything that CI runs.
 use crate::libtest::{self, Counts};
 use crate::verdict::Verdict;
-use crate::{build_ptx, workspace};
+use crate::{build_ptx, python, workspace};
 use anyhow::Result;
 use clap::Args;
 use std::io::{self, BufReader};
@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode, Stdio};
 /// A step that fails does not keep the others from running. The last line counts tests, and each other step as one.
 #[derive(Args)]
 pub struct Options {
-    /// Fewer random cases, no documentation, no rebuild of the PTX
+    /// Fewer random cases, no documentation, no Python, no rebuild of the PTX
     #[arg(long)]
     quick: bool,
 }
@@ -40,6 +40,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             succeeds(doc.args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
         }),
         tests(options.quick),
+        python(options.quick),
     ];
     steps.extend(match build_ptx::archs(None) {
         Ok(archs) => vec![
@@ -85,6 +86,25 @@ fn tests(quick: bool) -> Step {
             Err(error) => Verdict::Failed(format!("{error}: {counts}")),
         }
     });
+    counted(step, counts)
+}
+
+/// The Python package's tests, which pytest counts.
+fn python(quick: bool) -> Step {
+    let mut counts = Counts::default();
+    let step = step("Python", || {
+        if quick {
+            return Verdict::Skipped("--quick: no Python".to_owned());
+        }
+        let (verdict, counted) = python::test();
+        counts = counted;
+        verdict
+    });
+    if matches!(step.verdict, Verdict::Skipped(_)) { step } else { counted(step, counts) }
+}
+
+/// A step whose tests were counted.
+fn counted(step: Step, mut counts: Counts) -> Step {
     // It did not compile, or a test took its whole process down.
     if step.verdict.is_failure() && counts.failed == 0 {
         counts.failed = 1;

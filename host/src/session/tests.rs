@@ -44,6 +44,22 @@ fn softmax_runs_on_the_simulator() {
 }
 
 #[test]
+fn softmax_is_written_to_a_tensor_that_is_there() {
+    let session = Session::new(Backend::Cpu).expect("always there");
+    let x = wave(DType::BF16, &[3, 7], 0.37);
+    let mut y = Tensor::from_vec(vec![f32::NAN; 21], &[3, 7]).expect("as many").convert(DType::BF16);
+    session.softmax_into(&x, SoftmaxMethod::Online, &mut y).expect("valid");
+    assert_eq!(y, session.softmax(&x, SoftmaxMethod::Online).expect("valid").y);
+    let refused = |y: &mut Tensor| session.softmax_into(&x, SoftmaxMethod::Online, y).expect_err("bad").to_string();
+    assert_eq!(refused(&mut wave(DType::BF16, &[7, 3], 0.1)), "y: shape [7, 3]; allowed: [3, 7], as of x");
+    assert_eq!(refused(&mut wave(DType::F16, &[3, 7], 0.1)), "y: dtype f16; allowed: bf16, as of x");
+    let mut wide = [0.0f32; 24];
+    let gaps = TensorMut::with_strides(&mut wide, &[3, 7], &[8, 1]).expect("fits");
+    let refused = session.softmax_into(&x.convert(DType::F32), SoftmaxMethod::Online, gaps).expect_err("gaps");
+    assert_eq!(refused.to_string(), "y: strides [8, 1]; allowed: those of a contiguous tensor");
+}
+
+#[test]
 fn nothing_to_do_is_no_error() {
     for &backend in &[Backend::Cpu, Backend::Simulator] {
         let session = Session::new(backend).expect("always there");

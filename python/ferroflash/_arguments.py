@@ -1,0 +1,83 @@
+"""Arguments, checked before PyTorch sees them: an error names the argument, what it was, and what is allowed.
+
+How shapes, strides and numbers go together the Rust side checks, once for every caller.
+"""
+
+from typing import Any, NoReturn, Optional, Tuple
+
+import torch
+
+
+def refuse(name: str, found: Any, allowed: str) -> NoReturn:
+    """The error of an argument whose value is not allowed."""
+    raise ValueError(f"{name}: {found}; allowed: {allowed}")
+
+
+def refuse_type(name: str, found: Any, allowed: str) -> NoReturn:
+    """The error of an argument of a type that is not allowed."""
+    raise TypeError(f"{name}: {type(found).__name__}; allowed: {allowed}")
+
+
+def check_tensor(name: str, x: Any, rank: Optional[int] = None, dimensions: str = "") -> None:
+    """Checks that this is a tensor, of so many dimensions."""
+    if not isinstance(x, torch.Tensor):
+        refuse_type(name, x, "a torch.Tensor")
+    if rank is not None and x.dim() != rank:
+        refuse(name, f"{x.dim()} dimensions", f"{rank}: {dimensions}")
+
+
+def check_optional_tensor(name: str, x: Any) -> None:
+    """Checks that this is a tensor, or None."""
+    if x is not None and not isinstance(x, torch.Tensor):
+        refuse_type(name, x, "a torch.Tensor, or None")
+
+
+def check_device(name: str, x: Optional[torch.Tensor], q: torch.Tensor) -> None:
+    """Checks that this is on the device of Q, or None."""
+    if x is not None and x.device != q.device:
+        refuse(name, f"on device {x.device}", f"{q.device}, where q is")
+
+
+def check_flag(name: str, x: Any) -> None:
+    """Checks that this is True or False."""
+    if not isinstance(x, bool):
+        refuse_type(name, x, "True or False")
+
+
+def number(name: str, x: Any) -> float:
+    """A number that is not a bool."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        refuse_type(name, x, "a number")
+    return x if isinstance(x, (float, torch.SymFloat)) else float(x)
+
+
+def optional_number(name: str, x: Any) -> Optional[float]:
+    """A number, or None."""
+    return None if x is None else number(name, x)
+
+
+def is_int(x: Any) -> bool:
+    """Whether this is a whole number: of Python, or one that a tracer stands in for."""
+    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+
+
+def optional_length(name: str, x: Any) -> Optional[int]:
+    """A length, or None."""
+    if x is None:
+        return None
+    if not is_int(x):
+        refuse_type(name, x, "a whole number, or None")
+    if x < 0:
+        refuse(name, x, "0 or more")
+    return x
+
+
+def window(name: str, x: Any) -> Tuple[Optional[int], Optional[int]]:
+    """Keys to the left and to the right; None, or as flash_attn has it a negative number, for all there are."""
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        refuse_type(name, x, "(left, right)")
+    for side in x:
+        if side is not None and not is_int(side):
+            refuse_type(name, side, "whole numbers, or None for all keys")
+    left, right = (None if side is None or side < 0 else side for side in x)
+    return left, right

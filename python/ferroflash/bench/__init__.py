@@ -1,0 +1,1 @@
+"""`python -m ferroflash.bench`: ferroflash beside every other implementation of attention that is installed."""

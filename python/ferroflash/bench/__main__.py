@@ -1,0 +1,158 @@
+"""`python -m ferroflash.bench`: ferroflash beside every other implementation of attention that is installed.
+
+All get the same inputs in one process, in another order in each round; a figure is the median over the rounds of the
+median of the repetitions. FLOPs are 4 b h s² d forward, half of it when causal, and 2.5 times that backward.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from typing import Any, Dict, List
+
+import torch
+
+from ferroflash import __version__
+from ferroflash.bench import page
+from ferroflash.bench.measure import call, flops, megabytes, milliseconds, relative_error
+from ferroflash.bench.peers import PEERS, Attention
+
+
+def numbers(text: str) -> List[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def words(text: str) -> List[str]:
+    return text.split(",")
+
+
+def options() -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m ferroflash.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--peers", type=words, default=list(PEERS), help=f"of: {', '.join(PEERS)}")
+    parser.add_argument("--directions", type=words, default=["forward", "backward"])
+    parser.add_argument("--headdims", type=numbers, default=[64, 128])
+    parser.add_argument(
+        "--seqlens", type=numbers, default=[512, 1024, 2048, 4096, 8192, 16384] if on_gpu else [256, 512]
+    )
+    parser.add_argument("--causal", type=numbers, default=[0, 1], help="0, 1 or 0,1")
+    parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 512, help="batch x seqlen")
+    parser.add_argument("--hidden", type=int, default=2048 if on_gpu else 256, help="nheads x headdim")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=8)
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--html", metavar="FILE", help="write a page of plots")
+    chosen = parser.parse_args()
+    for name in ("peers", "directions"):
+        allowed = list(PEERS) if name == "peers" else ["forward", "backward"]
+        for word in getattr(chosen, name):
+            if word not in allowed:
+                parser.error(f"--{name}: {word!r}; allowed: {', '.join(allowed)}")
+    return chosen
+
+
+def installed(names: List[str]) -> Dict[str, Attention]:
+    """The implementations that are here; of the others, why not."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = PEERS[name]()
+        except Exception as error:
+            print(f"{name}: not here ({type(error).__name__}: {error})")
+    return found
+
+
+def measured(
+    chosen: argparse.Namespace, peers: Dict[str, Attention], problem: Dict[str, int], causal: bool, direction: str
+) -> List[Dict[str, Any]]:
+    """A row for each implementation of one problem."""
+    dtype, device = getattr(torch, chosen.dtype), chosen.device
+    shape = [problem[name] for name in ("batch", "seqlen", "nheads", "headdim")]
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    calls, rows = {}, []
+    for name, attention in peers.items():
+        row = {"name": name, "direction": direction, "causal": causal, **problem, "milliseconds": None, "tflops": None}
+        rows.append({**row, "megabytes": None, "relative_error": None, "refused": None})
+        try:
+            run = call(attention, (q, k, v), causal, direction == "backward")
+            rows[-1]["megabytes"] = megabytes(run, device)
+            rows[-1]["relative_error"] = relative_error(attention, problem["headdim"], causal, dtype, device)
+            calls[name] = run
+        except Exception as error:
+            rows[-1]["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    times: Dict[str, List[float]] = {name: [] for name in calls}
+    for _ in range(chosen.rounds):
+        for name in random.sample(list(calls), len(calls)):
+            times[name].append(milliseconds(calls[name], device, chosen.repetitions))
+    for row in rows:
+        if row["name"] in times:
+            row["milliseconds"] = statistics.median(times[row["name"]])
+            row["tflops"] = flops(problem, causal, direction == "backward") / row["milliseconds"] / 1e9
+    return rows
+
+
+def progress(done: int, of: int) -> None:
+    """A bar on the terminal, if there is one."""
+    if sys.stderr.isatty():
+        width = 40 * done // of
+        sys.stderr.write(f"\r[{'#' * width}{'.' * (40 - width)}] {done}/{of}{chr(10) if done == of else ''}")
+        sys.stderr.flush()
+
+
+def table(rows: List[Dict[str, Any]], seqlens: List[int]) -> None:
+    """Prints TFLOP/s, a row for each implementation."""
+    groups = dict.fromkeys((row["direction"], row["headdim"], row["causal"]) for row in rows)
+    for direction, headdim, causal in groups:
+        print(f"\n{direction}, headdim {headdim}{', causal' if causal else ''}: TFLOP/s")
+        print(f"{'seqlen':16}" + "".join(f"{seqlen:9}" for seqlen in seqlens) + "   rel. error")
+        group = [
+            row for row in rows if (row["direction"], row["headdim"], row["causal"]) == (direction, headdim, causal)
+        ]
+        for name in dict.fromkeys(row["name"] for row in group):
+            own = [row for row in group if row["name"] == name]
+            figures = "".join(f"{row['tflops']:9.3g}" if row["tflops"] else f"{'-':>9}" for row in own)
+            error = next((f"{row['relative_error']:.2e}" for row in own if row["relative_error"] is not None), "")
+            print(f"{name:16}{figures}   {error or own[0]['refused']}")
+
+
+def main() -> None:
+    chosen = options()
+    device = torch.cuda.get_device_name() if chosen.device == "cuda" else "CPU"
+    about = f"ferroflash {__version__}, torch {torch.__version__}, {device}, {chosen.dtype}, "
+    about += f"{chosen.tokens} tokens, hidden {chosen.hidden}"
+    print(about)
+    peers = installed(chosen.peers)
+    problems = [
+        (
+            {
+                "batch": max(1, chosen.tokens // seqlen),
+                "seqlen": seqlen,
+                "nheads": max(1, chosen.hidden // headdim),
+                "headdim": headdim,
+            },
+            bool(causal),
+            direction,
+        )
+        for direction in chosen.directions
+        for headdim in chosen.headdims
+        for causal in chosen.causal
+        for seqlen in chosen.seqlens
+    ]
+    rows: List[Dict[str, Any]] = []
+    for done, problem in enumerate(problems):
+        progress(done, len(problems))
+        rows += measured(chosen, peers, *problem)
+    progress(len(problems), len(problems))
+    table(rows, chosen.seqlens)
+    if chosen.json:
+        with open(chosen.json, "w", encoding="utf-8") as file:
+            json.dump({"about": about, "rows": rows}, file, indent=1)
+    if chosen.html:
+        page.write(chosen.html, rows, about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""ferroflash in other libraries. Each module has `register()`; importing one changes nothing."""

@@ -1,0 +1,37 @@
+//! ferroflash for Python: the host crate's calls on PyTorch's tensors, whose addresses, shapes and strides it asks for.
+//! Neither PyTorch nor CUDA is linked; the functions here check and launch, all else is in the Python package.
+use ferroflash::cuda;
+use pyo3::prelude::*;
+
+mod attention;
+mod error;
+mod options;
+mod place;
+mod softmax;
+mod tensor;
+
+/// A GPU: its name, its compute capability, and how many multiprocessors it has.
+type Gpu = (String, (u32, u32), u32);
+
+/// The GPUs that the driver finds; none, where there is no driver.
+#[pyfunction]
+fn devices() -> PyResult<Vec<Gpu>> {
+    match cuda::devices() {
+        Ok(devices) => {
+            let facts = |device: cuda::DeviceInfo| (device.name, device.compute_capability, device.multiprocessors);
+            Ok(devices.into_iter().map(facts).collect())
+        }
+        Err(ferroflash::Error::NoDriver { .. }) => Ok(Vec::new()),
+        Err(error) => Err(error::exception(error)),
+    }
+}
+
+/// What the package calls; not for others.
+#[pymodule]
+fn _core(module: &Bound<PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
+    module.add_function(wrap_pyfunction!(attention::attention_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(softmax::softmax, module)?)?;
+    module.add_function(wrap_pyfunction!(devices, module)?)
+}

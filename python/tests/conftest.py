@@ -1,0 +1,30 @@
+"""What all tests share: devices, seeds, and memory that holds NaN before it is written."""
+
+import pytest
+import torch
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+        metafunc.parametrize("device", ["cpu", cuda])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory of torch's is NaN, so that an element which no kernel writes does not go unseen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return "cuda"

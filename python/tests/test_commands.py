@@ -1,0 +1,35 @@
+"""The commands of the package."""
+
+import json
+import subprocess
+import sys
+
+
+def run(module, *arguments):
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+
+
+def test_selftest_passes_here():
+    done = run("ferroflash.selftest", "--quick", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "24 passed, 0 failed"
+
+
+def test_bench_measures_what_is_here(tmp_path):
+    page, figures = tmp_path / "page.html", tmp_path / "figures.json"
+    sizes = ["--seqlens", "32,64", "--tokens", "64", "--hidden", "64", "--headdims", "32", "--rounds", "1"]
+    peers = ["--peers", "ferroflash,torch math,flash_attn 3", "--device", "cpu"]
+    done = run("ferroflash.bench", *sizes, *peers, "--repetitions", "1", "--html", str(page), "--json", str(figures))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2 * 2
+    assert {row["name"] for row in rows} == {"ferroflash", "torch math"}
+    assert all(row["tflops"] > 0 and row["relative_error"] < 1e-2 for row in rows)
+    assert page.read_text().count("<polyline") == 4 * 2
+    assert "flash_attn 3: not here" in done.stdout
+
+
+def test_bench_names_what_is_bad():
+    done = run("ferroflash.bench", "--peers", "nobody")
+    assert done.returncode == 2
+    assert "--peers: 'nobody'; allowed: ferroflash, torch flash" in done.stderr

@@ -550,7 +550,7 @@ fn info_explains_which_kernels_would_run() {
         lines.into_iter().find_map(|line| line.strip_prefix("backward      ").map(str::to_owned)).expect("a line")
     };
     let fused = "fused: dQ is summed by atomic additions, unless deterministic forbids it";
-    let owned = "each gradient is computed where it is owned: deterministic asks for it";
+    let owned = "each gradient is computed where it is owned";
     let capped = match is_built {
         true => "flash3 backward: no kernel of bf16 and headdim 128 for softcap",
         false => "flash3: this build embeds no PTX for sm_90a",
@@ -561,8 +561,8 @@ fn info_explains_which_kernels_would_run() {
     };
     let left = |reason| format!("flash2: flash2 is the newest kernel that can: {reason}");
     assert_eq!(backward(&[]), format!("{plain}; {fused}"));
-    assert_eq!(backward(&["--softcap=30"]), format!("{}; {fused}", left(capped)));
-    assert_eq!(backward(&["--deterministic"]), format!("{}; {owned}", left(ordered)));
+    assert_eq!(backward(&["--softcap=30"]), format!("{}; {owned}: no fused kernel can run this problem", left(capped)));
+    assert_eq!(backward(&["--deterministic"]), format!("{}; {owned}: deterministic asks for it", left(ordered)));
 
     let answer = answers(["info", "--explain-dispatch", "--arch=sm_80", "--dtype=f32", "--headdim=300"]);
     assert!(answer["forward"]["refused"].as_str().is_some_and(|reason| reason.contains("headdim 300")), "{answer}");

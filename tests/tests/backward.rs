@@ -1,6 +1,6 @@
 //! Gradients against f64: on the CPU, on the simulated GPU, and on a real one, where the tests else say `skipped:`.
 use ferroflash::{AttentionOptions, Backend, DType, Gradients, Kernel, Session, SimulatorOptions, Tensor};
-use ferroflash_tests::grid::{Case, DTYPES, HEAD_DIMS, LENGTHS, batches, cases};
+use ferroflash_tests::grid::{Case, DTYPES, HEAD_DIMS, LENGTHS, batches, cases, of_kernel};
 use ferroflash_tests::inputs::{normal, tensor};
 
 const BACKENDS: [Backend; 2] = [Backend::Cpu, Backend::Simulator];
@@ -55,10 +55,13 @@ fn on_the_cpu() {
 #[test]
 fn on_the_gpu() {
     let Some(session) = gpu("on_the_gpu") else { return };
-    cases().chain(batches()).for_each(|case| case.check_backward(&session));
-    for headdim in HEAD_DIMS {
-        for causal in [false, true] {
-            Case { nheads: 2, ..Case::single(DType::BF16, (2048, 2500), headdim, causal) }.check_backward(&session);
+    for kernel in session.kernels().into_iter().filter(|kernel| kernel.has_backward()) {
+        let session = session.clone().kernel(kernel);
+        of_kernel(cases().chain(batches()), kernel).for_each(|case| case.check_backward(&session));
+        for headdim in HEAD_DIMS {
+            for causal in [false, true] {
+                Case { nheads: 2, ..Case::single(DType::BF16, (2048, 2500), headdim, causal) }.check_backward(&session);
+            }
         }
     }
 }

@@ -197,7 +197,7 @@ mod tests {
         let expected = "no flash3 kernel on the cuda backend for this problem: flash3: runs on sm_90, not on sm_80";
         assert_eq!(refused, expected);
 
-        let refused = |change| {
+        let refused = |change: fn(&mut BackwardArguments)| {
             let call = call(change);
             assert_eq!(on(&call, Target::HOPPER).as_deref(), Ok("flash2"));
             call.plan.refused.join("; ")

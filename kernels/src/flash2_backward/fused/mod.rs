@@ -16,8 +16,8 @@ mod split;
 mod whole;
 
 pub use finish::{FINISH, finish};
-pub use places::{ROWS, places, places_in_blocks};
 pub(crate) use places::first_place;
+pub use places::{ROWS, places, places_in_blocks};
 pub use prepare::{PREPARE, prepare};
 pub(crate) use prepare::{THREADS as PREPARE_THREADS, prepare_block};
 pub use split::{SPLIT, split};

@@ -112,7 +112,7 @@ def attention_forward(
     if isinstance(attention_mask, CausalMask):
         causal, window, mask = True, (attention_mask.left, None), attention_mask.padding
     elif attention_mask is None:
-        causal = (module.is_causal if is_causal is None else is_causal) and q_length > 1
+        causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and q_length > 1
         if causal and kv_length > q_length:
             # Without a mask only the beginning of a cache is filled.
             key, value = key[:, :, :q_length], value[:, :, :q_length]

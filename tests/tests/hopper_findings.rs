@@ -493,7 +493,7 @@ fn boxes_that_cannot_be_copied() {
         if thread_idx_x() == 0 {
             full.arrive_expect(Tile::BYTES);
             let map = TensorMapRef::of(&parameters, &parameters);
-            map.load(tile.chunk(0, 0).offset(offset), [0, 0, 0], full); // loads a box
+            map.load(tile.chunk(0, 0).offset(offset), [0, 0], full); // loads a box
             Phases::of(full).wait();
         }
     };

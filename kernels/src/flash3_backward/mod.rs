@@ -1,7 +1,7 @@
 //! FlashAttention-3, backward, for Hopper.
 //!
 //! Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", section 3
-//! and appendix B.1. The mathematics is that of [`flash2_backward`](crate::flash2_backward), in five products:
+//! and appendix B.1. The mathematics is that of [`flash2_backward`], in five products:
 //!
 //! ```text
 //! Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q,   dQ += dS K.
@@ -25,7 +25,7 @@
 //!
 //! A weight of 0 hides nothing from a product, as 0 · NaN is NaN: what is not finite in a block of queries or of keys
 //! may reach the gradients of all queries and keys that are multiplied with it, as in
-//! [`flash2_backward::fused`](crate::flash2_backward::fused). Where sequences follow each other, the last block of one
+//! [`flash2_backward::fused`]. Where sequences follow each other, the last block of one
 //! reaches into the next: then that counts as part of it.
 mod finish;
 mod memory;

@@ -215,7 +215,7 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
             }
         }
         P_EMPTY.sync();
-        let last = work.steps() % 2 ^ 1;
+        let last = (work.steps() % 2) ^ 1;
         D_S_FULL.sync(last);
         d_q.add::<Q_COLUMNS>(last);
         d_v
@@ -262,7 +262,7 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
             queries.advance();
         }
         D_S_WRITTEN.sync();
-        d_q.add::<Q_COLUMNS>(work.steps() % 2 ^ 1);
+        d_q.add::<Q_COLUMNS>((work.steps() % 2) ^ 1);
         d_k
     }
 

@@ -276,7 +276,7 @@ fn consume<
                 block = blocks.begin;
             }
         }
-        let last = work.steps() % 2 ^ 1;
+        let last = (work.steps() % 2) ^ 1;
         D_S.sync(GROUPS * last + group);
         let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
         hand_over(&d_q, memory.outgoing, &mut d_q_part);

@@ -59,7 +59,7 @@ fn gradients(p: &Problem, scale: f64, [q, k, v, d_o]: [&[f64]; 4], d_lse: &[f64]
     let add = |to: &mut [f64], i: usize, factor: f64, x: &[f64]| {
         to[i * d..][..d].iter_mut().zip(x).for_each(|(to, x)| *to += factor * x);
     };
-    for i in 0..rows {
+    for (i, d_lse) in d_lse.iter().enumerate() {
         let seen = if p.causal { (i + 1 + keys).saturating_sub(rows).min(keys) } else { keys };
         if seen == 0 {
             continue;
@@ -70,13 +70,13 @@ fn gradients(p: &Problem, scale: f64, [q, k, v, d_o]: [&[f64]; 4], d_lse: &[f64]
         let l: f64 = s.iter().map(|s| (s - m).exp()).sum();
         head.lse[i] = m + l.ln();
         let weights: Vec<f64> = s.iter().map(|s| (s - head.lse[i]).exp()).collect();
-        for j in 0..seen {
-            add(&mut head.o, i, weights[j], &row_of(v, j));
+        for (j, &weight) in weights.iter().enumerate() {
+            add(&mut head.o, i, weight, &row_of(v, j));
         }
-        let sum = dot(&d_o_i, &head.o[i * d..][..d]) - d_lse[i];
-        for j in 0..seen {
-            let d_s = scale * weights[j] * (dot(&d_o_i, &v[j * d..][..d]) - sum);
-            add(&mut head.d_v, j, weights[j], &d_o_i);
+        let sum = dot(&d_o_i, &head.o[i * d..][..d]) - d_lse;
+        for (j, weight) in weights.into_iter().enumerate() {
+            let d_s = scale * weight * (dot(&d_o_i, &v[j * d..][..d]) - sum);
+            add(&mut head.d_v, j, weight, &d_o_i);
             add(&mut head.d_q, i, d_s, &row_of(k, j));
             add(&mut head.d_k, j, d_s, &q_i);
         }

@@ -5,9 +5,9 @@
 //!
 //! Warps are specialised: a producer keeps copies of K and V in flight, and warpgroups of consumers, 64 query rows each,
 //! have the tensor cores multiply while they compute the softmax. Within a warpgroup the product S = Q Kᵀ of the next
-//! block of keys and the product P V of the present one run under the softmax; the warpgroups drift apart, and one's
-//! exponentials fall under the other's products. O is rescaled lazily: only when a maximum has grown by more than a
-//! factor of 2⁸ ([`RowSoftmax::take_lazily`]).
+//! block of keys and the product P V of the present one run under the softmax. The warpgroups take turns at the tensor
+//! cores, so that one's exponentials fall under the other's products. O is rescaled lazily: only when a maximum has grown
+//! by more than a factor of 2⁸ ([`take_lazily`](crate::RowSoftmax::take_lazily)).
 //!
 //! Blocks of threads are persistent: each takes one tile of queries after the other ([`schedule`]), and the producer
 //! begins with the next tile while the consumers finish the last. Keys are walked from the last to the first: what is

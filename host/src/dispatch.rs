@@ -16,8 +16,20 @@ mod backward;
 
 pub(crate) use backward::{BackwardPlan, Optional};
 
-/// The family's kernels for a problem, or why it has none.
-type FamilyFor<'a> = &'a dyn Fn(&Wanted) -> Result<Family, String>;
+/// Chooses a family's kernels for a problem, or says why it has none.
+type FamilyFor<'a, F> = &'a dyn Fn() -> Result<F, String>;
+
+/// The kernels of the first family that has some, and what stands against those before it; or against all of them.
+fn first_able<F>(families: &[FamilyFor<F>]) -> Result<(F, Vec<String>), Vec<String>> {
+    let mut refused = Vec::new();
+    for family in families {
+        match family() {
+            Ok(kernels) => return Ok((kernels, refused)),
+            Err(reason) => refused.push(reason),
+        }
+    }
+    Err(refused)
+}
 
 /// The kernels that will run, and what they need.
 #[derive(Clone, Debug)]
@@ -38,27 +50,20 @@ impl Plan {
     /// [`Error::Unsupported`], with the reason of each family.
     pub fn new(problem: &Problem, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
         let wanted = Wanted::new(problem, access);
-        let flash3 = |wanted: &Wanted| match target.against_hopper(kernel) {
-            Some(against) => Err(format!("flash3: {against}")),
-            None => Family::flash3(wanted),
-        };
-        let families: &[FamilyFor] = match kernel {
-            Kernel::Auto => &[&flash3, &Family::flash2, &Family::flash1, &Family::standard],
+        let flash3 = || target.allow_hopper(kernel).and_then(|()| Family::flash3(&wanted));
+        let flash2 = || Family::flash2(&wanted);
+        let flash1 = || Family::flash1(&wanted);
+        let standard = || Family::standard(&wanted);
+        let families: &[FamilyFor<Family>] = match kernel {
+            Kernel::Auto => &[&flash3, &flash2, &flash1, &standard],
             Kernel::Flash3 => &[&flash3],
-            Kernel::Flash2 => &[&Family::flash2],
-            Kernel::Flash1 => &[&Family::flash1],
-            Kernel::Standard => &[&Family::standard],
+            Kernel::Flash2 => &[&flash2],
+            Kernel::Flash1 => &[&flash1],
+            Kernel::Standard => &[&standard],
         };
-        let mut refused = Vec::new();
-        for family in families {
-            match family(&wanted) {
-                Ok(family) => {
-                    return Ok(Plan { family, asked: kernel, refused, workspace: family.workspace(problem) });
-                }
-                Err(reason) => refused.push(reason),
-            }
-        }
-        Err(Error::Unsupported { kernel, backend: target.backend, reasons: refused })
+        let unsupported = |reasons| Error::Unsupported { kernel, backend: target.backend, reasons };
+        let (family, refused) = first_able(families).map_err(unsupported)?;
+        Ok(Plan { family, asked: kernel, refused, workspace: family.workspace(problem) })
     }
 
     /// Why this family.

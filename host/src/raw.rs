@@ -43,10 +43,13 @@ use crate::simulator::{self, SimulatorOptions};
 use crate::target::{Resources, Target};
 
 mod backward;
+mod plans;
 mod softmax;
 
 pub use backward::{BackwardArguments, BackwardCall};
 pub use softmax::SoftmaxCall;
+
+use plans::Plans;
 
 /// A `CUstream`; null for the default one.
 pub type Stream = *mut c_void;
@@ -86,11 +89,7 @@ pub struct Arguments {
 #[derive(Clone, Debug)]
 pub struct Call {
     problem: Problem,
-    kernel: Kernel,
-    /// With the newest kernels.
-    plan: Plan,
-    /// With those that all GPUs run, where the newest are for Hopper alone and these can run the problem too.
-    elsewhere: Option<Plan>,
+    plans: Plans<Plan>,
     attention: Attention,
 }
 
@@ -112,10 +111,8 @@ impl Call {
         softmax_lse.check_contiguous("softmax_lse")?;
         let attention = parameters::attention(&problem, inputs, out, softmax_lse.address);
         let (kernel, access) = (*kernel, Access::of(inputs, out));
-        let plan = Plan::new(&problem, access, kernel, Target::HOPPER)?;
-        let elsewhere =
-            if plan.is_for_hopper() { Plan::new(&problem, access, kernel, Target::OLDEST).ok() } else { None };
-        Ok(Call { problem, kernel, plan, elsewhere, attention })
+        let plans = Plans::new(kernel, |target| Plan::new(&problem, access, kernel, target))?;
+        Ok(Call { problem, plans, attention })
     }
 
     /// The problem.
@@ -128,30 +125,17 @@ impl Call {
     /// # Errors
     /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
     pub fn algorithm(&self, device: &Device) -> Result<&'static str> {
-        self.plan_for(device.target()).map(Plan::algorithm)
+        self.plans.on(device.target()).map(Plan::algorithm)
     }
 
     /// Device memory that the kernels work in on any device, in bytes; none for FlashAttention-2 and -3.
     pub fn workspace_bytes(&self) -> u64 {
-        let bytes = |plan: &Plan| workspace_offsets(&plan.workspace).1;
-        bytes(&self.plan).max(self.elsewhere.as_ref().map_or(0, bytes))
-    }
-
-    fn plan_for(&self, target: Target) -> Result<&Plan> {
-        let against = target.against_hopper(self.kernel).filter(|_| self.plan.is_for_hopper());
-        match (against, &self.elsewhere) {
-            (None, _) => Ok(&self.plan),
-            (Some(_), Some(elsewhere)) => Ok(elsewhere),
-            (Some(against), None) => {
-                let reasons = vec![format!("{}: {against}", self.plan.algorithm())];
-                Err(Error::Unsupported { kernel: self.kernel, backend: target.backend, reasons })
-            }
-        }
+        self.plans.workspace_bytes()
     }
 
     /// The launches on a machine, in a workspace at this address.
     fn launches(&self, target: Target, machine: &Resources, workspace: u64) -> Result<Vec<Launch>> {
-        let plan = self.plan_for(target)?;
+        let plan = self.plans.on(target)?;
         let addresses = workspace_addresses(&plan.workspace, workspace)?;
         plan.launches(&self.problem, self.attention, &addresses, machine)
     }
@@ -163,7 +147,8 @@ impl Call {
     ///
     /// # Errors
     /// [`Error::Alignment`] for the workspace; [`Error::Unsupported`] if the kernel that was asked for does not run on
-    /// this device; [`Error::MissingKernel`]; [`Error::UnsupportedArchitecture`]; [`Error::Driver`]. A kernel that fails while it runs shows at the next synchronisation.
+    /// this device; [`Error::MissingKernel`]; [`Error::UnsupportedArchitecture`]; [`Error::Driver`]. A kernel that fails
+    /// while it runs shows at the next synchronisation.
     ///
     /// # Safety
     /// The tensors and the workspace lie in memory of `device`, as large as their layouts say, until the stream has
@@ -342,7 +327,7 @@ mod tests {
             change(&mut arguments);
             Call::new(&arguments).expect("valid")
         };
-        let on = |call: &Call, target| call.plan_for(target).map(Plan::algorithm).map_err(|error| error.to_string());
+        let on = |call: &Call, target| call.plans.on(target).map(Plan::algorithm).map_err(|error| error.to_string());
         let plain = call(|_| ());
         assert_eq!(on(&plain, Target::HOPPER).as_deref(), Ok("flash3"));
         assert_eq!(on(&plain, Target::OLDEST).as_deref(), Ok("flash2"));
@@ -357,7 +342,7 @@ mod tests {
         });
         assert_eq!(on(&broadcast, Target::HOPPER).as_deref(), Ok("flash2"));
         let strides_of_0 = "flash3: no kernel of f16 and headdim 64 for strides of 0 or of 2^40 bytes and more";
-        assert_eq!(broadcast.plan.refused, [strides_of_0]);
+        assert_eq!(broadcast.plans.newest.refused, [strides_of_0]);
         assert_eq!(on(&call(|a| a.options.softcap = Some(9.0)), Target::HOPPER).as_deref(), Ok("flash2"));
     }
 

@@ -204,7 +204,7 @@ impl Session {
     pub fn kernels(&self) -> Vec<Kernel> {
         let Some(target) = self.target() else { return Vec::new() };
         let families = Kernel::ALL.iter().copied().filter(|&kernel| kernel != Kernel::Auto);
-        families.filter(|&kernel| kernel != Kernel::Flash3 || target.against_hopper(kernel).is_none()).collect()
+        families.filter(|&kernel| kernel != Kernel::Flash3 || target.allow_hopper(kernel).is_ok()).collect()
     }
 
     /// The machine that kernels are chosen for; `None`: the CPU.

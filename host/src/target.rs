@@ -21,7 +21,7 @@ pub(crate) struct Target {
 
 /// A reason not to run a kernel for Hopper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AgainstHopper {
+enum AgainstHopper {
     /// The GPU has another compute capability.
     Capability(u32, u32),
     /// This build has no PTX for it.
@@ -53,9 +53,13 @@ impl Target {
         Target { backend: Backend::Cuda, against_hopper }
     }
 
-    /// What stands against kernels for Hopper, where this kernel was asked for, if anything does.
-    pub fn against_hopper(self, asked: Kernel) -> Option<AgainstHopper> {
-        self.against_hopper.filter(|&against| against != AgainstHopper::NotAskedFor || asked != Kernel::Flash3)
+    /// Whether kernels for Hopper may run, where this kernel was asked for; else what stands against them.
+    pub fn allow_hopper(self, asked: Kernel) -> Result<(), String> {
+        match self.against_hopper {
+            None => Ok(()),
+            Some(AgainstHopper::NotAskedFor) if asked == Kernel::Flash3 => Ok(()),
+            Some(against) => Err(format!("flash3: {against}")),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use kernels::attention::Untyped;
 use kernels::flash2_backward::{BIAS, KEYS_AND_VALUES, Params, QUERIES, ROW_SUMS, SINKS, WIDE_KEYS_AND_VALUES, fused};
 use kernels::flash3_backward as flash3;
 
-use super::why;
+use super::{FamilyFor, first_able, why};
 use crate::error::{Error, Result};
 use crate::families::{Table, Wanted, hopper};
 use crate::features::Feature;
@@ -122,12 +122,9 @@ impl BackwardPlan {
     pub fn new(problem: &Problem, optional: Optional, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
         let unsupported = |reasons| Error::Unsupported { kernel, backend: target.backend, reasons };
         let wanted = Wanted::new(problem, access);
-        let flash3 = || match target.against_hopper(kernel) {
-            Some(against) => Err(format!("flash3: {against}")),
-            None => Passes::flash3(&wanted),
-        };
+        let flash3 = || target.allow_hopper(kernel).and_then(|()| Passes::flash3(&wanted));
         let flash2 = || Passes::flash2(&wanted, optional);
-        let families: &[&dyn Fn() -> Result<Passes, String>] = match kernel {
+        let families: &[FamilyFor<Passes>] = match kernel {
             Kernel::Auto => &[&flash3, &flash2],
             Kernel::Flash3 => &[&flash3],
             Kernel::Flash2 => &[&flash2],
@@ -136,14 +133,8 @@ impl BackwardPlan {
                 return Err(unsupported(vec![reason]));
             }
         };
-        let mut refused = Vec::new();
-        for family in families {
-            match family() {
-                Ok(passes) => return Ok(BackwardPlan { passes, asked: kernel, refused }),
-                Err(reason) => refused.push(reason),
-            }
-        }
-        Err(unsupported(refused))
+        let (passes, refused) = first_able(families).map_err(unsupported)?;
+        Ok(BackwardPlan { passes, asked: kernel, refused })
     }
 
     /// The name of the family.

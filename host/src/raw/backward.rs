@@ -2,10 +2,11 @@
 use cuda_std::sim;
 use kernels::flash2_backward::Params;
 
-use super::{RawTensor, Stream, check_inputs, launch_all, workspace_addresses, workspace_offsets};
+use super::plans::Plans;
+use super::{RawTensor, Stream, check_inputs, launch_all, workspace_addresses};
 use crate::cuda::Device;
 use crate::dispatch::{BackwardPlan, Optional};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::inputs::{BackwardInputs, GradientOutputs};
 use crate::launch::Launch;
 use crate::options::{AttentionOptions, Kernel};
@@ -33,11 +34,7 @@ pub struct BackwardArguments {
 #[derive(Clone, Debug)]
 pub struct BackwardCall {
     problem: Problem,
-    kernel: Kernel,
-    /// With the newest kernels.
-    plan: BackwardPlan,
-    /// With those that all GPUs run, where the newest are for Hopper alone and these can run the problem too.
-    elsewhere: Option<BackwardPlan>,
+    plans: Plans<BackwardPlan>,
     /// All but the addresses of the workspace.
     parameters: Params,
 }
@@ -65,10 +62,8 @@ impl BackwardCall {
         gradients.dsinks.as_ref().map_or(Ok(()), |dsinks| dsinks.check_contiguous("dsinks"))?;
         let parameters = parameters::backward(&problem, inputs, gradients);
         let (kernel, optional, access) = (*kernel, Optional::of(gradients), Access::of_backward(inputs, gradients));
-        let plan_for = |target| BackwardPlan::new(&problem, optional, access, kernel, target);
-        let plan = plan_for(Target::HOPPER)?;
-        let elsewhere = if plan.is_for_hopper() { plan_for(Target::OLDEST).ok() } else { None };
-        Ok(BackwardCall { problem, kernel, plan, elsewhere, parameters })
+        let plans = Plans::new(kernel, |target| BackwardPlan::new(&problem, optional, access, kernel, target))?;
+        Ok(BackwardCall { problem, plans, parameters })
     }
 
     /// The problem.
@@ -81,31 +76,18 @@ impl BackwardCall {
     /// # Errors
     /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
     pub fn algorithm(&self, device: &Device) -> Result<&'static str> {
-        self.plan_for(device.target()).map(BackwardPlan::algorithm)
+        self.plans.on(device.target()).map(BackwardPlan::algorithm)
     }
 
     /// Device memory that the kernels work in on any device, in bytes. For each row of Q the kernels that
     /// [`deterministic`](AttentionOptions::deterministic) asks for keep D = rowsum(dO ∘ O) in f32; the others keep dQ too.
     pub fn workspace_bytes(&self) -> u64 {
-        let bytes = |plan: &BackwardPlan| workspace_offsets(plan.workspace()).1;
-        bytes(&self.plan).max(self.elsewhere.as_ref().map_or(0, bytes))
-    }
-
-    fn plan_for(&self, target: Target) -> Result<&BackwardPlan> {
-        let against = target.against_hopper(self.kernel).filter(|_| self.plan.is_for_hopper());
-        match (against, &self.elsewhere) {
-            (None, _) => Ok(&self.plan),
-            (Some(_), Some(elsewhere)) => Ok(elsewhere),
-            (Some(against), None) => {
-                let reasons = vec![format!("{}: {against}", self.plan.algorithm())];
-                Err(Error::Unsupported { kernel: self.kernel, backend: target.backend, reasons })
-            }
-        }
+        self.plans.workspace_bytes()
     }
 
     /// The launches on a machine, in a workspace at this address.
     fn launches(&self, target: Target, machine: &Resources, workspace: u64) -> Result<Vec<Launch>> {
-        let plan = self.plan_for(target)?;
+        let plan = self.plans.on(target)?;
         let addresses = workspace_addresses(plan.workspace(), workspace)?;
         plan.launches(&self.problem, self.parameters, &addresses, machine)
     }
@@ -185,7 +167,7 @@ mod tests {
             BackwardCall::new(&arguments).expect("valid")
         };
         let on = |call: &BackwardCall, target| {
-            call.plan_for(target).map(BackwardPlan::algorithm).map_err(|error| error.to_string())
+            call.plans.on(target).map(BackwardPlan::algorithm).map_err(|error| error.to_string())
         };
         let plain = call(|_| ());
         assert_eq!(on(&plain, Target::HOPPER).as_deref(), Ok("flash3"));
@@ -200,7 +182,7 @@ mod tests {
         let refused = |change: fn(&mut BackwardArguments)| {
             let call = call(change);
             assert_eq!(on(&call, Target::HOPPER).as_deref(), Ok("flash2"));
-            call.plan.refused.join("; ")
+            call.plans.newest.refused.join("; ")
         };
         let broadcast = refused(|a| {
             a.inputs.dout.layout = Layout::strided(DType::BF16, &[2, 8, 4, 64], &[0, 0, 64, 1]).expect("four strides");

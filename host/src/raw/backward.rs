@@ -74,7 +74,7 @@ impl BackwardCall {
     /// The kernel family that will run on a device.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) if the kernel that was asked for does not run there.
     pub fn algorithm(&self, device: &Device) -> Result<&'static str> {
         self.plans.on(device.target()).map(BackwardPlan::algorithm)
     }

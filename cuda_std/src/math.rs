@@ -57,10 +57,3 @@ pub fn round_to_tf32(x: f32) -> f32 {
 pub fn unknown(n: u32) -> u32 {
     machine::unknown(n)
 }
-
-/// `n`, known only once `x` has been computed, which is not negative: x is computed before what needs n. The assembler
-/// moves what is not used soon (a sum, say) down below the next wait, where nothing hides it, unless the wait needs it.
-#[inline(always)]
-pub fn once(n: u32, x: f32) -> u32 {
-    machine::once(n, x)
-}

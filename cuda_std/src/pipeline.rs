@@ -9,7 +9,6 @@
 //! producer.advance();                     consumer.advance();
 //! ```
 use crate::Shared;
-use crate::math::once;
 use crate::mbarrier::Mbarrier;
 
 /// The barriers of `STAGES` stages.
@@ -66,7 +65,7 @@ impl<const STAGES: u32> Pipeline<STAGES> {
         Consumer { pipeline: self, at: Position { index: 0, parity: 0 } }
     }
 
-    /// The state of a thread that empties stage `index` alone, of which each thread that fills takes its turn.
+    /// The state of a thread that empties stage `index` first, and then every `n`-th: [`advance_by`](Consumer::advance_by).
     #[inline(always)]
     pub fn consumer_at(self, index: u32) -> Consumer<STAGES> {
         Consumer { pipeline: self, at: Position { index, parity: 0 } }
@@ -147,14 +146,6 @@ impl<const STAGES: u32> Consumer<STAGES> {
         self.pipeline.slot(self.at)
     }
 
-    /// As [`wait`](Self::wait), but not before `x` has been computed, which is not negative: [`once`].
-    #[inline(always)]
-    #[track_caller]
-    pub fn wait_once(&self, x: f32) -> Slot<STAGES> {
-        self.pipeline.barriers.offset(self.at.index).wait(once(self.at.parity, x));
-        self.pipeline.slot(self.at)
-    }
-
     /// The stage that it is at, which it has waited for.
     #[inline(always)]
     pub fn slot(&self) -> Slot<STAGES> {
@@ -168,16 +159,33 @@ impl<const STAGES: u32> Consumer<STAGES> {
         Consumer { pipeline, at: self.at }
     }
 
+    /// The state of a thread that is one stage behind this one, in another pipeline: of pipelines that are emptied in turn,
+    /// one state is enough.
+    #[inline(always)]
+    pub fn behind(&self, pipeline: Pipeline<STAGES>) -> Self {
+        let Position { index, parity } = self.at;
+        let at = if index == 0 {
+            Position { index: STAGES - 1, parity: parity ^ 1 }
+        } else {
+            Position { index: index - 1, parity }
+        };
+        Consumer { pipeline, at }
+    }
+
     /// Goes on to the next stage. The slot of this one may be released later.
     #[inline(always)]
     pub fn advance(&mut self) {
         self.at.advance::<STAGES>();
     }
 
-    /// Goes on to the same stage in the next round.
+    /// Goes on by `n` stages, at most all: where others empty those between.
     #[inline(always)]
-    pub fn next_round(&mut self) {
-        self.at.parity ^= 1;
+    pub fn advance_by(&mut self, n: u32) {
+        self.at.index += n;
+        if self.at.index >= STAGES {
+            self.at.index -= STAGES;
+            self.at.parity ^= 1;
+        }
     }
 }
 

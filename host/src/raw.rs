@@ -29,7 +29,7 @@ use std::ffi::c_void;
 use cuda_std::{Global, sim};
 use kernels::attention::{Attention, Untyped};
 
-use crate::cuda::Device;
+use crate::cuda::{Device, Entered};
 use crate::dispatch::Plan;
 use crate::error::{Error, Result};
 use crate::inputs::Inputs;
@@ -157,9 +157,10 @@ impl Call {
     /// total_k, no two neighbours further apart than the options say that the longest sequences are. `stream` is a
     /// stream of the device's primary context, or null.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
-        let launches = self.launches(device.target(), &device.resources(), workspace)?;
+        let entered = device.enter()?;
+        let launches = self.launches(device.target(), &device.resources(&entered), workspace)?;
         // SAFETY: as the caller promises.
-        unsafe { launch_all(&launches, device, stream) }
+        unsafe { launch_all(&launches, device, stream, &entered) }
     }
 
     /// Runs the launches on a simulated GPU, in whose memory the tensors and the workspace are, and waits for them. The
@@ -204,12 +205,16 @@ fn workspace_addresses(workspace: &[Workspace], address: u64) -> Result<Vec<Glob
 ///
 /// # Safety
 /// As [`Call::launch`].
-unsafe fn launch_all(launches: &[Launch], device: &'static Device, stream: Stream) -> Result<Vec<LaunchReport>> {
-    let entered = device.enter()?;
-    device.load(launches, &entered)?;
+unsafe fn launch_all(
+    launches: &[Launch],
+    device: &'static Device,
+    stream: Stream,
+    entered: &Entered,
+) -> Result<Vec<LaunchReport>> {
+    device.load(launches, entered)?;
     for launch in launches {
         // SAFETY: as the caller promises.
-        unsafe { device.launch(launch, stream, &entered)? };
+        unsafe { device.launch(launch, stream, entered)? };
     }
     Ok(launches.iter().map(Launch::report).collect())
 }

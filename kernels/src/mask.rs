@@ -46,6 +46,12 @@ impl Blocks {
     pub fn count(&self) -> u32 {
         self.end - self.begin
     }
+
+    /// These, or `begin` alone if there are none.
+    #[inline(always)]
+    pub fn or_one(self) -> Self {
+        Blocks { end: if self.begin < self.end { self.end } else { self.begin + 1 }, ..self }
+    }
 }
 
 impl Mask {

@@ -116,14 +116,6 @@ impl<const M: usize> RowSoftmax<M> {
     }
 }
 
-impl RowSoftmax<1> {
-    /// A number that is known once the sums are; not negative.
-    #[inline(always)]
-    pub fn sums(&self) -> f32 {
-        self.0[0][0].l + self.0[0][1].l
-    }
-}
-
 impl<const M: usize> Rescale<M> {
     /// O = diag(alpha) O, if anything is to be rescaled: seldom.
     #[inline(always)]

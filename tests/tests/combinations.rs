@@ -4,38 +4,51 @@ use ferroflash::{Backend, DType, Session};
 use ferroflash_tests::combination::{Combination, Limits, combinations};
 use ferroflash_tests::grid;
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use rayon::prelude::*;
 
 const DTYPES: &[DType] = &grid::DTYPES;
 
-/// Draws `cases` combinations, the same ones in every run, and shrinks the first that fails.
-fn check(session: &Session, cases: u32, limits: Limits) {
-    let config = Config { cases, failure_persistence: None, ..Config::default() };
-    let mut runner =
-        TestRunner::new_with_rng(config, proptest::test_runner::TestRng::deterministic_rng(Default::default()));
-    let result = runner
-        .run(&combinations(limits), |combination: Combination| combination.check(session).map_err(TestCaseError::fail));
-    result.unwrap_or_else(|failure| panic!("{failure}"));
+/// Draws `cases` combinations, the same ones in every run, and shrinks the first that fails. They are drawn in so many
+/// streams, of which each may run beside the others.
+fn check(session: &Session, cases: u32, streams: u8, limits: Limits) {
+    let failures: Vec<_> = (0..streams)
+        .into_par_iter()
+        .filter_map(|stream| {
+            let config =
+                Config { cases: cases.div_ceil(streams.into()), failure_persistence: None, ..Config::default() };
+            let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[stream; 32]);
+            let is_kept = |combination: Combination| combination.check(session).map_err(TestCaseError::fail);
+            TestRunner::new_with_rng(config, random).run(&combinations(limits.clone()), is_kept).err()
+        })
+        .map(|failure| failure.to_string())
+        .collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 #[test]
 fn on_the_cpu() {
     let session = Session::new(Backend::Cpu).expect("runs everywhere");
     let headdims = &[8, 32, 40, 59, 64, 96, 128, 192, 256];
-    check(&session, 400, Limits { dtypes: DTYPES, seqlen: 0..=150, batch: 1..=3, headdims });
+    check(&session, 400, 4, Limits { dtypes: DTYPES, seqlen: 0..=150, batch: 1..=3, headdims });
 }
 
 #[test]
 fn on_the_simulator() {
     let session = Session::new(Backend::Simulator).expect("runs everywhere");
-    check(&session, 60, Limits { dtypes: DTYPES, seqlen: 0..=100, batch: 1..=2, headdims: &[8, 32, 40, 59, 64, 80] });
+    check(
+        &session,
+        60,
+        4,
+        Limits { dtypes: DTYPES, seqlen: 0..=100, batch: 1..=2, headdims: &[8, 32, 40, 59, 64, 80] },
+    );
 }
 
 /// Head dimensions whose tiles are large: few cases, and short.
 #[test]
 fn wide_heads_on_the_simulator() {
     let session = Session::new(Backend::Simulator).expect("runs everywhere");
-    check(&session, 16, Limits { dtypes: DTYPES, seqlen: 1..=50, batch: 1..=1, headdims: &[96, 128, 192, 256] });
+    check(&session, 16, 2, Limits { dtypes: DTYPES, seqlen: 1..=50, batch: 1..=1, headdims: &[96, 128, 192, 256] });
 }
 
 #[test]
@@ -45,5 +58,5 @@ fn on_the_gpu() {
         Err(reason) => return println!("skipped: on_the_gpu: {reason}"),
     };
     let headdims = &[8, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 256];
-    check(&session, 2500, Limits { dtypes: DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
+    check(&session, 2500, 50, Limits { dtypes: DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
 }

@@ -2,9 +2,10 @@
 //! says `skipped:`, and samples of it on the CPU and on the simulated GPU.
 use ferroflash::{Backend, Session};
 use ferroflash_tests::peers::{Cell, grid};
+use rayon::prelude::*;
 
 fn check(session: &Session, cells: &[Cell]) {
-    let failures: Vec<_> = cells.iter().filter_map(|cell| cell.check(session).err()).collect();
+    let failures: Vec<_> = cells.par_iter().filter_map(|cell| cell.check(session).err()).collect();
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 

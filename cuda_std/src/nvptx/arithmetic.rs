@@ -27,14 +27,3 @@ instructions! {
     pack_f16(low: f32, reg32, high: f32, reg32) -> u32, reg32 = "cvt.rn.f16x2.f32 {y}, {high}, {low};";
     pack_bf16(low: f32, reg32, high: f32, reg32) -> u32, reg32 = "cvt.rn.bf16x2.f32 {y}, {high}, {low};";
 }
-
-#[inline(always)]
-pub fn once(n: u32, x: f32) -> u32 {
-    let same: u32;
-    // SAFETY: arithmetic.
-    unsafe {
-        asm!("{{ .reg .pred negative; setp.lt.f32 negative, {x}, 0f00000000; selp.u32 {same}, 0, {n}, negative; }}",
-            same = out(reg32) same, n = in(reg32) n, x = in(reg32) x, options(pure, nomem, nostack))
-    };
-    same
-}

@@ -112,8 +112,8 @@ impl Device {
         Target::gpu(self.info.compute_capability)
     }
 
-    /// What launches need to know of it.
-    pub(crate) fn resources(&self) -> Resources {
+    /// What launches need to know of it. The driver makes tensor maps only where a context is current.
+    pub(crate) fn resources(&self, _entered: &Entered) -> Resources {
         let DeviceInfo { multiprocessors, shared_memory_per_block, .. } = self.info;
         Resources { multiprocessors, shared_memory: shared_memory_per_block, tensor_map: tensor_map::encode }
     }

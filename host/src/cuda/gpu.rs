@@ -66,7 +66,7 @@ impl Machine for Gpu {
     }
 
     fn resources(&self) -> Resources {
-        self.device.resources()
+        self.device.resources(&self.entered)
     }
 
     fn run(&self, launches: &[Launch]) -> Result<(Vec<LaunchReport>, f64)> {

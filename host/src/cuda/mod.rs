@@ -14,6 +14,7 @@ mod tensor_map;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use context::Entered;
 pub use device::{Device, DeviceInfo, devices, driver_version};
 pub(crate) use gpu::Gpu;
 pub use tensor::{DeviceAttention, DeviceGradients, DeviceTensor, DeviceTensorRef};

@@ -104,9 +104,10 @@ impl BackwardCall {
     /// # Safety
     /// As [`Call::launch`](super::Call::launch), of these tensors; the outputs are the gradients.
     pub unsafe fn launch(&self, device: &'static Device, workspace: u64, stream: Stream) -> Result<Vec<LaunchReport>> {
-        let launches = self.launches(device.target(), &device.resources(), workspace)?;
+        let entered = device.enter()?;
+        let launches = self.launches(device.target(), &device.resources(&entered), workspace)?;
         // SAFETY: as the caller promises.
-        unsafe { launch_all(&launches, device, stream) }
+        unsafe { launch_all(&launches, device, stream, &entered) }
     }
 
     /// Runs the launches on a simulated GPU, as [`Call::simulate`](super::Call::simulate).

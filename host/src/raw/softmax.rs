@@ -62,7 +62,7 @@ impl SoftmaxCall {
         }
         let launch = dispatch::softmax(dtype, method, (rows, columns), parameters::global(x), parameters::global(y))?;
         // SAFETY: as the caller promises.
-        unsafe { launch_all(&[launch], device, stream) }
+        unsafe { launch_all(&[launch], device, stream, &device.enter()?) }
     }
 }
 

@@ -24,6 +24,7 @@ pub struct Consumer<
     const HEADDIM: usize,
     const HEADDIM_V: usize,
     const GROUPS: u32,
+    const QUERIES: u32,
     const BLOCK_N: usize,
     const STAGES: u32,
     const STEPS: usize,
@@ -31,12 +32,12 @@ pub struct Consumer<
     const O_COLUMNS: usize,
     const CAUSAL: bool,
 > {
-    memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
+    memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
     group: u32,
     rows: Rows<CAUSAL>,
-    queries: pipeline::Consumer<GROUPS>,
+    queries: pipeline::Consumer<QUERIES>,
+    /// Of the keys; the values are one stage behind.
     keys: pipeline::Consumer<STAGES>,
-    values: pipeline::Consumer<STAGES>,
     /// The softmax scale in log2 units.
     scale: f32,
     softmax: RowSoftmax<1>,
@@ -49,20 +50,25 @@ impl<
     const HEADDIM: usize,
     const HEADDIM_V: usize,
     const GROUPS: u32,
+    const QUERIES: u32,
     const BLOCK_N: usize,
     const STAGES: u32,
     const STEPS: usize,
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
-> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL>
+> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL>
 {
     const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
 
     /// Before the first tile.
     #[inline(always)]
     #[track_caller]
-    pub fn new(memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>, group: u32, softmax_scale: f32) -> Self {
+    pub fn new(
+        memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
+        group: u32,
+        softmax_scale: f32,
+    ) -> Self {
         if group + 1 == GROUPS {
             Self::TURN.pass(group);
         }
@@ -72,7 +78,6 @@ impl<
             rows: Rows { first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
             queries: memory.queries.consumer_at(group),
             keys: memory.keys.consumer(),
-            values: memory.values.consumer(),
             scale: softmax_scale * LOG2_E,
             softmax: RowSoftmax::EMPTY,
             p: Registers::zero(),
@@ -80,62 +85,90 @@ impl<
         }
     }
 
-    /// Algorithm 2 for each tile. S of a block of keys is in flight together with the O of the one before it.
+    /// Algorithm 2 for each tile. S of a block of keys is in flight together with the O of the one before it, and S of the
+    /// first block of a tile while the rows of the tile before it are stored: if their Q has a stage of its own.
     #[inline(always)]
     #[track_caller]
     pub fn run(mut self, a: &Attention<T>, mut tiles: Tiles<CAUSAL>) {
         let mut next = tiles.next(a);
+        let mut s = match &next {
+            Some(tile) => self.first(a, tile).wait(),
+            None => Accumulator::zero(),
+        };
         while let Some(tile) = next {
             (self.softmax, self.o) = (RowSoftmax::EMPTY, Accumulator::zero());
-            let Blocks { begin, full_end, end, .. } = tile.blocks;
-            if begin < end {
-                let mut block = end - 1;
-                self.first(a, &tile, block);
-                while CAUSAL && block > begin && block > full_end {
-                    block -= 1;
-                    self.step(a, &tile, block, true);
-                }
-                while block > begin {
-                    block -= 1;
-                    self.step(a, &tile, block, false);
-                }
-                next = self.last(a, &mut tiles);
-            } else {
-                next = tiles.next(a);
+            let Blocks { begin, full_end, end, .. } = self.rows.blocks(a, &tile);
+            let mut block = end - 1;
+            self.rows.hide(a, &tile, block, &mut s);
+            self.softmax.take_lazily(&mut s, self.scale);
+            self.p = Registers::of(&s);
+            while CAUSAL && block > begin && block > full_end {
+                block -= 1;
+                self.step(a, &tile, block, true);
             }
-            self.rows.store::<T, HEADDIM, HEADDIM_V, O_COLUMNS>(a, &tile, self.softmax, &mut self.o);
+            while block > begin {
+                block -= 1;
+                self.step(a, &tile, block, false);
+            }
+            next = self.last(a, &mut tiles);
+            s = match &next {
+                Some(next) if const { QUERIES > GROUPS } => {
+                    let s = self.first(a, next);
+                    self.store(a, &tile);
+                    s.wait()
+                }
+                Some(next) => {
+                    self.store(a, &tile);
+                    self.first(a, next).wait()
+                }
+                None => {
+                    self.store(a, &tile);
+                    Accumulator::zero()
+                }
+            };
         }
         if self.group == 0 {
             Self::TURN.take(self.group);
         }
     }
 
-    /// P of the first block.
+    /// S of the last block of keys that this warpgroup's rows of a tile see.
     #[inline(always)]
     #[track_caller]
-    fn first(&mut self, a: &Attention<T>, tile: &Tile, block: u32) {
+    fn first(&mut self, a: &Attention<T>, tile: &Tile) -> Scores<STAGES, S_COLUMNS> {
         self.queries.wait();
+        for _ in self.rows.blocks(a, tile).end..tile.blocks.end {
+            self.skip();
+        }
         let k = self.keys.wait();
         self.keys.advance();
         Self::TURN.take(self.group);
         let s = self.product_with(k);
         Self::TURN.pass(self.group);
-        let mut s = s.wait::<0>();
-        release(k);
-        self.rows.hide(a, tile, block, &mut s);
-        self.softmax.take_lazily(&mut s, self.scale);
-        self.p = Registers::of(&s);
+        Scores { s, k }
+    }
+
+    /// Hands back a block of keys that only other warpgroups' rows see.
+    #[inline(always)]
+    #[track_caller]
+    fn skip(&mut self) {
+        release(self.keys.wait());
+        self.keys.advance();
+        Self::TURN.take(self.group);
+        Self::TURN.pass(self.group);
+        release(self.values().wait());
     }
 
     /// O += P V of the block before, and P of this one.
     #[inline(always)]
     #[track_caller]
     fn step(&mut self, a: &Attention<T>, tile: &Tile, block: u32, is_partial: bool) {
+        let values = self.values();
         let k = self.keys.wait();
         self.keys.advance();
         Self::TURN.take(self.group);
         let s = self.product_with(k);
-        let v = self.values.wait();
+        let v = values.wait();
         let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
         Self::TURN.pass(self.group);
         let mut s = s.wait::<1>();
@@ -143,15 +176,12 @@ impl<
         if is_partial {
             self.rows.hide(a, tile, block, &mut s);
         }
-        let rescale = self.softmax.take_lazily(&mut s, self.scale);
-        // The exponentials and their sums stay before the wait: the assembler moves it up to the next barrier, and sums
-        // down below it. This is a barrier, and needs the sums.
-        wgmma::pin(&mut s);
-        self.values.wait_once(self.softmax.sums());
-        self.values.advance();
+        let rescale = self.softmax.raise_lazily(&s, self.scale);
+        // The exponentials stay behind this wait: they fall under the products of the other warpgroups.
         self.o = o.wait::<0>();
         wgmma::pin(&mut s);
         release(v);
+        self.softmax.weigh(&mut s, self.scale);
         self.p = Registers::of(&s);
         rescale.apply_if_any(&mut self.o);
     }
@@ -161,9 +191,8 @@ impl<
     #[track_caller]
     fn last(&mut self, a: &Attention<T>, tiles: &mut Tiles<CAUSAL>) -> Option<Tile> {
         release(self.queries.slot());
-        self.queries.next_round();
-        let v = self.values.wait();
-        self.values.advance();
+        self.queries.advance_by(GROUPS);
+        let v = self.values().wait();
         let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
         let next = tiles.next(a);
         self.o = o.wait::<0>();
@@ -171,11 +200,42 @@ impl<
         next
     }
 
+    /// Writes O and LSE.
+    #[inline(always)]
+    #[track_caller]
+    fn store(&mut self, a: &Attention<T>, tile: &Tile) {
+        self.rows.store::<T, HEADDIM, HEADDIM_V, O_COLUMNS>(a, tile, self.softmax, &mut self.o);
+    }
+
+    /// Where this is in the pipeline of values.
+    #[inline(always)]
+    fn values(&self) -> pipeline::Consumer<STAGES> {
+        self.keys.behind(self.memory.values)
+    }
+
     /// S = Q Kᵀ, in flight.
     #[inline(always)]
     #[track_caller]
     fn product_with(&self, k: Slot<STAGES>) -> InFlight<S_COLUMNS> {
-        wgmma::product(self.memory.q.stage(self.group).rows(0), self.memory.k.stage(k.index).rows(0))
+        wgmma::product(self.memory.q.stage(self.queries.slot().index).rows(0), self.memory.k.stage(k.index).rows(0))
+    }
+}
+
+/// S of a block of keys, in flight.
+struct Scores<const STAGES: u32, const N: usize> {
+    s: InFlight<N>,
+    /// The stage of the keys.
+    k: Slot<STAGES>,
+}
+
+impl<const STAGES: u32, const N: usize> Scores<STAGES, N> {
+    /// Waits for it. The keys are needed no more.
+    #[inline(always)]
+    #[track_caller]
+    fn wait(self) -> Accumulator<1, N> {
+        let s = self.s.wait::<0>();
+        release(self.k);
+        s
     }
 }
 
@@ -187,14 +247,28 @@ struct Rows<const CAUSAL: bool> {
 }
 
 impl<const CAUSAL: bool> Rows<CAUSAL> {
+    /// The blocks of keys that they need; one at least. Rows behind the last query need no more.
+    #[inline(always)]
+    fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
+        let Tile { sequence, blocks, .. } = *tile;
+        let first_row = tile.first_row + self.first;
+        if first_row >= sequence.seqlen_q {
+            return Blocks { end: blocks.begin, ..blocks }.or_one();
+        }
+        if CAUSAL {
+            Mask::of::<T, CAUSAL, false>(a, &sequence).key_blocks(first_row, GROUP_ROWS, self.block_n).or_one()
+        } else {
+            blocks
+        }
+    }
+
     /// Sets the scores of keys that rows do not see to -inf.
     #[inline(always)]
     #[track_caller]
     fn hide<T, const N: usize>(self, a: &Attention<T>, tile: &Tile, block: u32, s: &mut Accumulator<1, N>) {
-        let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
-        let first_row = tile.first_row + self.first;
-        if mask.key_blocks(first_row, GROUP_ROWS, self.block_n).is_partial(block) {
-            mask.apply(s, first_row + 16 * warp_in_group(), block * self.block_n);
+        if self.blocks(a, tile).is_partial(block) {
+            let first_row = tile.first_row + self.first + 16 * warp_in_group();
+            Mask::of::<T, CAUSAL, false>(a, &tile.sequence).apply(s, first_row, block * self.block_n);
         }
     }
 
@@ -218,9 +292,10 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
             }
         });
         let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true);
-        o.store_rows(o_rows);
         // Where all keys are seen, and what lies behind them is loaded as zeros, nothing spoils a row.
-        if (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite()) {
+        let spoiled = (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite());
+        o.store_rows(o_rows);
+        if spoiled {
             let (block, scale) = (QueryBlock { first_row, head, sequence }, a.softmax_scale * LOG2_E);
             let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
             let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));

@@ -11,18 +11,18 @@ pub struct Memory<
     T,
     const HEADDIM: usize,
     const HEADDIM_V: usize,
-    const GROUPS: u32,
+    const QUERIES: u32,
     const BLOCK_N: usize,
     const STAGES: u32,
 > {
-    /// Q: a stage for each warpgroup of consumers.
+    /// Q: for each warpgroup of consumers a stage, or two, of this tile and of the next.
     pub q: SmemTile<T, { GROUP_ROWS as usize }, HEADDIM>,
     /// Blocks of K.
     pub k: SmemTile<T, BLOCK_N, HEADDIM>,
     /// Blocks of V.
     pub v: SmemTile<T, BLOCK_N, HEADDIM_V>,
-    /// Q's: each warpgroup has a stage of its own, which it alone empties.
-    pub queries: Pipeline<GROUPS>,
+    /// Q's: each warpgroup has stages of its own, which it alone empties.
+    pub queries: Pipeline<QUERIES>,
     /// K's: all warpgroups empty each stage.
     pub keys: Pipeline<STAGES>,
     /// V's, likewise.
@@ -36,22 +36,22 @@ impl<
     T: PackedElement,
     const HEADDIM: usize,
     const HEADDIM_V: usize,
-    const GROUPS: u32,
+    const QUERIES: u32,
     const BLOCK_N: usize,
     const STAGES: u32,
-> Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>
+> Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>
 {
     /// What it takes.
-    pub const BYTES: u32 = GROUPS * SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES
+    pub const BYTES: u32 = QUERIES * SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES
         + STAGES * (SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + SmemTile::<T, BLOCK_N, HEADDIM_V>::BYTES)
-        + Pipeline::<GROUPS>::BYTES
+        + Pipeline::<QUERIES>::BYTES
         + 2 * Pipeline::<STAGES>::BYTES;
 
     /// The block's dynamic shared memory.
     #[inline(always)]
     pub fn of_block() -> Self {
         let q = SmemTile::at(dynamic_shared());
-        let k = SmemTile::at(q.stage(GROUPS - 1).end());
+        let k = SmemTile::at(q.stage(QUERIES - 1).end());
         let v = SmemTile::at(k.stage(STAGES - 1).end());
         let queries = Pipeline::at(v.stage(STAGES - 1).end());
         let keys = Pipeline::at(queries.end());
@@ -59,12 +59,12 @@ impl<
         Memory { q, k, v, queries, keys, values }
     }
 
-    /// Said by one thread, before a fence and a barrier of the block.
+    /// For so many warpgroups of consumers. Said by one thread, before a fence and a barrier of the block.
     #[inline(always)]
     #[track_caller]
-    pub fn init_barriers(self) {
+    pub fn init_barriers(self, groups: u32) {
         self.queries.init(1, WARPS);
-        self.keys.init(1, WARPS * GROUPS);
-        self.values.init(1, WARPS * GROUPS);
+        self.keys.init(1, WARPS * groups);
+        self.values.init(1, WARPS * groups);
     }
 }

@@ -3,15 +3,15 @@
 //! Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", Algorithms 1
 //! and 2.
 //!
-//! Warps are specialised: a producer keeps copies of K and V in flight, and warpgroups of consumers, 64 query rows each,
-//! have the tensor cores multiply while they compute the softmax. Within a warpgroup the product S = Q Kᵀ of the next
-//! block of keys and the product P V of the present one run under the softmax. The warpgroups take turns at the tensor
-//! cores, so that one's exponentials fall under the other's products. O is rescaled lazily: only when a maximum has grown
-//! by more than a factor of 2⁸ ([`take_lazily`](crate::RowSoftmax::take_lazily)).
+//! Warps are specialised: a producer keeps copies of K and V in flight, and two to four warpgroups of consumers, 64 query
+//! rows each, have the tensor cores multiply while they compute the softmax. Of a warpgroup the product S = Q Kᵀ of the next
+//! block of keys and the product P V of the present one are in flight together; the warpgroups take turns at the tensor
+//! cores, so that one's exponentials fall under the others' products. O is rescaled lazily: only when a maximum has grown
+//! by more than a factor of 2⁸ ([`raise_lazily`](crate::RowSoftmax::raise_lazily)).
 //!
-//! Blocks of threads are persistent: each takes one tile of queries after the other ([`schedule`]), and the producer
-//! begins with the next tile while the consumers finish the last. Keys are walked from the last to the first: what is
-//! masked comes first, where nothing overlaps yet.
+//! Blocks of threads are persistent: each takes one tile of queries after the other ([`schedule`]). The producer begins with
+//! the next tile while the consumers finish the last, and these have its first S computed while they store O. Keys are walked
+//! from the last to the first: what is masked comes first, and each warpgroup leaves out what none of its rows sees.
 //!
 //! What is not finite at keys that a row does not see must not reach it: as in [`flash2`](crate::flash2), rows that turn out
 //! not to be finite are computed again.
@@ -58,6 +58,7 @@ const fn config<
     const HEADDIM: usize,
     const HEADDIM_V: usize,
     const GROUPS: u32,
+    const QUERIES: u32,
     const BLOCK_N: usize,
     const STAGES: u32,
     const STEPS: usize,
@@ -79,49 +80,55 @@ const fn config<
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
         min_blocks_per_sm: 1,
-        shared_bytes: Memory::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>::BYTES,
+        shared_bytes: Memory::<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>::BYTES,
         from_keys: FROM_KEYS,
-        // One at the start, and turns: at the first tile and after the last, at the first block of a tile, and at the others,
-        // which with a causal mask have two loops.
-        barriers: if CAUSAL { 9 } else { 7 },
+        // One at the start, one before the first turn, one after the last, and two a turn: at the first block of the first tile,
+        // of the others, at blocks that are skipped before either, and at other blocks, which with a causal mask have two loops.
+        barriers: if CAUSAL { 15 } else { 13 },
     }
 }
 
 /// O = softmax(softmax_scale · Q Kᵀ) V and its LSE.
 ///
 /// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each
-/// ([`schedule`]). A tile has `GROUPS` times [`GROUP_ROWS`] query rows; S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight
-/// columns wide, P `STEPS` of sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`:
-/// [`Config::from_keys`].
+/// ([`schedule`]). A tile has `GROUPS` times [`GROUP_ROWS`] query rows; Q has `QUERIES` stages of [`GROUP_ROWS`] rows, for a
+/// tile or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of
+/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`].
 #[kernel(
     name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}_{GROUPS}x{BLOCK_N}{CAUSAL?_causal}",
     arch = sm_90a,
+    // TFLOP/s on an H100, in bf16, at 16384 tokens and a hidden dimension of 2048. More warpgroups hide more of each other, but
+    // larger tiles are filled worse by short sequences.
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS) in [
-            // On an H100, TFLOP/s at 512, 2k and 16k tokens: 403, 540, 604; two warpgroups 382, 443, 464.
-            (64, 64, 3, 128, 4, 8, 16, 8),
-            (96, 96, 2, 128, 3, 8, 16, 12),
-            // 541, 689, 737; with two stages 532, 689, 731; with 176 keys a block 525, 671, 727.
-            (128, 128, 2, 128, 3, 8, 16, 16),
-            (192, 128, 2, 128, 2, 8, 16, 16),
-            (192, 192, 2, 96, 2, 6, 12, 24),
-            // 566, 780, 843; with 80 keys a block 546, 772, 838.
-            (256, 256, 2, 64, 2, 4, 8, 32),
+        (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
+            // At 1k, 4k and 16k tokens 523, 578, 595; three warpgroups and 128 keys: 475, 574, 617.
+            (64, 64, 4, 8, 64, 6, 4, 8, 8, 0),
+            (64, 64, 3, 6, 128, 4, 8, 16, 8, 8192),
+            (96, 96, 2, 4, 128, 3, 8, 16, 12, 0),
+            (96, 96, 3, 3, 96, 3, 6, 12, 12, 2048),
+            // 639, 715, 734; three warpgroups and 80 keys: 614, 758, 793; and 64 keys: 623, 762, 783.
+            (128, 128, 2, 4, 128, 2, 8, 16, 16, 0),
+            (128, 128, 3, 3, 80, 3, 5, 10, 16, 2048),
+            (192, 128, 2, 2, 128, 2, 8, 16, 16, 0),
+            (192, 128, 3, 3, 64, 3, 4, 8, 16, 2048),
+            (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
+            (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
-        (CAUSAL, FROM_KEYS) in [(false, 0)],
+        CAUSAL in [false],
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
-            // 244, 402, 480: short tiles have less to hide.
-            (64, 64, 2, 128, 4, 8, 16, 8, 0),
-            // 180, 410, 581. Spills seven registers, of what a tile is.
-            (64, 64, 3, 128, 4, 8, 16, 8, 2048),
-            (96, 96, 2, 128, 3, 8, 16, 12, 0),
-            // 320, 588, 732; with 176 keys a block 240, 553, 728.
-            (128, 128, 2, 128, 2, 8, 16, 16, 0),
-            (192, 128, 2, 128, 2, 8, 16, 16, 0),
-            (192, 192, 2, 96, 2, 6, 12, 24, 0),
-            // 312, 635, 815.
-            (256, 256, 2, 64, 2, 4, 8, 32, 0),
+        (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
+            // 399, 543, 596; three warpgroups and 128 keys: 325, 521, 598.
+            (64, 64, 4, 8, 64, 6, 4, 8, 8, 0),
+            // At 512 and 4k 287, 577; three warpgroups and 96 keys: 221, 600.
+            (96, 96, 2, 4, 128, 3, 8, 16, 12, 0),
+            (96, 96, 3, 3, 96, 3, 6, 12, 12, 2048),
+            // 477, 656, 727; three warpgroups and 64 keys: 427, 668, 770.
+            (128, 128, 2, 4, 128, 2, 8, 16, 16, 0),
+            (128, 128, 3, 3, 64, 5, 4, 8, 16, 2048),
+            // At 512 and 4k 316, 697; three warpgroups and 64 keys: 253, 675.
+            (192, 128, 2, 2, 128, 2, 8, 16, 16, 0),
+            (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
+            (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
         CAUSAL in [true],
     config = config,
@@ -132,6 +139,7 @@ pub fn forward<
     const HEADDIM: usize,
     const HEADDIM_V: usize,
     const GROUPS: u32,
+    const QUERIES: u32,
     const BLOCK_N: usize,
     const STAGES: u32,
     const STEPS: usize,
@@ -142,9 +150,9 @@ pub fn forward<
 >(
     p: Params,
 ) {
-    let memory = Memory::<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>::of_block();
+    let memory = Memory::<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>::of_block();
     if thread_idx_x() == 0 {
-        memory.init_barriers();
+        memory.init_barriers(GROUPS);
         fence::mbarrier_init();
     }
     sync_threads();
@@ -152,26 +160,29 @@ pub fn forward<
     let tiles = Tiles::<CAUSAL>::new(p.schedule, GROUPS * GROUP_ROWS, BLOCK_N as u32);
     match warpgroup_id() {
         0 => {
-            if const { GROUPS > 2 } {
-                release_registers::<32>()
-            } else {
-                release_registers::<40>()
+            match GROUPS {
+                2 => release_registers::<40>(),
+                3 => release_registers::<32>(),
+                _ => release_registers::<24>(),
             }
             if thread_idx_x() == 0 {
-                producer::produce(&p, &a, memory, tiles);
+                producer::produce::<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, CAUSAL>(
+                    &p, &a, memory, tiles,
+                );
             }
         }
         group => {
-            if const { GROUPS > 2 } {
-                claim_registers::<160>()
-            } else {
-                claim_registers::<232>()
+            match GROUPS {
+                2 => claim_registers::<232>(),
+                3 => claim_registers::<160>(),
+                _ => claim_registers::<112>(),
             }
             let consumer = consumer::Consumer::<
                 T,
                 HEADDIM,
                 HEADDIM_V,
                 GROUPS,
+                QUERIES,
                 BLOCK_N,
                 STAGES,
                 STEPS,

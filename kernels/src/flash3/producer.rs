@@ -15,13 +15,14 @@ pub fn produce<
     const HEADDIM: usize,
     const HEADDIM_V: usize,
     const GROUPS: u32,
+    const QUERIES: u32,
     const BLOCK_N: usize,
     const STAGES: u32,
     const CAUSAL: bool,
 >(
     p: &Params,
     a: &Attention<T>,
-    memory: Memory<T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES>,
+    memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
     mut tiles: Tiles<CAUSAL>,
 ) {
     let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
@@ -29,9 +30,6 @@ pub fn produce<
     let mut keys = memory.keys.producer();
     let mut values = memory.values.producer();
     while let Some(Tile { first_row, head, sequence, blocks }) = tiles.next(a) {
-        if blocks.count() == 0 {
-            continue;
-        }
         let batch = a.batch_of_map(sequence.batch) as i32;
         let (of_q, of_k) = ([head as i32, batch], [a.head_k(head) as i32, batch]);
         let mut load_queries = |group: u32| {

@@ -68,7 +68,7 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
         Tiles { schedule, next, second: false, block_m, block_n }
     }
 
-    /// The next tile that has rows. It may have no keys.
+    /// The next tile that has rows. If they see no key, it has one block nevertheless, which they do not see.
     #[inline(always)]
     #[track_caller]
     pub fn next<T>(&mut self, a: &Attention<T>) -> Option<Tile> {
@@ -101,7 +101,7 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
             let (first_row, sequence) = (index * self.block_m, a.sequence(batch));
             if first_row < sequence.seqlen_q {
                 let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
-                let blocks = mask.key_blocks(first_row, self.block_m, self.block_n);
+                let blocks = mask.key_blocks(first_row, self.block_m, self.block_n).or_one();
                 return Some(Tile { first_row, head, sequence, blocks });
             }
         }

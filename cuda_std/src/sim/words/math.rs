@@ -96,8 +96,3 @@ pub(crate) fn pack_f16(low: f32, high: f32) -> u32 {
 pub(crate) fn pack_bf16(low: f32, high: f32) -> u32 {
     f32_to_bf16(low) as u32 | (f32_to_bf16(high) as u32) << 16
 }
-
-#[inline(always)]
-pub(crate) fn once(n: u32, _: f32) -> u32 {
-    n
-}

@@ -380,6 +380,11 @@ fn selftest_passes() {
         assert_eq!(answer["failed"], 0);
     }
     assert!(succeeds(["selftest", "--quick", "--backend=cpu"]).contains(" passed, 0 failed"));
+    let answer = answers(["selftest", "--quick", "--backend=simulator", "--kernel=flash1"]);
+    let groups = answer["groups"].as_array().expect("a list");
+    assert!(groups.iter().all(|group| group["name"].as_str().is_some_and(|name| name.starts_with("flash1 "))));
+    assert_eq!(answer["failed"], 0);
+    refuses(["selftest", "--quick", "--backend=cpu", "--kernel=flash2"], "--kernel: the cpu backend has no flash2");
 }
 
 #[test]

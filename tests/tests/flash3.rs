@@ -6,6 +6,7 @@ use ferroflash_tests::features::plain;
 use ferroflash_tests::grid::Case;
 use ferroflash_tests::guarded::Gaps;
 use ferroflash_tests::pointers::Machine;
+use kernels::{Config, flash3};
 
 fn session() -> Session {
     Session::new(Backend::Simulator).expect("the simulator runs everywhere").kernel(Kernel::Flash3)
@@ -29,6 +30,23 @@ fn head_dimensions_of_v() {
     for headdims in [(64, 128), (192, 128), (40, 16)] {
         let combination = plain(DType::BF16, (70, 230), headdims);
         combination.check_forward(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+    }
+}
+
+/// Many keys, for which there are kernels with tiles of their own: queries that end in the middle of one.
+#[test]
+fn many_keys() {
+    let chosen = flash3::FORWARD.iter().filter(|kernel| kernel.config.from_keys > 0);
+    for kernel in chosen.filter(|kernel| kernel.config.dtype == DType::BF16) {
+        let Config { headdim, headdim_v, causal, from_keys, .. } = kernel.config;
+        let headdims = (headdim as usize, headdim_v as usize);
+        let mut combination = plain(DType::BF16, (100, from_keys as usize + 13), headdims);
+        combination.options.causal = causal == Some(true);
+        let tensors = combination.tensors();
+        let forward = combination.forward(&session(), &tensors).unwrap_or_else(|reason| panic!("{reason}"));
+        assert_eq!(forward.report.launches[0].entry, kernel.entry);
+        let accuracy = combination.accuracy(&tensors, &forward).expect("of these tensors");
+        assert!(accuracy.passed(), "{}: {accuracy}", kernel.entry);
     }
 }
 

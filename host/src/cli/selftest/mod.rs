@@ -3,10 +3,10 @@ mod features;
 mod grid;
 
 use super::answer::{print, print_json};
-use super::choices::BackendArgument;
+use super::choices::{BackendArgument, one_of};
 use super::units;
-use anyhow::{Result, bail};
-use ferroflash::Session;
+use anyhow::{Result, bail, ensure};
+use ferroflash::{Kernel, Session};
 use grid::Group;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -24,6 +24,9 @@ pub struct Arguments {
     /// Only a few shapes of each kernel
     #[arg(long)]
     quick: bool,
+    /// Only this kernel of a GPU or the simulator; `auto`: all of them
+    #[arg(long, default_value = "auto", value_parser = one_of::<Kernel>(Kernel::NAMES))]
+    kernel: Kernel,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -31,7 +34,11 @@ pub struct Arguments {
 
 pub fn execute(arguments: Arguments) -> Result<()> {
     let mut session = arguments.backend.session()?;
-    let groups = grid::groups(session.backend(), &session.kernels(), arguments.quick);
+    let mut groups = grid::groups(session.backend(), &session.kernels(), arguments.quick);
+    if arguments.kernel != Kernel::Auto {
+        groups.retain(|group| group.kernel == arguments.kernel);
+        ensure!(!groups.is_empty(), "--kernel: the {} backend has no {}", session.backend(), arguments.kernel);
+    }
     let begin = Instant::now();
     if !arguments.json {
         print(format_args!("backend {}, {}\n\n", session.backend(), session.device_name()))?;

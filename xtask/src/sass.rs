@@ -9,15 +9,17 @@ use std::process::{Command, Stdio};
 use std::{env, fs};
 
 /// What `ptxas -v` reports of one entry.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Usage {
-    registers: u32,
-    spill_stores: u32,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of a thread.
+    pub registers: u32,
+    /// Bytes that are stored because registers do not suffice.
+    pub spill_stores: u32,
     spill_loads: u32,
     stack: u32,
     static_shared: u32,
     /// Warnings, such as those of serialised matrix instructions.
-    warnings: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// Prints a table: each entry, assembled for each of `sass_archs`.
@@ -53,14 +55,16 @@ pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>)
     Ok(())
 }
 
-fn find() -> Option<PathBuf> {
+/// The assembler on the PATH or of the CUDA toolkit.
+pub fn find() -> Option<PathBuf> {
     let cuda =
         ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| PathBuf::from(home).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).chain(cuda).map(|folder| folder.join("ptxas")).find(|ptxas| ptxas.is_file())
 }
 
-fn assemble(ptxas: &Path, gpu: &str, ptx: &str) -> Result<Usage> {
+/// What the assembler says of a module with one entry.
+pub fn assemble(ptxas: &Path, gpu: &str, ptx: &str) -> Result<Usage> {
     // It reads no pipe.
     let name = format!(
         "ferroflash-{}-{}.ptx",

@@ -34,6 +34,12 @@ pub fn draw(path: &Path, title: &str, curves: [Curve; 2]) -> Result<()> {
             .label(curve.name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], style));
     }
-    chart.configure_series_labels().label_font(("sans-serif", 15)).border_style(BLACK.mix(0.3)).draw()?;
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE)
+        .label_font(("sans-serif", 15))
+        .border_style(BLACK.mix(0.3))
+        .draw()?;
     area.present().with_context(|| path.display().to_string())
 }

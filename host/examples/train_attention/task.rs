@@ -1,10 +1,6 @@
-//! What is to be learned: that a text repeats itself. After A B once, A is followed by B.
-//!
-//! The text of each sequence is new, and so is its length: neither tokens nor places can be learned by heart. It takes
-//! an induction head: one block has each token look at the one before it, the next has a token look for what followed
-//! where it was before. Source: Olsson et al., "In-context Learning and Induction Heads", 2022.
+//! What is to be learned: to copy. The second half of each sequence repeats the first, which is random and always new: no
+//! text can be learned by heart, and all that says what comes next is what was read half a sequence ago.
 use rand::Rng;
-use rand::seq::index;
 
 /// Some sequences of one length.
 pub struct Batch {
@@ -12,29 +8,32 @@ pub struct Batch {
     pub seqlen: usize,
     /// One sequence after the other.
     pub tokens: Vec<usize>,
-    /// What follows each token, where that can be known: in the repeated part.
+    /// What follows each token, where that can be known: in the copy.
     pub targets: Vec<Option<usize>>,
 }
 
-/// Sequences that repeat their beginning, a random choice of different tokens, half to a quarter as long as they are.
+/// Sequences of a text and its copy.
 #[derive(Clone, Copy, Debug)]
-pub struct Repetition {
+pub struct Copying {
     /// How many sequences a batch has.
     pub batch: usize,
+    /// Tokens in a sequence: an even number.
     pub seqlen: usize,
     pub vocabulary: usize,
 }
 
-impl Repetition {
+impl Copying {
     /// New sequences.
     pub fn batch(&self, random: &mut impl Rng) -> Batch {
-        let Repetition { batch, seqlen, vocabulary } = *self;
+        let Copying { batch, seqlen, vocabulary } = *self;
+        let half = seqlen / 2;
         let (mut tokens, mut targets) = (Vec::new(), Vec::new());
         for _ in 0..batch {
-            let period = seqlen / 2;
-            let text: Vec<usize> = (0..period).map(|_| random.random_range(0..vocabulary)).collect();
-            tokens.extend((0..seqlen).map(|i| text[i % period]));
-            targets.extend((0..seqlen).map(|i| (i + 1 > period).then_some(text[(i + 1) % period])));
+            let text: Vec<usize> = (0..half).map(|_| random.random_range(0..vocabulary)).collect();
+            tokens.extend_from_slice(&text);
+            tokens.extend_from_slice(&text);
+            // The last token of the text is followed by the first of the copy; the last of the copy by nothing.
+            targets.extend((1..=seqlen).map(|next| (half..seqlen).contains(&next).then(|| text[next - half])));
         }
         Batch { seqlen, tokens, targets }
     }

@@ -47,3 +47,61 @@ impl Flash3Variant {
 fn not_simulated(_: flash3::Params) {
     unreachable!("sessions refuse a variant on the simulator")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Backend;
+    use crate::dispatch::Plan;
+    use crate::error::Error;
+    use crate::layout::Layout;
+    use crate::options::AttentionOptions;
+    use crate::parameters::Access;
+    use crate::problem::Problem;
+    use crate::session::Session;
+    use crate::target::Target;
+    use crate::tensor::Tensor;
+    use cuda_std::DType;
+
+    /// The first row of the table under another name, as if it were in no table. Its PTX does not unpack.
+    fn variant(name: &str) -> Flash3Variant {
+        Flash3Variant::new(name.to_owned(), flash3::FORWARD[0].config, b"no zstd".to_vec())
+    }
+
+    fn planned(variant: Flash3Variant, headdim: usize, target: Target) -> Result<Plan, String> {
+        let x = Layout::contiguous(DType::F16, &[1, 8, 1, headdim]).expect("small");
+        let problem = Problem::new(&x, &x, &x, &AttentionOptions::new()).expect("valid");
+        let access = Access { aligned: true, mapped: true };
+        Plan::of_variant(&problem, access, variant, target).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_variant_runs_what_its_configuration_says() {
+        let variant = variant("of_test_planned");
+        let plan = planned(variant, 64, Target::HOPPER).expect("it is built for this");
+        assert_eq!(plan.kernels(), [("of_test_planned", *variant.config())]);
+        let refused = planned(variant, 128, Target::HOPPER).expect_err("its heads are shorter");
+        assert!(refused.ends_with("flash3: headdim 128; allowed: up to 64"), "{refused}");
+        let refused = planned(variant, 64, Target::OLDEST).expect_err("it is no Hopper");
+        assert!(refused.ends_with("flash3: runs on sm_90, not on sm_80"), "{refused}");
+    }
+
+    #[test]
+    fn its_ptx_is_found() {
+        variant("of_test_found");
+        let entry = Entry::find("of_test_found", "a GPU", (9, 0)).expect("it was added");
+        assert!(matches!(entry.text(), Err(Error::BrokenKernel { entry: "of_test_found", .. })));
+        assert!(matches!(Entry::find("of_test_found", "", (8, 0)), Err(Error::UnsupportedArchitecture { .. })));
+        assert!(matches!(Entry::find("of_test_never", "", (9, 0)), Err(Error::MissingKernel { .. })));
+    }
+
+    #[test]
+    fn nothing_runs_instead_of_it() {
+        let x = Tensor::zeros(DType::F16, &[1, 8, 1, 64]).expect("small");
+        for backend in [Backend::Cpu, Backend::Simulator] {
+            let session = Session::new(backend).expect("it is everywhere").flash3_variant(variant("of_test_refused"));
+            let refused = session.attention(&x, &x, &x, &AttentionOptions::new());
+            assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+        }
+    }
+}

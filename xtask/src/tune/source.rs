@@ -91,8 +91,10 @@ fn without_other_hopper_kernels(root: &str) -> Result<String> {
     for other in others {
         ensure!(root.lines().any(|line| line == other), "it has no line `{other}`");
     }
-    let kept = root.lines().filter(|line| !others.contains(line));
-    Ok(kept.flat_map(|line| [line, "\n"]).collect())
+    ensure!(root.contains("#![no_std]\n"), "it has no line `#![no_std]`");
+    let kept: String = root.lines().filter(|line| !others.contains(line)).flat_map(|line| [line, "\n"]).collect();
+    // What only those kernels use.
+    Ok(kept.replace("#![no_std]\n", "#![no_std]\n#![allow(unused_imports)]\n"))
 }
 
 /// The table with these rows, and the configurations as comments.

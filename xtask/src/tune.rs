@@ -18,8 +18,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 const RUN: &str = include_str!("tune/run.sh");
-/// How ptxas says that it has taken the overlap out of matrix products.
-const SERIALISED: &str = "wgmma.mma_async instructions are serialized";
 
 /// Build configurations of flash3's forward kernel, and find out which are the fastest.
 ///
@@ -143,7 +141,7 @@ fn assess<'a>(
         }
         let assemble = |ptxas: &PathBuf| sass::assemble(ptxas, Arch::Sm90a.name(), &entry.ptx);
         let usage = ptxas.as_ref().map(assemble).transpose().context(name)?;
-        if usage.iter().flat_map(|usage| &usage.warnings).any(|warning| warning.contains(SERIALISED)) {
+        if usage.as_ref().is_some_and(sass::Usage::is_serialised) {
             return Ok(Err("ptxas serialises its matrix products".to_owned()));
         }
         Ok(Ok(Good { variant, configured, ptx: &entry.ptx, usage }))

@@ -28,7 +28,8 @@ impl FromStr for Headdims {
     fn from_str(text: &str) -> Result<Self> {
         let (headdim, headdim_v) = text.split_once('/').unwrap_or((text, text));
         let number = |text: &str| {
-            let number = text.parse().ok().filter(|number: &u32| (16..=256).contains(number) && number % 16 == 0);
+            let number =
+                text.parse().ok().filter(|number: &u32| (16..=256).contains(number) && number.is_multiple_of(16));
             number.with_context(|| format!("headdim {text}; allowed: multiples of 16 up to 256, as 128 or 192/128"))
         };
         Ok(Headdims { headdim: number(headdim)?, headdim_v: number(headdim_v)? })
@@ -64,7 +65,10 @@ impl Grid<'_> {
     /// All combinations that fit a multiprocessor, and for the same problems what the table has.
     pub fn variants(&self) -> Result<Vec<Variant>> {
         for block_n in self.blocks_n {
-            ensure!(block_n % STEP == 0 && *block_n > 0, "keys a block: {block_n}; allowed: multiples of {STEP}");
+            ensure!(
+                block_n.is_multiple_of(STEP) && *block_n > 0,
+                "keys a block: {block_n}; allowed: multiples of {STEP}"
+            );
         }
         for groups in self.groups {
             ensure!((1..=3).contains(groups), "warpgroups: {groups}; allowed: 1 to 3");

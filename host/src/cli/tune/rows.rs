@@ -44,29 +44,37 @@ pub fn text(measured: &[Measured], seqlens: &[usize], device: &str) -> String {
     text
 }
 
-/// The row that is the fastest over all lengths; or two, each from so many keys on, where that is worth an entry point.
-/// A row that is in the table stays where none is faster by more than measurements differ. There are variants.
+/// Rows, each from so many keys on, and what speaks for them.
+type Rows<'a> = (f64, Vec<(&'a Measured, usize)>);
+
+/// The row that is the fastest over all lengths; or two, for short and long sequences, where that is worth an entry point.
+/// What is in the table stays where nothing is faster by more than measurements differ. There are variants.
 fn choose<'a>(group: &[&'a Measured], seqlens: &[usize]) -> Vec<(&'a Measured, usize)> {
-    let fastest = group[0];
-    let stays =
-        |row: &&&Measured| row.candidate.in_table && mean(&row.tflops) * WORTH_A_CHANGE >= mean(&fastest.tflops);
-    let single = group.iter().find(stays).copied().unwrap_or(fastest);
+    let all = alternatives(group, seqlens);
+    let in_table = |(_, rows): &&Rows| rows.iter().all(|(row, _)| row.candidate.in_table);
+    let now = fastest(all.iter().filter(in_table));
+    let best = fastest(all.iter()).expect("there are variants");
+    now.filter(|now| now.0 * WORTH_A_CHANGE >= best.0).unwrap_or(best).1.clone()
+}
+
+fn fastest<'r, 'a: 'r>(alternatives: impl Iterator<Item = &'r Rows<'a>>) -> Option<&'r Rows<'a>> {
+    alternatives.max_by(|a, b| a.0.total_cmp(&b.0))
+}
+
+/// Each row alone, and each two of which one is for short sequences.
+fn alternatives<'a>(group: &[&'a Measured], seqlens: &[usize]) -> Vec<Rows<'a>> {
+    let mut all: Vec<Rows> = group.iter().map(|row| (mean(&row.tflops), vec![(*row, 0)])).collect();
     // The list of kernels without a causal mask has no column for FROM_KEYS.
-    if single.candidate.variant.config().causal != Some(true) {
-        return vec![(single, 0)];
-    }
-    let mut best = (mean(&single.tflops) * WORTH_AN_ENTRY, vec![(single, 0)]);
-    for length in 1..seqlens.len() {
+    let causal = group.iter().all(|row| row.candidate.variant.config().causal == Some(true));
+    for (length, from_keys) in seqlens.iter().enumerate().skip(1).filter(|_| causal) {
         for short in group {
             for long in group.iter().filter(|long| size(long) != size(short)) {
                 let tflops = [&short.tflops[..length], &long.tflops[length..]].concat();
-                if mean(&tflops) > best.0 {
-                    best = (mean(&tflops), vec![(*short, 0), (*long, seqlens[length])]);
-                }
+                all.push((mean(&tflops) / WORTH_AN_ENTRY, vec![(*short, 0), (*long, *from_keys)]));
             }
         }
     }
-    best.1
+    all
 }
 
 /// What tells names of entry points apart: two rows of one table differ in it.
@@ -154,9 +162,12 @@ mod tests {
         let short = measured(true, (2, 128, 4), true, [240.0, 400.0, 480.0]);
         let long = measured(true, (3, 128, 4), true, [180.0, 410.0, 580.0]);
         let expected = ["(64, 64, 2, 128, 4, 8, 16, 8, 0)", "(64, 64, 3, 128, 4, 8, 16, 8, 2048)"];
-        assert_eq!(chosen(&[short.clone(), long]), expected);
+        assert_eq!(chosen(&[short.clone(), long.clone()]), expected);
         let little = measured(true, (3, 128, 4), false, [180.0, 390.0, 490.0]);
         assert_eq!(chosen(&[short.clone(), little]), expected[..1]);
+        // As much as measurements differ.
+        let rival = measured(true, (3, 176, 2), false, [180.0, 412.0, 582.0]);
+        assert_eq!(chosen(&[short.clone(), long.clone(), rival]), expected);
         // Entry points are not named after their stages: a table has one of these two.
         let namesake = measured(true, (2, 128, 3), false, [180.0, 410.0, 580.0]);
         assert_eq!(chosen(&[short, namesake]).len(), 1);

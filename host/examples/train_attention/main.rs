@@ -28,9 +28,9 @@ use task::Copying;
 /// Train a small causal transformer to copy what it has read, with standard attention and with ferroflash.
 #[derive(Parser)]
 struct Arguments {
-    /// Where ferroflash runs: cpu, simulator or cuda [default: cuda where there is a GPU, else cpu]
-    #[arg(long)]
-    backend: Option<Backend>,
+    /// Where ferroflash runs: cpu, simulator or cuda; auto: cuda where there is a GPU, else cpu
+    #[arg(long, default_value = "auto")]
+    backend: String,
     /// Steps of training
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
@@ -65,7 +65,10 @@ struct History {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     ensure!(arguments.seqlen.is_multiple_of(2), "seqlen: {}; allowed: even numbers", arguments.seqlen);
-    let session = arguments.backend.map_or_else(Session::auto, Session::new)?;
+    let session = match arguments.backend.as_str() {
+        "auto" => Session::auto()?,
+        backend => Session::new(backend.parse::<Backend>()?)?,
+    };
     let device = session.device_name();
     println!("{device} ({})", session.reason());
 

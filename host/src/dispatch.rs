@@ -4,6 +4,7 @@ use kernels::Config;
 use kernels::attention::{Attention, Untyped};
 use kernels::softmax::{self, ROW_A_BLOCK, ROW_A_WARP};
 
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::families::{Family, Wanted};
 use crate::launch::{Launch, Workspace};
@@ -11,6 +12,7 @@ use crate::options::{Kernel, SoftmaxMethod};
 use crate::parameters::Access;
 use crate::problem::Problem;
 use crate::target::{Resources, Target};
+use crate::tune::Flash3Variant;
 
 mod backward;
 
@@ -64,6 +66,23 @@ impl Plan {
         let unsupported = |reasons| Error::Unsupported { kernel, backend: target.backend, reasons };
         let (family, refused) = first_able(families).map_err(unsupported)?;
         Ok(Plan { family, asked: kernel, refused, workspace: family.workspace(problem) })
+    }
+
+    /// The same with one entry point of FlashAttention-3, which need not be in its table.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if it cannot run the problem, or the machine cannot run it.
+    pub fn of_variant(problem: &Problem, access: Access, variant: Flash3Variant, target: Target) -> Result<Self> {
+        let asked = Kernel::Flash3;
+        let runs = || match target.backend {
+            Backend::Cuda => target.allow_hopper(asked),
+            _ => Err(format!("flash3: {} is PTX alone", variant.name())),
+        };
+        let wanted = Wanted::new(problem, access);
+        let family = runs().and_then(|()| Family::flash3_of(&wanted, std::slice::from_ref(variant.kernel)));
+        let unsupported = |reason| Error::Unsupported { kernel: asked, backend: target.backend, reasons: vec![reason] };
+        let family = family.map_err(unsupported)?;
+        Ok(Plan { family, asked, refused: Vec::new(), workspace: family.workspace(problem) })
     }
 
     /// Why this family.

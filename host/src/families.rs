@@ -157,7 +157,12 @@ impl Family {
 
     /// FlashAttention-3 for this problem, or why there is none.
     pub fn flash3(wanted: &Wanted) -> Result<Self, String> {
-        let table = Table { name: "flash3", kernels: &[flash3::FORWARD], plain: Feature::OF_HOPPER, pads: true };
+        Self::flash3_of(wanted, flash3::FORWARD)
+    }
+
+    /// FlashAttention-3 with one of these entry points for this problem, or why there is none.
+    pub fn flash3_of(wanted: &Wanted, kernels: &'static [Kernel<flash3::Params, Config>]) -> Result<Self, String> {
+        let table = Table { name: "flash3", kernels: &[kernels], plain: Feature::OF_HOPPER, pads: true };
         table.find(wanted).map(Family::Flash3)
     }
 

@@ -74,6 +74,8 @@ mod simulator;
 mod target;
 mod tensor;
 pub mod traffic;
+#[doc(hidden)]
+pub mod tune;
 
 pub use backend::{Backend, BackendChoice};
 pub use cuda_std::{DType, sim};

@@ -1,10 +1,13 @@
 //! The kernels that are embedded in this build.
 use std::io::Read;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, PoisonError, RwLock};
 
 use crate::error::{Error, Result};
 
 static EMBEDDED: &[Entry] = include!(concat!(env!("OUT_DIR"), "/embedded.rs"));
+
+/// Those that a program has added to them.
+static ADDED: RwLock<Vec<&'static Entry>> = RwLock::new(Vec::new());
 
 /// One kernel for one architecture.
 #[derive(Debug)]
@@ -31,9 +34,14 @@ pub(crate) fn embeds_hopper() -> bool {
 }
 
 impl Entry {
-    #[allow(dead_code, reason = "nothing is embedded before the kernels have been built for the first time")]
     const fn new(name: &'static str, arch: &'static str, compressed: &'static [u8]) -> Self {
         Entry { name, arch, ptx_bytes: compressed.len(), compressed }
+    }
+
+    /// Makes PTX known that is not embedded.
+    pub(crate) fn add(name: &'static str, arch: &'static str, compressed: &'static [u8]) {
+        let entry = Box::leak(Box::new(Entry::new(name, arch, compressed)));
+        ADDED.write().unwrap_or_else(PoisonError::into_inner).push(entry);
     }
 
     /// The PTX of entry point `name` that suits a GPU best.
@@ -41,7 +49,8 @@ impl Entry {
     /// # Errors
     /// [`Error::MissingKernel`] if it is not embedded, [`Error::UnsupportedArchitecture`] if only for other GPUs.
     pub(crate) fn find(name: &'static str, device: &str, capability: (u32, u32)) -> Result<&'static Self> {
-        let of_name = || EMBEDDED.iter().filter(|entry| entry.name == name);
+        let added = ADDED.read().unwrap_or_else(PoisonError::into_inner);
+        let of_name = || EMBEDDED.iter().chain(added.iter().copied()).filter(|entry| entry.name == name);
         if of_name().next().is_none() {
             return Err(Error::MissingKernel { entry: name, embedded: EMBEDDED.len() });
         }

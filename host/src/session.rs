@@ -20,6 +20,7 @@ use crate::sequences::Sequences;
 use crate::simulator::{self, Progress, Simulator, SimulatorOptions};
 use crate::target::Target;
 use crate::tensor::{Tensor, TensorMut, TensorRef};
+use crate::tune::Flash3Variant;
 
 mod backward;
 #[cfg(test)]
@@ -32,6 +33,8 @@ pub use backward::{Gradients, attention_backward, attention_backward_with};
 pub struct Session {
     executor: Executor,
     kernel: Kernel,
+    /// Instead of an entry point of FlashAttention-3's table.
+    variant: Option<Flash3Variant>,
     repetitions: Repetitions,
     reason: String,
     simulator: SimulatorOptions,
@@ -139,6 +142,7 @@ impl Session {
         Ok(Session {
             executor,
             kernel: Kernel::Auto,
+            variant: None,
             repetitions: Repetitions { warmup: 0, timed: 1 },
             reason: format!("{backend} was asked for"),
             simulator: SimulatorOptions::default(),
@@ -148,6 +152,14 @@ impl Session {
     /// With this kernel family instead of the best that can run the problem. The CPU has one algorithm, and no kernels.
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = kernel;
+        self
+    }
+
+    /// With this entry point of FlashAttention-3 forward, which runs on CUDA alone. A kernel that was asked for makes no
+    /// difference then.
+    #[doc(hidden)]
+    pub fn flash3_variant(mut self, variant: Flash3Variant) -> Self {
+        self.variant = Some(variant);
         self
     }
 
@@ -303,7 +315,10 @@ impl Session {
             }
             Some(target) => {
                 let access = Access::on_machine(inputs, TensorRef::layout);
-                let plan = Plan::new(problem, access, self.kernel, target)?;
+                let plan = match self.variant {
+                    None => Plan::new(problem, access, self.kernel, target)?,
+                    Some(variant) => Plan::of_variant(problem, access, variant, target)?,
+                };
                 let lse = TensorMut::new(softmax_lse, &problem.lse_shape())?;
                 let times = self.repetitions;
                 (launches, seconds) = match self.executor {
@@ -335,7 +350,7 @@ impl Session {
     }
 
     fn refuse_kernels_on_cpu(&self) -> Result<()> {
-        if self.kernel == Kernel::Auto {
+        if self.kernel == Kernel::Auto && self.variant.is_none() {
             return Ok(());
         }
         let reasons = vec!["the CPU backend has one algorithm of its own, and no kernels".to_owned()];

@@ -93,7 +93,7 @@ fn build(archs: &[Arch], force: bool) -> Result<Verdict> {
 }
 
 /// The toolchain that built what is kept, so that the same sources give the same PTX; else the first.
-fn choose<'a>(toolchains: &'a [Toolchain], kept: Option<&Build>) -> &'a Toolchain {
+pub fn choose<'a>(toolchains: &'a [Toolchain], kept: Option<&Build>) -> &'a Toolchain {
     let same = |toolchain: &&Toolchain| kept.is_some_and(|kept| kept.toolchain == toolchain.version);
     toolchains.iter().find(same).unwrap_or(&toolchains[0])
 }

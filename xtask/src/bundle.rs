@@ -25,7 +25,7 @@ pub struct Options {
 /// Runs the command.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let output = workspace::root().join(&options.output);
-    let program = build(&["build", "--release", "--package", "ferroflash", "--bin", "ferroflash"])?;
+    let program = command()?;
     let tests = build(&["test", "--release", "--workspace", "--no-run"])?;
     if output.exists() {
         let is_bundle = output.join("run.sh").exists() || fs::read_dir(&output)?.next().is_none();
@@ -35,9 +35,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     for folder in ["tests", "examples"] {
         fs::create_dir_all(output.join(folder))?;
     }
-    for artifact in program.iter().filter(|artifact| !artifact.profile.test) {
-        copy(executable(artifact)?, &output.join("ferroflash"))?;
-    }
+    copy(&program, &output.join("ferroflash"))?;
     for artifact in tests.iter().filter(|artifact| artifact.profile.test && runs_alone(artifact)) {
         copy(executable(artifact)?, &output.join("tests").join(test_name(artifact)))?;
     }
@@ -49,6 +47,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
     println!("{}: {:.1} MiB. Copy it to any machine and start run.sh there.", output.display(), mebibytes(&output)?);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the command for this machine, optimised; gives its path.
+pub fn command() -> Result<PathBuf> {
+    let built = build(&["build", "--release", "--package", "ferroflash", "--bin", "ferroflash"])?;
+    let program = built.iter().find(|artifact| !artifact.profile.test).context("cargo names no executable")?;
+    Ok(executable(program)?.to_owned())
 }
 
 /// Runs cargo; gives the executables that it made.
@@ -90,7 +95,7 @@ fn executable(artifact: &Artifact) -> Result<&Path> {
 }
 
 /// Copies a program, without its symbols where `strip` is there to remove them.
-fn copy(from: &Path, to: &Path) -> Result<()> {
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).with_context(|| from.display().to_string())?;
     // A larger file does no harm.
     let _ = Command::new("strip").arg(to).stderr(Stdio::null()).status();

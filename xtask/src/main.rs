@@ -8,6 +8,7 @@ mod python;
 mod sass;
 mod setup;
 mod test;
+mod tune;
 mod verdict;
 mod workspace;
 
@@ -26,6 +27,7 @@ enum Command {
     BuildPtx(build_ptx::Options),
     Test(test::Options),
     Bundle(bundle::Options),
+    Tune(tune::Options),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Command::BuildPtx(options) => build_ptx::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bundle(options) => bundle::run(&options),
+        Command::Tune(options) => tune::run(&options),
     };
     match done {
         Ok(code) => code,

@@ -9,15 +9,17 @@ use std::process::{Command, Stdio};
 use std::{env, fs};
 
 /// What `ptxas -v` reports of one entry.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Usage {
-    registers: u32,
-    spill_stores: u32,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of a thread.
+    pub registers: u32,
+    /// Bytes that are stored because registers do not suffice.
+    pub spill_stores: u32,
     spill_loads: u32,
     stack: u32,
     static_shared: u32,
     /// Warnings, such as those of serialised matrix instructions.
-    warnings: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// Prints a table: each entry, assembled for each of `sass_archs`.
@@ -53,14 +55,16 @@ pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>)
     Ok(())
 }
 
-fn find() -> Option<PathBuf> {
+/// The assembler on the PATH or of the CUDA toolkit.
+pub fn find() -> Option<PathBuf> {
     let cuda =
         ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| PathBuf::from(home).join("bin"));
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).chain(cuda).map(|folder| folder.join("ptxas")).find(|ptxas| ptxas.is_file())
 }
 
-fn assemble(ptxas: &Path, gpu: &str, ptx: &str) -> Result<Usage> {
+/// What the assembler says of a module with one entry.
+pub fn assemble(ptxas: &Path, gpu: &str, ptx: &str) -> Result<Usage> {
     // It reads no pipe.
     let name = format!(
         "ferroflash-{}-{}.ptx",
@@ -81,6 +85,18 @@ fn assemble(ptxas: &Path, gpu: &str, ptx: &str) -> Result<Usage> {
     Ok(usage(&log))
 }
 
+/// Whether a line is a warning. Of serialised matrix instructions the assembler speaks as of information.
+fn is_warning(line: &str) -> bool {
+    line.contains("warning") || line.contains("Potential Performance Loss")
+}
+
+impl Usage {
+    /// Whether the assembler makes each matrix instruction wait for the one before.
+    pub fn is_serialised(&self) -> bool {
+        self.warnings.iter().any(|warning| warning.contains("wgmma.mma_async instructions are serialized"))
+    }
+}
+
 fn usage(log: &str) -> Usage {
     let number = |unit: &str| {
         let before = log.split(unit).next().filter(|before| before.len() < log.len())?;
@@ -93,7 +109,7 @@ fn usage(log: &str) -> Usage {
         spill_loads: of(" bytes spill loads"),
         stack: of(" bytes stack frame"),
         static_shared: of(" bytes smem"),
-        warnings: log.lines().filter(|line| line.contains("warning")).map(str::to_owned).collect(),
+        warnings: log.lines().filter(|line| is_warning(line)).map(str::to_owned).collect(),
     }
 }
 
@@ -117,9 +133,17 @@ mod tests {
             warnings: Vec::new(),
         };
         assert_eq!(usage(log), expected);
-        assert_eq!(
-            usage("ptxas warning : (C7510) wgmma"),
-            Usage { warnings: vec!["ptxas warning : (C7510) wgmma".to_owned()], ..Usage::default() }
-        );
+        let warned = usage("ptxas warning : Value of threads per SM is out of range");
+        assert_eq!((warned.warnings.len(), warned.is_serialised()), (1, false));
+    }
+
+    #[test]
+    fn serialised_matrix_products_are_a_warning() {
+        let log = "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due \
+            to insufficient register resources for the wgmma pipeline in the function 'f'\n\
+            ptxas info    : Used 168 registers\n";
+        let usage = usage(log);
+        assert_eq!((usage.warnings.len(), usage.registers), (1, 168));
+        assert!(usage.is_serialised());
     }
 }

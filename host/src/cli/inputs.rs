@@ -10,6 +10,14 @@ pub fn normal(shape: &[usize], dtype: DType, seed: u64) -> Result<Tensor> {
     Ok(Tensor::from_vec::<f32>(data, shape)?.convert(dtype))
 }
 
+/// Puts items in a random order: the same for the same seed and order before. Source: Durstenfeld, "Algorithm 235", 1964.
+pub fn shuffle<X>(items: &mut [X], seed: u64) {
+    let mut random = SplitMix(seed);
+    for last in (1..items.len()).rev() {
+        items.swap(last, (random.next() % (last as u64 + 1)) as usize);
+    }
+}
+
 /// Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
 struct SplitMix(u64);
 

@@ -14,6 +14,7 @@ mod ptx;
 mod run;
 mod selftest;
 mod softmax;
+mod tune;
 mod units;
 
 use clap::{Parser, Subcommand};
@@ -49,6 +50,8 @@ enum Command {
     Explain(explain::Arguments),
     Bench(bench::Arguments),
     Ptx(ptx::Arguments),
+    #[command(hide = true)]
+    Tune(tune::Arguments),
 }
 
 pub fn main() -> ExitCode {
@@ -60,6 +63,7 @@ pub fn main() -> ExitCode {
         Command::Explain(arguments) => explain::execute(arguments),
         Command::Bench(arguments) => bench::execute(arguments),
         Command::Ptx(arguments) => ptx::execute(arguments),
+        Command::Tune(arguments) => tune::execute(arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

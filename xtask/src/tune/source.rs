@@ -1,0 +1,197 @@
+//! The sources of the variants: a copy of the kernels, in which flash3's table has a row for each of them.
+//!
+//! A copy, because the kernel's body, its shared memory and its number of barriers are then what they are, whatever is
+//! tried, and nothing in the repository changes. Only the rows of the table differ, the names of the entry points, which
+//! tell stages apart, and comments in the PTX that carry each configuration: so the copy is built for the GPU alone.
+use super::grid::Variant;
+use crate::artefacts::Declared;
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+/// What the PTX says of a configuration: `// .configured NAME`, and the numbers of [`Configured`].
+const CONFIGURED: &str = "// .configured ";
+/// The packages that the device build reads.
+const PACKAGES: [&str; 2] = ["cuda_std", "kernels"];
+/// The file with the table.
+const TABLE: &str = "kernels/src/flash3/mod.rs";
+const ROOT: &str = "kernels/src/lib.rs";
+
+/// What the `config` of a variant says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Configured {
+    pub block_m: u32,
+    pub block_n: u32,
+    pub threads: u32,
+    pub min_blocks_per_sm: u32,
+    pub shared_bytes: u32,
+    pub barriers: u32,
+}
+
+/// Its fields, in the order in which the PTX has them.
+const FIELDS: [&str; 6] = ["block_m", "block_n", "threads", "min_blocks_per_sm", "shared_bytes", "barriers"];
+
+impl Configured {
+    pub fn declared(&self) -> Declared {
+        let Configured { threads, min_blocks_per_sm: min_blocks, shared_bytes, barriers, .. } = *self;
+        Declared { threads, min_blocks, barriers, shared_bytes }
+    }
+}
+
+/// Writes a workspace with the packages that are built for the GPU.
+pub fn write(root: &Path, to: &Path, variants: &[Variant]) -> Result<()> {
+    for package in PACKAGES {
+        // What is no longer in the repository is not to be in the copy.
+        let copy = to.join(package);
+        if copy.exists() {
+            fs::remove_dir_all(&copy)?;
+        }
+        copy_all(&root.join(package), &copy)?;
+    }
+    fs::copy(root.join("Cargo.lock"), to.join("Cargo.lock")).context("Cargo.lock")?;
+    let change = |file: &str, changed: &dyn Fn(&str) -> Result<String>| -> Result<()> {
+        let text = fs::read_to_string(root.join(file)).with_context(|| file.to_owned())?;
+        let text = changed(&text).with_context(|| format!("{file} is not as `cargo xtask tune` knows it"))?;
+        fs::write(to.join(file), text).with_context(|| file.to_owned())
+    };
+    change("Cargo.toml", &workspace)?;
+    change(ROOT, &without_other_hopper_kernels)?;
+    change(TABLE, &|text| with_rows(text, variants))
+}
+
+fn copy_all(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from).with_context(|| from.display().to_string())? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_all(&entry.path(), &to)?
+        } else {
+            fs::copy(entry.path(), to).map(drop)?
+        }
+    }
+    Ok(())
+}
+
+/// The workspace's manifest, with the members that are copied.
+fn workspace(manifest: &str) -> Result<String> {
+    let line = |key: &str| {
+        let line = manifest.lines().find(|line| line.starts_with(&format!("{key} = [")) && line.ends_with(']'));
+        line.with_context(|| format!("it has no line `{key} = [..]`"))
+    };
+    let manifest = manifest.replace(line("default-members")?, "default-members = [\"kernels\"]");
+    Ok(manifest.replace(line("members")?, "members = [\"cuda_std\", \"cuda_std/macros\", \"kernels\"]"))
+}
+
+/// The root of the kernels without the module of the other kernels for Hopper, which would be built, too.
+fn without_other_hopper_kernels(root: &str) -> Result<String> {
+    let others = ["pub mod flash3_backward;", "mod entries;", "pub use entries::{EntryInfo, entries};"];
+    for other in others {
+        ensure!(root.lines().any(|line| line == other), "it has no line `{other}`");
+    }
+    ensure!(root.contains("#![no_std]\n"), "it has no line `#![no_std]`");
+    let kept: String = root.lines().filter(|line| !others.contains(line)).flat_map(|line| [line, "\n"]).collect();
+    // What only those kernels use.
+    Ok(kept.replace("#![no_std]\n", "#![no_std]\n#![allow(unused_imports)]\n"))
+}
+
+/// The table with these rows, and the configurations as comments.
+fn with_rows(text: &str, variants: &[Variant]) -> Result<String> {
+    let (before, rest) = text.split_once("\n    for T in ").context("there is no `for T in` of the table")?;
+    let (lists, after) =
+        rest.split_once("\n    config = config,").context("there is no `config = config` of the table")?;
+    ensure!(!lists.contains("#[kernel("), "its first `for T in` is not that of the table");
+    ensure!(before.contains("x{BLOCK_N}"), "the names of entry points do not say `x{{BLOCK_N}}`");
+    let mut text = before.replace("x{BLOCK_N}", "x{BLOCK_N}x{STAGES}");
+    text.push_str(
+        "\n    for (T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, FROM_KEYS) in [\n",
+    );
+    for variant in variants {
+        writeln!(text, "        ({}),", variant.generics())?;
+    }
+    text.push_str("    ],\n    config = config,");
+    text.push_str(after);
+    let places: String = (0..FIELDS.len()).map(|i| format!(" {{{i}}}")).collect();
+    for variant in variants {
+        let (name, generics) = (variant.name(), variant.generics());
+        let numbers = FIELDS.map(|field| format!("const config::<{generics}>().{field}")).join(", ");
+        writeln!(text, "#[cfg(target_arch = \"nvptx64\")]")?;
+        writeln!(text, "::cuda_std::entry::global_asm!(\"{CONFIGURED}{name}{places}\", {numbers});")?;
+    }
+    Ok(text)
+}
+
+/// The configurations that PTX says in comments, by the names of the entry points.
+pub fn configured(ptx: &str) -> Result<BTreeMap<String, Configured>> {
+    let comments = ptx.lines().filter_map(|line| line.trim().strip_prefix(CONFIGURED));
+    comments.map(|comment| parse(comment).with_context(|| format!("`{CONFIGURED}{comment}`"))).collect()
+}
+
+fn parse(comment: &str) -> Result<(String, Configured)> {
+    let mut words = comment.split_whitespace();
+    let name = words.next().context("it has no name")?.to_owned();
+    let numbers = words.map(str::parse).collect::<Result<Vec<u32>, _>>()?;
+    let [block_m, block_n, threads, min_blocks_per_sm, shared_bytes, barriers] = numbers[..] else {
+        anyhow::bail!("{} numbers; allowed: {}", numbers.len(), FIELDS.len());
+    };
+    Ok((name, Configured { block_m, block_n, threads, min_blocks_per_sm, shared_bytes, barriers }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workspace as repository;
+
+    fn variant() -> Variant {
+        let headdims = "128".parse().unwrap();
+        Variant { headdims, causal: true, dtype: "bf16", groups: 2, block_n: 96, stages: 3 }
+    }
+
+    #[test]
+    fn the_files_of_the_repository_can_be_changed() {
+        let to = std::env::temp_dir().join(format!("ferroflash-tune-{}", std::process::id()));
+        write(repository::root(), &to, &[variant()]).unwrap();
+        let read = |file: &str| fs::read_to_string(to.join(file)).unwrap();
+        let (manifest, root, table) = (read("Cargo.toml"), read(ROOT), read(TABLE));
+        // A second time, over what is there.
+        write(repository::root(), &to, &[variant()]).unwrap();
+        assert_eq!(read(TABLE), table);
+        fs::remove_dir_all(&to).unwrap();
+
+        assert!(manifest.contains("\nmembers = [\"cuda_std\", \"cuda_std/macros\", \"kernels\"]\n"), "{manifest}");
+        assert!(manifest.contains("\ndefault-members = [\"kernels\"]\n"), "{manifest}");
+        assert!(root.contains("pub mod flash3;") && !root.contains("flash3_backward") && !root.contains("entries"));
+        assert_eq!(table.matches("#[kernel(").count(), 1);
+        assert_eq!(table.matches("(bf16, 128, 128, 2, 96, 3, 6, 12, 16, true, 0),\n").count(), 1, "{table}");
+        assert!(table.contains("{GROUPS}x{BLOCK_N}x{STAGES}{CAUSAL?_causal}\""), "{table}");
+        assert!(!table.contains("for T in "), "{table}");
+        let body = |text: &str| text[text.find("pub fn forward<").unwrap()..].to_owned();
+        let original = fs::read_to_string(repository::root().join(TABLE)).unwrap();
+        assert!(body(&table).starts_with(&body(&original)), "the kernel is another");
+    }
+
+    #[test]
+    fn what_is_not_as_expected_is_said() {
+        assert!(workspace("[workspace]\n").unwrap_err().to_string().contains("default-members = [..]"));
+        assert!(without_other_hopper_kernels("pub mod flash3;\n").unwrap_err().to_string().contains("flash3_backward"));
+        assert!(with_rows("pub fn forward() {}", &[]).is_err());
+    }
+
+    #[test]
+    fn configurations_are_read_from_comments() {
+        let ptx = "\t// begin inline asm\n\t// .configured f 128 96 384 1 180000 9\n// .launch_bounds f 384 1\n";
+        let f = Configured {
+            block_m: 128,
+            block_n: 96,
+            threads: 384,
+            min_blocks_per_sm: 1,
+            shared_bytes: 180000,
+            barriers: 9,
+        };
+        assert_eq!(configured(ptx).unwrap(), BTreeMap::from([("f".to_owned(), f)]));
+        let error = configured("// .configured f 1 2").unwrap_err();
+        assert_eq!(format!("{error:#}"), "`// .configured f 1 2`: 2 numbers; allowed: 6");
+    }
+}

@@ -58,6 +58,13 @@ pub fn unknown(n: u32) -> u32 {
     machine::unknown(n)
 }
 
+/// `n`, which the compiler does not know before it knows `x`: in a loop in which x changes, what follows from n is found
+/// anew each time, and takes no register from one time to the next.
+#[inline(always)]
+pub fn unknown_before(n: u32, x: u32) -> u32 {
+    machine::unknown_before(n, x)
+}
+
 /// `n`, known only once `x` has been computed, which is not negative: x is computed before what needs n. The assembler
 /// moves what is not used soon (a sum, say) down below the next wait, where nothing hides it, unless the wait needs it.
 #[inline(always)]

@@ -29,6 +29,17 @@ instructions! {
 }
 
 #[inline(always)]
+pub fn unknown_before(n: u32, x: u32) -> u32 {
+    let same: u32;
+    // SAFETY: a copy.
+    unsafe {
+        asm!("mov.b32 {same}, {n}; // {x}", same = out(reg32) same, n = in(reg32) n, x = in(reg32) x,
+            options(pure, nomem, nostack))
+    };
+    same
+}
+
+#[inline(always)]
 pub fn once(n: u32, x: f32) -> u32 {
     let same: u32;
     // SAFETY: arithmetic.

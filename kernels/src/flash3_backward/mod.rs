@@ -35,9 +35,9 @@ mod split;
 mod whole;
 
 pub use finish::{FINISH, finish};
-pub use prepare::{PREPARE, prepare};
+pub use prepare::{PREPARE, PREPARE_HEADS, prepare, prepare_heads};
 pub use split::{SPLIT, split};
-pub use whole::{WHOLE, whole};
+pub use whole::{HEADS, WHOLE, heads, whole};
 
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
@@ -127,10 +127,27 @@ impl Work {
         } else {
             schedule::key_block(a, block_n)
         };
+        Self::of::<T, CAUSAL>(a, block, block_m, block_n)
+    }
+
+    /// What these keys need.
+    #[inline(always)]
+    fn of<T, const CAUSAL: bool>(a: &Attention<T>, block: KeyBlock, block_m: u32, block_n: u32) -> Self {
         let mask = Mask::of::<T, CAUSAL, false>(a, &block.sequence);
         let blocks = mask.query_blocks(block.first_key, block_n, block_m);
         let masked = if block.rows() < block_n { u32::MAX } else { blocks.full_begin };
         Work { block, blocks, masked, group: a.nheads / divisor(a.nheads_k) }
+    }
+
+    /// Before which row of a head these are the last keys that add to dQ.
+    #[inline(always)]
+    fn finished_rows<T, const CAUSAL: bool>(&self, a: &Attention<T>, block_m: u32, block_n: u32) -> u32 {
+        let next_key = self.block.first_key + block_n;
+        if next_key >= self.block.sequence.seqlen_k {
+            return u32::MAX;
+        }
+        let mask = Mask::of::<T, CAUSAL, false>(a, &self.block.sequence);
+        mask.query_blocks(next_key, block_n, block_m).begin * block_m
     }
 
     /// Blocks of queries of all heads.

@@ -26,11 +26,11 @@ pub(super) fn load<
     mut block: KeyBlock,
 ) {
     let map = |map| TensorMapRef::of(p, map);
-    let batch = a.batch_of_map(block.sequence.batch) as i32;
     let mut queries = inputs.queries.producer();
     let mut keys = inputs.keys.producer();
-    let of_keys = [block.head_k as i32, batch];
     loop {
+        let batch = a.batch_of_map(block.sequence.batch) as i32;
+        let of_keys = [block.head_k as i32, batch];
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
         let key = (block.sequence.first_k + block.first_key) as i32;
         let keys_slot = keys.acquire();
@@ -105,13 +105,7 @@ pub(super) fn add_queries<T, const HEADDIM: usize, const BLOCK_M: usize>(
 /// first keys store, and to the last comes what the others have summed, for the warpgroup to finish dQ with.
 #[inline(always)]
 #[track_caller]
-pub(super) fn sum_queries<
-    T,
-    const HEADDIM: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const CAUSAL: bool,
->(
+pub(super) fn sum_queries<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize, const CAUSAL: bool>(
     p: &Params,
     a: &Attention<T>,
     outgoing: Outgoing<HEADDIM, BLOCK_M>,

@@ -16,7 +16,7 @@ use cuda_std::math::{LOG2_E, ex2, fma, unknown, unknown_before};
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Producer;
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{lane_id, pause, sync_threads, thread_idx_x};
+use cuda_std::thread::{lane_id, pause, sync_threads, thread_idx_x, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
@@ -134,20 +134,11 @@ pub fn whole<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn).block;
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        false,
-    >(&p, &a, || block);
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, false>(
+        &p,
+        &a,
+        || block,
+    );
 }
 
 /// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`whole()`], `BLOCK_N` keys after the other.
@@ -185,20 +176,11 @@ pub fn heads<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        true,
-    >(&p, &a, || schedule::keys_of_head(&a, 0));
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, true>(
+        &p,
+        &a,
+        || schedule::keys_of_head(&a, 0),
+    );
 }
 
 /// A block of keys, or from it on all keys of its head if the block of threads takes whole `HEADS`.
@@ -248,12 +230,7 @@ fn pass<
                 match thread_idx_x() {
                     0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, HEADS>(p, a, memory.inputs, block),
                     thread @ (32 | 64) if HEADS => {
-                        sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(
-                            p,
-                            a,
-                            memory.outgoing,
-                            thread / 32 - 1,
-                        );
+                        sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
                     }
                     32 => add_queries(p, a, memory.outgoing, work),
                     _ => {}
@@ -319,109 +296,122 @@ fn consume<
     let mut keys_in = memory.inputs.keys.consumer();
     let mut queries = memory.inputs.queries.consumer();
     let mut d_q_part = memory.outgoing.parts.producer_at(group);
-  loop {
-    // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
-    let group = if HEADS { unknown_before(group, keys.first_key) } else { group };
-    let found_anew = |keys: KeyBlock| if HEADS { schedule::keys_of_head(a, keys.first_key) } else { keys };
-    let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
-    let own_d_s = TransposedRows::of(memory.d_s, own_key);
-    let work = Work::of::<T, CAUSAL>(a, found_anew(keys), BLOCK_M as u32, BLOCK_N as u32);
-    let blocks = work.blocks;
-    let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
-    let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
-    if work.steps() > 0 {
-        let keys_slot = keys_in.wait();
-        // The stage of the step before the first.
-        let before = if HEADS { 1 - queries.slot().index } else { 1 };
-        let d_q_of = |d_s: SmemTile<T, BLOCK_M, BLOCK_N>, group: u32| -> InFlight<Q_COLUMNS> {
-            if TRANSPOSED {
-                wgmma::product(memory.inputs.k.columns(GROUP_ROWS * group), d_s.rows(0))
-            } else {
-                wgmma::product(d_s.rows(GROUP_ROWS * group), memory.inputs.k.columns(0))
-            }
-        };
-        // The step before the first has a dS of zeros.
-        Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
-        fence::proxy_async();
-        D_S.arrive(GROUPS * before + other);
-        if LATE > 0 && group > 0 && (!HEADS || keys.first_key == 0) {
-            queries.wait();
-            queries.beside(memory.inputs.d_outputs).wait();
-            pause(LATE);
-        }
-        let mut block = blocks.begin;
-        for _ in 0..work.steps() {
-            // Descriptors are found anew in each step: kept, they would take the registers of the sums.
-            let group = unknown(group);
-            let first_key = GROUP_ROWS * group;
-            let q_slot = queries.wait();
-            let stage = q_slot.index;
-            let s = wgmma::product(memory.inputs.k.rows(first_key), memory.inputs.q.stage(stage).rows(0));
-            let d_o_slot = queries.beside(memory.inputs.d_outputs).wait();
-            let d_p = wgmma::product(memory.inputs.v.rows(first_key), memory.inputs.d_o.stage(stage).rows(0));
-
-            // Pᵀ = 2^(scale · K Qᵀ - LSE)
-            let mut p: Accumulator<1, S_COLUMNS> = s.wait::<1>();
-            if block < work.masked {
-                let mask = Mask::of::<T, CAUSAL, false>(a, &found_anew(keys).sequence);
-                mask.apply_transposed(&mut p, keys.first_key + own_key, block * BLOCK_M as u32);
-            }
-            p.zip_shared_columns(memory.inputs.bases(stage), |s, base| ex2(fma(s, scale, -base)));
-            let p_rounded = Registers::<T, STEPS>::of(&p);
-
-            // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
-            wgmma::pin(&mut p);
-            let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
-            wgmma::pin(&mut p);
-            d_s.zip_shared_columns(memory.inputs.sums(stage), |d_p, sum| d_p - sum);
-            d_s.zip(&p, |d_p, p| d_p * p);
-            let d_s_rounded = Registers::<T, STEPS>::of(&d_s);
-
-            let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
-            D_S.sync(GROUPS * (1 - stage) + group);
-            d_s_rounded.store_transposed(own_d_s.stage(stage));
+    loop {
+        // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
+        let group = if HEADS { unknown_before(group, keys.first_key) } else { group };
+        let found_anew = |keys: KeyBlock| if HEADS { schedule::keys_of_head(a, keys.first_key) } else { keys };
+        let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
+        let own_key_anew = |x| 16 * (warp_id() - unknown_before(4, x));
+        let own_d_s = TransposedRows::of(memory.d_s, own_key);
+        let work = Work::of::<T, CAUSAL>(a, found_anew(keys), BLOCK_M as u32, BLOCK_N as u32);
+        let blocks = work.blocks;
+        let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
+        let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
+        if work.steps() > 0 {
+            let keys_slot = keys_in.wait();
+            // The stage of the step before the first.
+            let before = if HEADS { 1 - queries.slot().index } else { 1 };
+            let d_q_of = |d_s: SmemTile<T, BLOCK_M, BLOCK_N>, group: u32| -> InFlight<Q_COLUMNS> {
+                if TRANSPOSED {
+                    wgmma::product(memory.inputs.k.columns(GROUP_ROWS * group), d_s.rows(0))
+                } else {
+                    wgmma::product(d_s.rows(GROUP_ROWS * group), memory.inputs.k.columns(0))
+                }
+            };
+            // The step before the first has a dS of zeros.
+            Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();
-            let d_q = d_q_of(memory.d_s.stage(1 - stage), group);
-            d_v = d_v_in_flight.wait::<1>();
-            release(d_o_slot);
-            let d_k_in_flight = wgmma::add_product(d_k, d_s_rounded, memory.inputs.q.stage(stage).columns(0));
-            let d_q = d_q.wait::<1>();
-            D_S.arrive(GROUPS * stage + GROUPS - 1 - group);
-            hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
-                params, a, d_q, memory.outgoing, &mut d_q_part,
-            );
-            d_k = d_k_in_flight.wait::<0>();
-            release(q_slot);
-
-            queries.advance();
-            block += 1;
-            if block == blocks.end {
-                block = blocks.begin;
+            D_S.arrive(GROUPS * before + other);
+            if LATE > 0 && group > 0 && (!HEADS || keys.first_key == 0) {
+                queries.wait();
+                queries.beside(memory.inputs.d_outputs).wait();
+                pause(LATE);
             }
+            let mut block = blocks.begin;
+            for _ in 0..work.steps() {
+                // Descriptors are found anew in each step: kept, they would take the registers of the sums.
+                let group = unknown(group);
+                let first_key = GROUP_ROWS * group;
+                let q_slot = queries.wait();
+                let stage = q_slot.index;
+                let s = wgmma::product(memory.inputs.k.rows(first_key), memory.inputs.q.stage(stage).rows(0));
+                let d_o_slot = queries.beside(memory.inputs.d_outputs).wait();
+                let d_p = wgmma::product(memory.inputs.v.rows(first_key), memory.inputs.d_o.stage(stage).rows(0));
+
+                // Pᵀ = 2^(scale · K Qᵀ - LSE)
+                let mut p: Accumulator<1, S_COLUMNS> = s.wait::<1>();
+                if block < work.masked {
+                    let mask = Mask::of::<T, CAUSAL, false>(a, &found_anew(keys).sequence);
+                    let first_key = keys.first_key + own_key;
+                    let first_key = if HEADS { unknown_before(first_key, block) } else { first_key };
+                    mask.apply_transposed(&mut p, first_key, block * BLOCK_M as u32);
+                }
+                p.zip_shared_columns(memory.inputs.bases(stage), |s, base| ex2(fma(s, scale, -base)));
+                let p_rounded = Registers::<T, STEPS>::of(&p);
+
+                // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
+                wgmma::pin(&mut p);
+                let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
+                wgmma::pin(&mut p);
+                d_s.zip_shared_columns(memory.inputs.sums(stage), |d_p, sum| d_p - sum);
+                d_s.zip(&p, |d_p, p| d_p * p);
+                let d_s_rounded = Registers::<T, STEPS>::of(&d_s);
+
+                let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
+                D_S.sync(GROUPS * (1 - stage) + group);
+                let own_d_s = if HEADS { TransposedRows::of(memory.d_s, own_key_anew(block)) } else { own_d_s };
+                d_s_rounded.store_transposed(own_d_s.stage(stage));
+                fence::proxy_async();
+                let d_q = d_q_of(memory.d_s.stage(1 - stage), group);
+                d_v = d_v_in_flight.wait::<1>();
+                release(d_o_slot);
+                let d_k_in_flight = wgmma::add_product(d_k, d_s_rounded, memory.inputs.q.stage(stage).columns(0));
+                let d_q = d_q.wait::<1>();
+                D_S.arrive(GROUPS * stage + GROUPS - 1 - group);
+                hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
+                    params,
+                    a,
+                    d_q,
+                    memory.outgoing,
+                    &mut d_q_part,
+                );
+                d_k = d_k_in_flight.wait::<0>();
+                release(q_slot);
+
+                queries.advance();
+                block += 1;
+                if block == blocks.end {
+                    block = blocks.begin;
+                }
+            }
+            let last = if HEADS { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
+            D_S.sync(GROUPS * last + group);
+            let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
+            if HEADS {
+                release(keys_slot);
+                keys_in.advance();
+            }
+            hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
+                params,
+                a,
+                d_q,
+                memory.outgoing,
+                &mut d_q_part,
+            );
         }
-        let last = if HEADS { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
-        D_S.sync(GROUPS * last + group);
-        let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
-        if HEADS {
-            release(keys_slot);
-            keys_in.advance();
+        let own_key = if HEADS { own_key_anew(keys.first_key) } else { own_key };
+        let first_key = keys.first_key + own_key;
+        keys = found_anew(keys);
+        let of_keys = |tensor: Tensor<Untyped>, columns| {
+            keys.sequence.key_matrix(&tensor.cast::<T>(), keys.head_k, first_key, columns, true)
+        };
+        d_v.store_rows(of_keys(params.backward.d_v, a.headdim_v));
+        d_k.map(|_, _, d_k| d_k * a.softmax_scale);
+        d_k.store_rows(of_keys(params.backward.d_k, a.headdim));
+        if !HEADS || !keys.advance(BLOCK_N as u32) {
+            break;
         }
-        hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
-            params, a, d_q, memory.outgoing, &mut d_q_part,
-        );
     }
-    let first_key = keys.first_key + own_key;
-    keys = found_anew(keys);
-    let of_keys = |tensor: Tensor<Untyped>, columns| {
-        keys.sequence.key_matrix(&tensor.cast::<T>(), keys.head_k, first_key, columns, true)
-    };
-    d_v.store_rows(of_keys(params.backward.d_v, a.headdim_v));
-    d_k.map(|_, _, d_k| d_k * a.softmax_scale);
-    d_k.store_rows(of_keys(params.backward.d_k, a.headdim));
-    if !HEADS || !keys.advance(BLOCK_N as u32) {
-        break;
-    }
-  }
 }
 
 /// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. If a block of threads

@@ -23,6 +23,8 @@ pub(super) struct Inputs<T, const HEADDIM: usize, const BLOCK_M: usize, const BL
     pub queries: Pipeline<STAGES>,
     /// Of dO, with D.
     pub d_outputs: Pipeline<STAGES>,
+    /// Tokens of Q and of K, where they come with K and V.
+    pub lengths: Shared<u32>,
 }
 
 /// Warps of a warpgroup: of each, one thread arrives.
@@ -36,7 +38,8 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + 2 * STAGES * SmemTile::<T, BLOCK_M, HEADDIM>::BYTES;
 
     /// What the statistics and the barriers take.
-    pub const OTHER_BYTES: u32 = 4 * 2 * STAGES * BLOCK_M as u32 + Pipeline::<1>::BYTES + 2 * Pipeline::<STAGES>::BYTES;
+    pub const OTHER_BYTES: u32 =
+        4 * 2 * STAGES * BLOCK_M as u32 + Pipeline::<1>::BYTES + 2 * Pipeline::<STAGES>::BYTES + 8;
 
     /// The tiles from `tiles` on, aligned to 1024 bytes; statistics and barriers from `others` on, aligned to 16.
     #[inline(always)]
@@ -48,13 +51,14 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         let keys = Pipeline::at(others.offset(2 * STAGES * BLOCK_M as u32).cast());
         let queries = Pipeline::at(keys.end());
         let d_outputs = Pipeline::at(queries.end());
-        Inputs { k, v, q, d_o, statistics: others, keys, queries, d_outputs }
+        let lengths = d_outputs.end().cast();
+        Inputs { k, v, q, d_o, statistics: others, keys, queries, d_outputs, lengths }
     }
 
     /// The first address after the barriers.
     #[inline(always)]
     pub fn end(self) -> Shared<u64> {
-        self.d_outputs.end()
+        self.d_outputs.end().offset(1)
     }
 
     /// Said by one thread, before a fence and a barrier of the block.

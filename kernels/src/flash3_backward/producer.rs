@@ -34,6 +34,9 @@ pub(super) fn load<
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
         let key = (block.sequence.first_k + block.first_key) as i32;
         let keys_slot = keys.acquire();
+        if HEADS {
+            inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
+        }
         keys_slot.expect(2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
         map(&p.k).load_tile(inputs.k, key, of_keys, keys_slot.full());
         let mut is_first = true;

@@ -57,3 +57,10 @@ pub fn round_to_tf32(x: f32) -> f32 {
 pub fn unknown(n: u32) -> u32 {
     machine::unknown(n)
 }
+
+/// `n`, which the compiler does not know before it knows `x`: in a loop in which x changes, what follows from n is found
+/// anew each time, and takes no register from one time to the next.
+#[inline(always)]
+pub fn unknown_before(n: u32, x: u32) -> u32 {
+    machine::unknown_before(n, x)
+}

@@ -225,6 +225,16 @@ impl<const STAGES: u32> Slot<STAGES> {
         self.pipeline.barriers.offset(STAGES + self.index).arrive();
     }
 
+    /// As [`release`](Self::release), but the stage comes back with something in it: copies of `bytes` by the consumer,
+    /// which complete on the barrier that this gives.
+    #[inline(always)]
+    #[track_caller]
+    pub fn release_with(self, bytes: u32) -> Mbarrier {
+        let empty = self.pipeline.barriers.offset(STAGES + self.index);
+        empty.arrive_expect(bytes);
+        empty
+    }
+
     /// As [`release`](Self::release), to the producer in block `rank` of the cluster.
     #[inline(always)]
     #[track_caller]

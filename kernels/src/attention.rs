@@ -35,8 +35,13 @@ impl<T> Tensor<T> {
     /// Row `row` of one head of one batch.
     #[inline(always)]
     pub fn row(&self, batch: u32, head: u32, row: u64) -> Global<T> {
-        let head = batch as u64 * self.batch_stride + head as u64 * self.head_stride;
-        self.data.offset((head + row * self.row_stride) as usize)
+        self.data.offset(self.index(batch, head, row) as usize)
+    }
+
+    /// How many elements after the first it begins.
+    #[inline(always)]
+    pub fn index(&self, batch: u32, head: u32, row: u64) -> u64 {
+        batch as u64 * self.batch_stride + head as u64 * self.head_stride + row * self.row_stride
     }
 }
 

@@ -35,7 +35,9 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash2_backward::fused::FINISH))
         .chain(info(flash3::FORWARD))
         .chain(info(flash3_backward::PREPARE))
+        .chain(info(flash3_backward::PREPARE_HEADS))
         .chain(info(flash3_backward::WHOLE))
+        .chain(info(flash3_backward::HEADS))
         .chain(info(flash3_backward::SPLIT))
         .chain(info(flash3_backward::FINISH))
 }

@@ -1,5 +1,6 @@
 //! Which part of the problem a block of threads takes.
 use crate::attention::{Attention, Sequence, divisor};
+use cuda_std::math::unknown_before;
 use cuda_std::thread::block_idx_x;
 
 /// A block of query rows of one head of one sequence.
@@ -70,6 +71,23 @@ impl KeyBlock {
     pub fn rows(&self) -> u32 {
         self.sequence.seqlen_k.saturating_sub(self.first_key)
     }
+
+    /// Goes on to the next `block_n` keys of the head; whether there are any.
+    #[inline(always)]
+    pub fn advance(&mut self, block_n: u32) -> bool {
+        self.first_key += block_n;
+        self.rows() > 0
+    }
+}
+
+/// The keys from `first_key` on of the head of this block of threads, which takes all of them: in a grid of
+/// `nheads_k * batch` blocks. Said for each block of keys it is found anew, and takes no registers in between.
+#[inline(always)]
+#[track_caller]
+pub fn keys_of_head<T>(a: &Attention<T>, first_key: u32) -> KeyBlock {
+    let anew = |x| unknown_before(x, first_key);
+    let (head_k, batch) = head_of(anew(block_idx_x()), anew(a.nheads_k));
+    KeyBlock { first_key, head_k, sequence: a.sequence(batch) }
 }
 
 /// The key block of this block of threads, in a grid of one dimension with `ceil(seqlen_k / block_n) * nheads_k * batch`

@@ -7,7 +7,7 @@ use cuda_std::{DType, Element, Global, Kernel};
 use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
-use kernels::flash3_backward::{FINISH, PREPARE, Params, SPLIT, WHOLE};
+use kernels::flash3_backward::{FINISH, HEADS, PREPARE, PREPARE_HEADS, Params, SPLIT, WHOLE};
 use kernels::{Config, mask};
 
 /// A problem: sequences of `(seqlen_q, seqlen_k)`, which follow each other if `packed`, and are all alike if not.
@@ -134,11 +134,27 @@ fn add_rows(to: &mut [f64], (heads, headdim): (usize, usize), first: usize, head
 /// The gradients of a problem by all kernels for it are those in f64, as far as T can say.
 fn check<T: Element>(p: Problem, seed: u64) {
     for pass in kernels_of([WHOLE, SPLIT], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
-        check_pass::<T>(p, pass, seed);
+        check_pass::<T>(p, pass, false, (seed, seed));
+    }
+    if p.headdim <= 128 {
+        for pass in kernels_of([HEADS, &[]], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
+            let found = check_pass::<T>(p, pass, true, (seed, seed));
+            let again = check_pass::<T>(p, pass, true, (seed, seed + 1));
+            let bits =
+                |found: [Vec<T>; 3]| found.map(|x| x.into_iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>());
+            assert!(bits(found) == bits(again), "{}: other bits where threads run in another order", pass.name);
+        }
     }
 }
 
-fn check_pass<T: Element>(p: Problem, pass: &'static Kernel<Params, Config>, seed: u64) {
+/// By one pass, whose blocks of threads take `whole_heads` or blocks of keys.
+/// Gives dQ, dK and dV.
+fn check_pass<T: Element>(
+    p: Problem,
+    pass: &'static Kernel<Params, Config>,
+    whole_heads: bool,
+    (seed, order): (u64, u64),
+) -> [Vec<T>; 3] {
     let Problem { lengths, packed, nheads, nheads_k, headdim, causal } = p;
     let (batch, scale) = (lengths.len(), 1.0 / (headdim as f64).sqrt());
     let begins = |of: fn(&(usize, usize)) -> usize| -> Vec<usize> {
@@ -187,7 +203,7 @@ fn check_pass<T: Element>(p: Problem, pass: &'static Kernel<Params, Config>, see
     let Config { headdim: tile_columns, block_m, block_n, .. } = pass.config;
     let in_step = |config: &Config| config.block_m == block_m && config.headdim == tile_columns;
     let of_queries = |table| kernels_of([table, &[]], T::DTYPE, headdim, in_step)[0];
-    let (prepare, finish) = (of_queries(PREPARE), of_queries(FINISH));
+    let prepare = of_queries(if whole_heads { PREPARE_HEADS } else { PREPARE });
 
     let memory = Memory::new();
     let batches = if packed { 1 } else { batch };
@@ -270,10 +286,13 @@ fn check_pass<T: Element>(p: Problem, pass: &'static Kernel<Params, Config>, see
         heads_in_turn: 2,
     };
     let query_blocks = seqlen_q.div_ceil(block_m as usize) * nheads * batch;
-    let key_blocks = seqlen_k.div_ceil(block_n as usize) * nheads_k * batch;
-    run(prepare, query_blocks, seed, &memory, parameters.backward);
-    run(pass, key_blocks, seed, &memory, parameters);
-    run(finish, query_blocks, seed, &memory, parameters.backward);
+    let blocks_of_head = if whole_heads { 1 } else { seqlen_k.div_ceil(block_n as usize) };
+    let key_blocks = blocks_of_head * nheads_k * batch;
+    run(prepare, query_blocks, order, &memory, parameters.backward);
+    run(pass, key_blocks, order, &memory, parameters);
+    if !whole_heads {
+        run(of_queries(FINISH), query_blocks, order, &memory, parameters.backward);
+    }
 
     let tolerance = if T::DTYPE == DType::F16 { 5e-4 } else { 4e-3 };
     let found = [("dQ", memory.read(&d_q_at)), ("dK", memory.read(&d_k_at)), ("dV", memory.read(&d_v_at))];
@@ -282,6 +301,7 @@ fn check_pass<T: Element>(p: Problem, pass: &'static Kernel<Params, Config>, see
         println!("{} {name} {error:.2e}", pass.name);
         assert!(error < tolerance, "{name}: {error:.2e} of {tolerance:.0e}, {}", pass.name);
     }
+    found.map(|(_, found)| found)
 }
 
 const FIXED: Problem =

@@ -1,6 +1,6 @@
 //! Accumulators and memory, without a detour: row by row, column by column, or as the registers lie.
 use super::Accumulator;
-use crate::matrix::PackedElement;
+use crate::matrix::{self, PackedElement};
 use crate::thread::lane_id;
 use crate::warp::{ALL, shuffle_xor};
 use crate::{Global, GlobalMatrix, Shared};
@@ -53,6 +53,43 @@ impl<const N: usize> Accumulator<1, N> {
         let lane = to.offset(4 * lane_id());
         for n in 0..N {
             lane.store_vector(128 * n as u32, self.0[0][n]);
+        }
+    }
+
+    /// Writes the matrix, rounded to T, to shared memory in blocks of 8 x 8, each of which takes 128 bytes: of each eight
+    /// columns the upper and the lower block. Rows of a block take 16 bytes each; or its columns, if `TRANSPOSED`. N is
+    /// even. PTX ISA for these: `stmatrix.sync.aligned.m8n8.x4.trans`.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_blocks<T: PackedElement, const TRANSPOSED: bool>(&self, to: Shared<T>) {
+        const { assert!(N.is_multiple_of(2), "four blocks at a time") };
+        for step in 0..N / 2 {
+            let mut words = [0; 4];
+            for i in 0..4 {
+                let block = &self.0[0][2 * step + i / 2];
+                words[i] = T::pack(block[2 * (i % 2)], block[2 * (i % 2) + 1]);
+            }
+            let blocks = to.offset(256 * step as u32);
+            if TRANSPOSED {
+                matrix::stmatrix_trans([blocks.offset(8 * lane_id()).address()], [words]);
+            } else {
+                for i in 0..4 {
+                    blocks.cast::<u32>().offset(lane_id()).store(32 * i as u32, words[i]);
+                }
+            }
+        }
+    }
+
+    /// Replaces each element by `f` of it and that of the matrix that [`store_registers`](Self::store_registers) wrote.
+    #[inline(always)]
+    #[track_caller]
+    pub fn zip_registers(&mut self, from: Shared<f32>, f: impl Fn(f32, f32) -> f32) {
+        let lane = from.offset(4 * lane_id());
+        for n in 0..N {
+            let other = lane.load_vector::<4>(128 * n as u32);
+            for i in 0..4 {
+                self.0[0][n][i] = f(self.0[0][n][i], other[i]);
+            }
         }
     }
 

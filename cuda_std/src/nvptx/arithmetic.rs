@@ -27,3 +27,14 @@ instructions! {
     pack_f16(low: f32, reg32, high: f32, reg32) -> u32, reg32 = "cvt.rn.f16x2.f32 {y}, {high}, {low};";
     pack_bf16(low: f32, reg32, high: f32, reg32) -> u32, reg32 = "cvt.rn.bf16x2.f32 {y}, {high}, {low};";
 }
+
+#[inline(always)]
+pub fn unknown_before(n: u32, x: u32) -> u32 {
+    let same: u32;
+    // SAFETY: a copy.
+    unsafe {
+        asm!("mov.b32 {same}, {n}; // {x}", same = out(reg32) same, n = in(reg32) n, x = in(reg32) x,
+            options(pure, nomem, nostack))
+    };
+    same
+}

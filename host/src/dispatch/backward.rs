@@ -107,6 +107,8 @@ enum Grid {
     Queries,
     /// `block_n` keys of a head of K.
     Keys,
+    /// All keys of a head of K.
+    KeyHeads,
     /// `block_n` keys and `block_m` rows of the bias, of one of its heads.
     Bias,
     /// A head of Q, of all sequences.
@@ -214,27 +216,43 @@ impl Passes {
     /// FlashAttention-3's. The gradients that not every pass has are of what it does not know.
     fn flash3(wanted: &Wanted) -> Result<Self, String> {
         let name = "flash3 backward";
-        let kernels = &[flash3::WHOLE, flash3::SPLIT];
-        let pass = Table { name, kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true }.find(wanted)?;
+        let find = |kernels: &[&'static [_]]| {
+            Table { name, kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true }.find(wanted)
+        };
+        let whole_heads = find(&[flash3::HEADS]);
+        if let Ok(pass) = whole_heads
+            && hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
+        {
+            return Self::flash3_heads(wanted.problem, pass);
+        }
+        let pass = find(&[flash3::WHOLE, flash3::SPLIT])?;
         if wanted.problem.deterministic {
             return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
         }
-        let Config { dtype, headdim, block_m, .. } = pass.config;
-        let in_step = |kernels: &'static [EntryPoint<Params, Config>]| {
-            let key = |config: Config| (config.dtype, config.headdim, config.block_m);
-            let found = kernels.iter().find(|kernel| key(kernel.config) == (dtype, headdim, block_m));
-            found.ok_or_else(|| format!("{name}: nothing goes with {}", pass.name))
-        };
         Ok(Passes {
             family: "flash3",
             steps: vec![
-                Step { kernel: Entry::Plain(in_step(flash3::PREPARE)?), grid: Grid::Queries },
+                Step { kernel: Entry::Plain(in_step(flash3::PREPARE, pass)?), grid: Grid::Queries },
                 Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
-                Step { kernel: Entry::Plain(in_step(flash3::FINISH)?), grid: Grid::Queries },
+                Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
             ],
             leaner: None,
             how: FUSED.to_owned(),
-            workspace: Self::fused_workspace(wanted.problem, headdim, block_m),
+            workspace: Self::fused_workspace(wanted.problem, pass.config.headdim, pass.config.block_m),
+        })
+    }
+
+    /// FlashAttention-3's, by blocks of threads that take whole heads.
+    fn flash3_heads(problem: &Problem, pass: &'static EntryPoint<flash3::Params, Config>) -> Result<Self, String> {
+        Ok(Passes {
+            family: "flash3",
+            steps: vec![
+                Step { kernel: Entry::Plain(in_step(flash3::PREPARE_HEADS, pass)?), grid: Grid::Queries },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::KeyHeads },
+            ],
+            leaner: None,
+            how: WHOLE_HEADS.to_owned(),
+            workspace: Self::fused_workspace(problem, pass.config.headdim, pass.config.block_m),
         })
     }
 
@@ -328,6 +346,19 @@ impl Passes {
 /// How a pass that computes S and dP once is one.
 const FUSED: &str = "fused: dQ is summed by atomic additions, unless deterministic forbids it";
 
+/// How a pass whose blocks of threads take whole heads is one.
+const WHOLE_HEADS: &str = "fused, short heads one after the other: dQ is summed in the same order in every run";
+
+/// The kernel of a table that goes with a pass.
+fn in_step(
+    kernels: &'static [EntryPoint<Params, Config>],
+    pass: &'static EntryPoint<flash3::Params, Config>,
+) -> Result<&'static EntryPoint<Params, Config>, String> {
+    let key = |config: Config| (config.dtype, config.headdim, config.block_m);
+    let found = kernels.iter().find(|kernel| key(kernel.config) == key(pass.config));
+    found.ok_or_else(|| format!("flash3 backward: nothing goes with {}", pass.name))
+}
+
 /// The gradient of the sinks. Its kernel is for everything.
 const OF_SINKS: Step = Step { kernel: Entry::Plain(&SINKS[0]), grid: Grid::Heads };
 
@@ -353,6 +384,7 @@ impl Step {
             Grid::Rows => blocks(problem.rows(), block_m),
             Grid::Queries => product([nheads, batch], blocks(seqlen_q, block_m)),
             Grid::Keys => product([nheads_k, batch], blocks(seqlen_k, block_n)),
+            Grid::KeyHeads => product([nheads_k, batch], 1),
             Grid::Bias => {
                 let [batch, heads, rows, keys] = problem.bias.unwrap_or_default();
                 let row_blocks = if rows == 1 { 1 } else { blocks(rows, block_m) };

@@ -25,7 +25,9 @@ pub fn produce<
     memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
     mut tiles: Tiles<CAUSAL>,
 ) {
-    let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
+    let maps = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
+    maps.map(TensorMapRef::prefetch);
+    let [q_map, k_map, v_map] = maps;
     let mut queries = memory.queries.producer();
     let mut keys = memory.keys.producer();
     let mut values = memory.values.producer();

@@ -1,7 +1,6 @@
 //! What a block of threads keeps in shared memory.
 use super::{GROUPS, STAGES};
 use cuda_std::matrix::PackedElement;
-use cuda_std::mbarrier::Mbarrier;
 use cuda_std::pipeline::Pipeline;
 use cuda_std::{Shared, SmemTile};
 
@@ -18,12 +17,14 @@ pub(super) struct Inputs<T, const HEADDIM: usize, const BLOCK_M: usize, const BL
     pub d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// What the exponents of a block of queries subtract, a stage after the other; then their D.
     statistics: Shared<f32>,
-    /// Full once K and V are there.
-    pub keys: Mbarrier,
+    /// Of K and V.
+    pub keys: Pipeline<1>,
     /// Of Q, with what its exponents subtract.
     pub queries: Pipeline<STAGES>,
     /// Of dO, with D.
     pub d_outputs: Pipeline<STAGES>,
+    /// Tokens of Q and of K, where they come with K and V.
+    pub lengths: Shared<u32>,
 }
 
 /// Warps of a warpgroup: of each, one thread arrives.
@@ -37,7 +38,8 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + 2 * STAGES * SmemTile::<T, BLOCK_M, HEADDIM>::BYTES;
 
     /// What the statistics and the barriers take.
-    pub const OTHER_BYTES: u32 = 4 * 2 * STAGES * BLOCK_M as u32 + Mbarrier::BYTES + 2 * Pipeline::<STAGES>::BYTES;
+    pub const OTHER_BYTES: u32 =
+        4 * 2 * STAGES * BLOCK_M as u32 + Pipeline::<1>::BYTES + 2 * Pipeline::<STAGES>::BYTES + 8;
 
     /// The tiles from `tiles` on, aligned to 1024 bytes; statistics and barriers from `others` on, aligned to 16.
     #[inline(always)]
@@ -46,23 +48,24 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         let v = SmemTile::at(k.end());
         let q = SmemTile::at(v.end());
         let d_o = SmemTile::at(q.stage(STAGES - 1).end());
-        let keys = Mbarrier::at(others.offset(2 * STAGES * BLOCK_M as u32).cast());
-        let queries = Pipeline::at(Shared::from_address(keys.offset(1).address()));
+        let keys = Pipeline::at(others.offset(2 * STAGES * BLOCK_M as u32).cast());
+        let queries = Pipeline::at(keys.end());
         let d_outputs = Pipeline::at(queries.end());
-        Inputs { k, v, q, d_o, statistics: others, keys, queries, d_outputs }
+        let lengths = d_outputs.end().cast();
+        Inputs { k, v, q, d_o, statistics: others, keys, queries, d_outputs, lengths }
     }
 
     /// The first address after the barriers.
     #[inline(always)]
     pub fn end(self) -> Shared<u64> {
-        self.d_outputs.end()
+        self.d_outputs.end().offset(1)
     }
 
     /// Said by one thread, before a fence and a barrier of the block.
     #[inline(always)]
     #[track_caller]
     pub fn init_barriers(self) {
-        self.keys.init(1);
+        self.keys.init(1, WARPS * GROUPS);
         self.queries.init(1, WARPS * GROUPS);
         self.d_outputs.init(1, WARPS * GROUPS);
     }
@@ -87,6 +90,27 @@ pub(super) struct Outgoing<const HEADDIM: usize, const BLOCK_M: usize> {
     d_q: Shared<f32>,
     /// Each warpgroup fills a stage of its own.
     pub parts: Pipeline<GROUPS>,
+    /// Where its part goes.
+    destinations: Shared<u32>,
+}
+
+/// What becomes of a part of dQ. The thread that takes it knows, and tells the warpgroup with the empty stage.
+#[derive(Clone, Copy)]
+pub(super) struct Destination {
+    /// Rows of dQ that are finished; 0: the part is added to the sums.
+    pub rows: u32,
+    /// Whether the stage has sums to finish it with.
+    pub has_sums: bool,
+    /// Where the first row begins in dQ, in elements.
+    pub first: u64,
+}
+
+impl Destination {
+    /// The sums of dQ.
+    pub const SUMS: Destination = Destination { rows: 0, has_sums: false, first: 0 };
+
+    /// Words of shared memory.
+    const WORDS: u32 = 4;
 }
 
 impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
@@ -96,20 +120,43 @@ impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
     /// What the parts take.
     pub const PART_BYTES: u32 = 4 * GROUPS * Self::PART;
 
+    /// What the destinations take.
+    pub const DESTINATION_BYTES: u32 = 4 * GROUPS * Destination::WORDS;
+
     /// What the barriers take.
     pub const BARRIER_BYTES: u32 = Pipeline::<GROUPS>::BYTES;
 
-    /// The parts from `d_q` on, aligned to 128 bytes, which is what the copy engine reads and adds to at a time.
+    /// The parts from `d_q` on, aligned to 128 bytes, which is what the copy engine reads and adds to at a time, and the
+    /// destinations after them.
     #[inline(always)]
     pub fn at(d_q: Shared<f32>, barriers: Shared<u64>) -> Self {
-        Outgoing { d_q, parts: Pipeline::at(barriers) }
+        Outgoing { d_q, parts: Pipeline::at(barriers), destinations: d_q.offset(GROUPS * Self::PART).cast() }
     }
 
-    /// As [`Inputs::init_barriers`].
+    /// As [`Inputs::init_barriers`]. The first parts go to the sums.
     #[inline(always)]
     #[track_caller]
-    pub fn init_barriers(self) {
+    pub fn init(self) {
         self.parts.init(WARPS, 1);
+        for group in 0..GROUPS {
+            self.set_destination(group, Destination::SUMS);
+        }
+    }
+
+    /// Says what becomes of a warpgroup's next part, before its stage is released.
+    #[inline(always)]
+    #[track_caller]
+    pub fn set_destination(self, group: u32, to: Destination) {
+        let words = [to.rows, to.has_sums as u32, to.first as u32, (to.first >> 32) as u32];
+        self.destinations.offset(group * Destination::WORDS).store_vector(0, words);
+    }
+
+    /// What becomes of a warpgroup's part, whose stage it has acquired.
+    #[inline(always)]
+    #[track_caller]
+    pub fn destination(self, group: u32) -> Destination {
+        let [rows, has_sums, low, high] = self.destinations.offset(group * Destination::WORDS).load_vector(0);
+        Destination { rows, has_sums: has_sums != 0, first: low as u64 | (high as u64) << 32 }
     }
 
     /// Where a warpgroup puts its part.

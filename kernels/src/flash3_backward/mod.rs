@@ -16,12 +16,18 @@
 //! [`prepare()`] finds what the exponents subtract and D, and clears the sums. [`whole()`] or [`split()`] is the pass
 //! itself, for narrow and for wide heads. [`finish()`] scales and rounds dQ.
 //!
+//! [`prepare_heads()`] and [`heads()`] are the other way, for short sequences of many heads: a block of threads takes one
+//! block of keys of its head after the other, and has dQ to itself. The first keys store what they have of it, the last
+//! finish it. Nothing is cleared or read again, and dQ too is the same bits in every run.
+//!
 //! Warps are specialised: a thread keeps copies of Q and dO in flight, and two warpgroups multiply. dQ of a step is
 //! multiplied in the next one, so that no group waits for the other's dS. By the count of bytes it is the bandwidth of
 //! shared memory, where most products read both factors, that bounds the pass.
 //!
 //! HBM traffic: Q and dO once for each block of keys, less what the L2 cache keeps; K, V, dK and dV once; the sums of
-//! dQ are cleared, added to, and read.
+//! dQ are cleared, added to, and read. Blocks of keys of a head that run side by side find each other's Q, dO and sums in
+//! the cache. Where one block of threads takes a whole head, so many heads run at once that the cache holds what they meet
+//! again only if they are short: longer ones are bound by HBM, at half the speed.
 //!
 //! A weight of 0 hides nothing from a product, as 0 · NaN is NaN: what is not finite in a block of queries or of keys
 //! may reach the gradients of all queries and keys that are multiplied with it, as in
@@ -35,9 +41,9 @@ mod split;
 mod whole;
 
 pub use finish::{FINISH, finish};
-pub use prepare::{PREPARE, prepare};
+pub use prepare::{PREPARE, PREPARE_HEADS, prepare, prepare_heads};
 pub use split::{SPLIT, split};
-pub use whole::{WHOLE, whole};
+pub use whole::{HEADS, WHOLE, heads, whole};
 
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
@@ -63,7 +69,8 @@ const STAGES: u32 = 2;
 /// are the field `backward`.
 ///
 /// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
-/// `headdim` and `block_m`. Each may be launched before the one before it has ended ([`cuda_std::grid`]).
+/// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]. Each may be launched before the one before it has
+/// ended ([`cuda_std::grid`]).
 ///
 /// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
 /// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`]
@@ -127,10 +134,27 @@ impl Work {
         } else {
             schedule::key_block(a, block_n)
         };
+        Self::of::<T, CAUSAL>(a, block, block_m, block_n)
+    }
+
+    /// What these keys need.
+    #[inline(always)]
+    fn of<T, const CAUSAL: bool>(a: &Attention<T>, block: KeyBlock, block_m: u32, block_n: u32) -> Self {
         let mask = Mask::of::<T, CAUSAL, false>(a, &block.sequence);
         let blocks = mask.query_blocks(block.first_key, block_n, block_m);
         let masked = if block.rows() < block_n { u32::MAX } else { blocks.full_begin };
         Work { block, blocks, masked, group: a.nheads / divisor(a.nheads_k) }
+    }
+
+    /// Before which row of a head these are the last keys that add to dQ.
+    #[inline(always)]
+    fn finished_rows<T, const CAUSAL: bool>(&self, a: &Attention<T>, block_m: u32, block_n: u32) -> u32 {
+        let next_key = self.block.first_key + block_n;
+        if next_key >= self.block.sequence.seqlen_k {
+            return u32::MAX;
+        }
+        let mask = Mask::of::<T, CAUSAL, false>(a, &self.block.sequence);
+        mask.query_blocks(next_key, block_n, block_m).begin * block_m
     }
 
     /// Blocks of queries of all heads.

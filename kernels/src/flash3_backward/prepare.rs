@@ -1,10 +1,14 @@
 //! What the pass needs of each row: the base of its exponents, D, and sums of dQ that are 0.
 use super::config_of;
+use crate::attention::{Attention, divisor};
 use crate::config::Config;
 use crate::flash2_backward::Params;
 use crate::flash2_backward::fused::{PREPARE_THREADS, prepare_block};
+use crate::mask::Mask;
+use crate::schedule::{self, QueryBlock};
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::MatrixElement;
+use cuda_std::thread::thread_idx_x;
 use cuda_std::{grid, kernel};
 
 const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>() -> Config {
@@ -29,5 +33,34 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
 pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
     grid::wait_for_prerequisites();
     grid::launch_dependents();
-    prepare_block::<T, HEADDIM, BLOCK_M>(p);
+    prepare_block::<T, HEADDIM, BLOCK_M>(p, true);
+}
+
+/// The same for [`heads`](super::heads()), which stores the first of the sums: nothing is cleared. dQ of queries that
+/// see no key, which it does not meet, is written here. Grid: as for [`prepare()`].
+#[kernel(
+    name = "flash3_bwd_prepare_heads_{T}_d{HEADDIM}_m{BLOCK_M}",
+    arch = sm_90a,
+    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64)],
+    config = prepare_config,
+    table = PREPARE_HEADS,
+)]
+pub fn prepare_heads<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
+    grid::wait_for_prerequisites();
+    grid::launch_dependents();
+    prepare_block::<T, HEADDIM, BLOCK_M>(p, false);
+    let a: Attention<T> = p.attention.of::<T>();
+    let block = schedule::query_block(&a, BLOCK_M);
+    let QueryBlock { first_row, head, sequence } = block;
+    let rows = block.rows().min(BLOCK_M);
+    if rows == 0 || Mask::of::<T, false, true>(&a, &sequence).end(first_row + rows - 1) > 0 {
+        return;
+    }
+    let chunks = divisor(a.headdim.div_ceil(8));
+    let mut chunk = thread_idx_x();
+    while chunk < rows * chunks {
+        let row = sequence.queries(&p.d_q.cast::<T>(), head, first_row + chunk / chunks);
+        row.offset((chunk % chunks * 8) as usize).cast::<u32>().store_vector(0, [0; 4]);
+        chunk += PREPARE_THREADS;
+    }
 }

@@ -1,51 +1,72 @@
-//! The threads that copy: one brings Q and dO, another takes dQ away.
-use super::memory::{Inputs, Outgoing};
+//! The threads that copy: one brings Q and dO, others take dQ away.
+use super::memory::{Destination, Inputs, Outgoing};
 use super::{GROUPS, Params, Work};
-use crate::attention::Attention;
+use crate::attention::{Attention, Sequence};
+use crate::schedule::{self, KeyBlock};
 use cuda_std::bulk;
 use cuda_std::matrix::PackedElement;
 use cuda_std::tensor::TensorMapRef;
 use cuda_std::{Global, SmemTile};
 
-/// K and V, then Q and dO of each step with their statistics.
+/// K and V, then Q and dO of each step with their statistics; of all blocks of keys of a head, if the block of threads
+/// takes whole `HEADS`.
 #[inline(always)]
 #[track_caller]
-pub(super) fn load<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>(
+pub(super) fn load<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CAUSAL: bool,
+    const HEADS: bool,
+>(
     p: &Params,
     a: &Attention<T>,
     inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
-    work: Work,
+    mut block: KeyBlock,
 ) {
     let map = |map| TensorMapRef::of(p, map);
-    let batch = a.batch_of_map(work.block.sequence.batch) as i32;
     let mut queries = inputs.queries.producer();
-
-    let key = (work.block.sequence.first_k + work.block.first_key) as i32;
-    let of_keys = [work.block.head_k as i32, batch];
-    inputs.keys.arrive_expect(2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
-    map(&p.k).load_tile(inputs.k, key, of_keys, inputs.keys);
-    let mut is_first = true;
-    let mut walk = work.walk(a, BLOCK_M as u32);
-    while let Some(step) = walk.next() {
-        let matrix = [step.head as i32, batch];
-        let row = (work.block.sequence.first_q + step.first_row) as i32;
-        let statistics = p.backward.statistics.offset(2 * step.place as usize);
-        let bytes = SmemTile::<T, BLOCK_M, HEADDIM>::BYTES + 4 * BLOCK_M as u32;
-
-        let slot = queries.acquire();
-        slot.expect(bytes);
-        map(&p.q).load_tile(inputs.q.stage(slot.index), row, matrix, slot.full());
-        bulk::load(inputs.bases(slot.index), statistics, BLOCK_M as u32, slot.full());
-        if is_first {
-            map(&p.v).load_tile(inputs.v, key, of_keys, inputs.keys);
-            is_first = false;
+    let mut keys = inputs.keys.producer();
+    loop {
+        let batch = a.batch_of_map(block.sequence.batch) as i32;
+        let of_keys = [block.head_k as i32, batch];
+        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+        let key = (block.sequence.first_k + block.first_key) as i32;
+        let keys_slot = keys.acquire();
+        if HEADS {
+            inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
         }
+        keys_slot.expect(2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
+        map(&p.k).load_tile(inputs.k, key, of_keys, keys_slot.full());
+        let mut is_first = true;
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        while let Some(step) = walk.next() {
+            let matrix = [step.head as i32, batch];
+            let row = (block.sequence.first_q + step.first_row) as i32;
+            let statistics = p.backward.statistics.offset(2 * step.place as usize);
+            let bytes = SmemTile::<T, BLOCK_M, HEADDIM>::BYTES + 4 * BLOCK_M as u32;
 
-        let slot = queries.beside(inputs.d_outputs).acquire();
-        slot.expect(bytes);
-        map(&p.d_o).load_tile(inputs.d_o.stage(slot.index), row, matrix, slot.full());
-        bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
-        queries.advance();
+            let slot = queries.acquire();
+            slot.expect(bytes);
+            map(&p.q).load_tile(inputs.q.stage(slot.index), row, matrix, slot.full());
+            bulk::load(inputs.bases(slot.index), statistics, BLOCK_M as u32, slot.full());
+            if is_first {
+                map(&p.v).load_tile(inputs.v, key, of_keys, keys_slot.full());
+                is_first = false;
+            }
+
+            let slot = queries.beside(inputs.d_outputs).acquire();
+            slot.expect(bytes);
+            map(&p.d_o).load_tile(inputs.d_o.stage(slot.index), row, matrix, slot.full());
+            bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
+            queries.advance();
+        }
+        if !HEADS || !block.advance(BLOCK_N as u32) {
+            break;
+        }
+        block = schedule::keys_of_head(a, block.first_key);
+        keys.advance();
     }
 }
 
@@ -80,5 +101,63 @@ pub(super) fn add_queries<T, const HEADDIM: usize, const BLOCK_M: usize>(
         first.release();
         bulk::wait_read::<0>();
         second.release();
+    }
+}
+
+/// Sums what warpgroup `group` has of dQ, where a block of threads takes all keys of a head: nobody else adds to it. The
+/// first keys store, and to the last comes what the others have summed, for the warpgroup to finish dQ with.
+#[inline(always)]
+#[track_caller]
+pub(super) fn sum_queries<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize, const CAUSAL: bool>(
+    p: &Params,
+    a: &Attention<T>,
+    outgoing: Outgoing<HEADDIM, BLOCK_M>,
+    group: u32,
+) {
+    let mut block = schedule::keys_of_head(a, 0);
+    let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
+    let mut parts = outgoing.parts.consumer_at(group);
+    loop {
+        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+        let finished = work.finished_rows::<T, CAUSAL>(a, BLOCK_M as u32, BLOCK_N as u32);
+        let is_first = block.first_key == 0;
+        // The step before the first: nothing to add. What the keys before these have added is there from now on.
+        let mut slot = parts.wait();
+        parts.next_round();
+        bulk::wait::<0>();
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        while let Some(step) = walk.next() {
+            let is_finished = step.first_row < finished;
+            let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM + (group * part) as usize);
+            if is_finished {
+                let Sequence { batch, first_q, seqlen_q, .. } = block.sequence;
+                let first = p.backward.d_q.index(batch, step.head, first_q as u64 + step.first_row as u64);
+                let rows = seqlen_q - step.first_row;
+                outgoing.set_destination(group, Destination { rows, has_sums: !is_first, first });
+            }
+            if is_finished && !is_first {
+                bulk::load(outgoing.part(group), sums, part, slot.release_with(4 * part));
+            } else {
+                slot.release();
+            }
+            slot = parts.wait();
+            parts.next_round();
+            if is_finished {
+                outgoing.set_destination(group, Destination::SUMS);
+                continue;
+            }
+            if is_first {
+                bulk::store(sums, outgoing.part(group), part);
+            } else {
+                bulk::add(sums, outgoing.part(group), part);
+            }
+            bulk::commit();
+            bulk::wait_read::<0>();
+        }
+        slot.release();
+        if !block.advance(BLOCK_N as u32) {
+            break;
+        }
+        block = schedule::keys_of_head(a, block.first_key);
     }
 }

@@ -11,7 +11,6 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::{LOG2_E, ex2, fma, unknown};
 use cuda_std::matrix::PackedElement;
-use cuda_std::pipeline::Phases;
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{sync_threads, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
@@ -133,7 +132,7 @@ pub fn split<
         0 => {
             release_registers::<24>();
             if work.steps() > 0 && thread_idx_x() == 0 {
-                load(&p, &a, memory.inputs, work);
+                load::<_, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, false>(&p, &a, memory.inputs, work.block);
             }
         }
         1 => {
@@ -184,7 +183,7 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         }
         let mut d_q = HalfOfQueries::new(&self, 0);
         let mut queries = inputs.queries.consumer();
-        Phases::of(inputs.keys).wait();
+        inputs.keys.consumer().wait();
         let first = first_step();
         let mut block = work.blocks.begin;
         for step in 0..work.steps() {
@@ -236,7 +235,7 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         }
         let mut d_q = HalfOfQueries::new(&self, 1);
         let mut queries = inputs.queries.consumer();
-        Phases::of(inputs.keys).wait();
+        inputs.keys.consumer().wait();
         let first = first_step();
         P_EMPTY.arrive();
         for step in 0..work.steps() {

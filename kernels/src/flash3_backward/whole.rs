@@ -2,24 +2,25 @@
 //!
 //! The second group starts late, so that one's exponentials fall under the other's products. dQ leaves through shared
 //! memory: one more thread has the copy engine add it to its sums.
-use super::memory::{Inputs, Outgoing};
-use super::producer::{add_queries, load};
+use super::memory::{Destination, Inputs, Outgoing};
+use super::producer::{add_queries, load, sum_queries};
 use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, release};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
+use crate::schedule::{self, KeyBlock};
 use cuda_std::barrier::NamedBarriers;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{LOG2_E, ex2, fma, unknown};
+use cuda_std::math::{LOG2_E, ex2, fma, unknown, unknown_before};
 use cuda_std::matrix::PackedElement;
-use cuda_std::pipeline::{Phases, Producer};
+use cuda_std::pipeline::Producer;
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{lane_id, pause, sync_threads, thread_idx_x};
+use cuda_std::thread::{lane_id, pause, sync_threads, thread_idx_x, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
-use cuda_std::{SmemTile, fence, grid, kernel};
+use cuda_std::{Shared, SmemTile, fence, grid, kernel};
 
 /// What a block of threads keeps in shared memory.
 #[derive(Clone, Copy)]
@@ -38,6 +39,7 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
     const BYTES: u32 = Self::TILE_BYTES
         + Self::D_S_BYTES
         + Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES
+        + Outgoing::<HEADDIM, BLOCK_M>::DESTINATION_BYTES
         + Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::OTHER_BYTES
         + Outgoing::<HEADDIM, BLOCK_M>::BARRIER_BYTES;
 
@@ -46,7 +48,8 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         let bytes = dynamic_shared::<u8>();
         let d_s = SmemTile::at(bytes.offset(Self::TILE_BYTES).cast());
         let d_q = d_s.stage(1).end();
-        let others = d_q.cast::<u8>().offset(Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES);
+        let outgoing_bytes = Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES + Outgoing::<HEADDIM, BLOCK_M>::DESTINATION_BYTES;
+        let others = d_q.cast::<u8>().offset(outgoing_bytes);
         let inputs = Inputs::at(bytes.cast(), others.cast());
         Memory { inputs, d_s, outgoing: Outgoing::at(d_q, inputs.end()) }
     }
@@ -130,14 +133,90 @@ pub fn whole<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let work = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn);
-    if work.block.rows() == 0 {
+    let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn).block;
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, false>(
+        &p,
+        &a,
+        || block,
+    );
+}
+
+/// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`whole()`], `BLOCK_N` keys after the other.
+/// Nobody else adds to dQ: what the first keys have of it is stored, and what the last keys have is added to the sums of
+/// the others in registers, and finished. So nothing has to be cleared or finished in global memory, and all gradients
+/// are the same bits in every run and in every batch. Pays where there are enough heads for all multiprocessors. Grid:
+/// `nheads_k * batch`.
+#[kernel(
+    name = "flash3_bwd_heads_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+            // On an H100, TFLOP/s at 512, 1k and 2k tokens, with what goes before; in brackets those of `whole`, cuDNN's.
+            // 299, 263, 260 (281, 406, 504; 249, 347, 421)
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            // 207, 247, 251 (150, 247, 377; 148, 231, 315)
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            // 259, 262, 263 (319, 455, 557; 298, 419, 503)
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            // 206, 233, 250 (173, 298, 436; 171, 286, 391)
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+        ],
+    config = config,
+    table = HEADS,
+)]
+pub fn heads<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, true>(
+        &p,
+        &a,
+        || schedule::keys_of_head(&a, 0),
+    );
+}
+
+/// A block of keys, or from it on all keys of its head if the block of threads takes whole `HEADS`.
+#[inline(always)]
+#[track_caller]
+fn pass<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const HEADS: bool,
+>(
+    p: &Params,
+    a: &Attention<T>,
+    first_block: impl Fn() -> KeyBlock,
+) {
+    // The threads of each kind ask for their keys, so that none keeps what others ask for.
+    if !HEADS && first_block().rows() == 0 {
         return;
     }
     let memory = Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::of_block();
     if thread_idx_x() == 0 {
         memory.inputs.init_barriers();
-        memory.outgoing.init_barriers();
+        memory.outgoing.init();
         fence::mbarrier_init();
     }
     sync_threads();
@@ -150,10 +229,15 @@ pub fn whole<
             } else {
                 release_registers::<40>();
             }
-            if work.steps() > 0 {
+            let block = first_block();
+            let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+            if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
-                    0 => load(&p, &a, memory.inputs, work),
-                    32 => add_queries(&p, &a, memory.outgoing, work),
+                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, HEADS>(p, a, memory.inputs, block),
+                    thread @ (32 | 64) if HEADS => {
+                        sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
+                    }
+                    32 => add_queries(p, a, memory.outgoing, work),
                     _ => {}
                 }
             }
@@ -164,13 +248,24 @@ pub fn whole<
             } else {
                 claim_registers::<232>();
             }
-            consume::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL>(
-                &p,
-                &a,
-                memory,
-                work,
-                group - 1,
-            );
+            let block = first_block();
+            if block.rows() == 0 {
+                return;
+            }
+            consume::<
+                T,
+                HEADDIM,
+                BLOCK_M,
+                BLOCK_N,
+                STEPS,
+                S_COLUMNS,
+                D_COLUMNS,
+                Q_COLUMNS,
+                TRANSPOSED,
+                LATE,
+                CAUSAL,
+                HEADS,
+            >(p, a, memory, block, group - 1);
         }
     }
 }
@@ -194,113 +289,192 @@ fn consume<
     const TRANSPOSED: bool,
     const LATE: u32,
     const CAUSAL: bool,
+    const HEADS: bool,
 >(
-    p: &Params,
+    params: &Params,
     a: &Attention<T>,
     memory: Memory<T, HEADDIM, BLOCK_M, BLOCK_N>,
-    work: Work,
+    mut keys: KeyBlock,
     group: u32,
 ) {
-    let Work { block: keys, blocks, .. } = work;
-    let mask = Mask::of::<T, CAUSAL, false>(a, &keys.sequence);
-    let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
     let scale = a.softmax_scale * LOG2_E;
-    let own_d_s = TransposedRows::of(memory.d_s, own_key);
+    let mut keys_in = memory.inputs.keys.consumer();
     let mut queries = memory.inputs.queries.consumer();
     let mut d_q_part = memory.outgoing.parts.producer_at(group);
-
-    let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
-    let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
-    if work.steps() > 0 {
-        Phases::of(memory.inputs.keys).wait();
-        let d_q_of = |d_s: SmemTile<T, BLOCK_M, BLOCK_N>, group: u32| -> InFlight<Q_COLUMNS> {
-            if TRANSPOSED {
-                wgmma::product(memory.inputs.k.columns(GROUP_ROWS * group), d_s.rows(0))
-            } else {
-                wgmma::product(d_s.rows(GROUP_ROWS * group), memory.inputs.k.columns(0))
-            }
-        };
-        // The step before the first has a dS of zeros.
-        Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(1));
-        fence::proxy_async();
-        D_S.arrive(GROUPS + other);
-        if LATE > 0 && group > 0 {
-            queries.wait();
-            queries.beside(memory.inputs.d_outputs).wait();
-            pause(LATE);
-        }
-        let mut block = blocks.begin;
-        for _ in 0..work.steps() {
-            // Descriptors are found anew in each step: kept, they would take the registers of the sums.
-            let group = unknown(group);
-            let first_key = GROUP_ROWS * group;
-            let q_slot = queries.wait();
-            let stage = q_slot.index;
-            let s = wgmma::product(memory.inputs.k.rows(first_key), memory.inputs.q.stage(stage).rows(0));
-            let d_o_slot = queries.beside(memory.inputs.d_outputs).wait();
-            let d_p = wgmma::product(memory.inputs.v.rows(first_key), memory.inputs.d_o.stage(stage).rows(0));
-
-            // Pᵀ = 2^(scale · K Qᵀ - LSE)
-            let mut p: Accumulator<1, S_COLUMNS> = s.wait::<1>();
-            if block < work.masked {
-                mask.apply_transposed(&mut p, keys.first_key + own_key, block * BLOCK_M as u32);
-            }
-            p.zip_shared_columns(memory.inputs.bases(stage), |s, base| ex2(fma(s, scale, -base)));
-            let p_rounded = Registers::<T, STEPS>::of(&p);
-
-            // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
-            wgmma::pin(&mut p);
-            let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
-            wgmma::pin(&mut p);
-            d_s.zip_shared_columns(memory.inputs.sums(stage), |d_p, sum| d_p - sum);
-            d_s.zip(&p, |d_p, p| d_p * p);
-            let d_s_rounded = Registers::<T, STEPS>::of(&d_s);
-
-            let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
-            D_S.sync(GROUPS * (1 - stage) + group);
-            d_s_rounded.store_transposed(own_d_s.stage(stage));
+    loop {
+        // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
+        let group = if HEADS { unknown_before(group, keys.first_key) } else { group };
+        let found_anew = |keys: KeyBlock| if HEADS { schedule::keys_of_head(a, keys.first_key) } else { keys };
+        let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
+        let own_key_anew = |x| 16 * (warp_id() - unknown_before(4, x));
+        let own_d_s = TransposedRows::of(memory.d_s, own_key);
+        let work = Work::of::<T, CAUSAL>(a, found_anew(keys), BLOCK_M as u32, BLOCK_N as u32);
+        let blocks = work.blocks;
+        let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
+        let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
+        if work.steps() > 0 {
+            let keys_slot = keys_in.wait();
+            // The stage of the step before the first.
+            let before = if HEADS { 1 - queries.slot().index } else { 1 };
+            let d_q_of = |d_s: SmemTile<T, BLOCK_M, BLOCK_N>, group: u32| -> InFlight<Q_COLUMNS> {
+                if TRANSPOSED {
+                    wgmma::product(memory.inputs.k.columns(GROUP_ROWS * group), d_s.rows(0))
+                } else {
+                    wgmma::product(d_s.rows(GROUP_ROWS * group), memory.inputs.k.columns(0))
+                }
+            };
+            // The step before the first has a dS of zeros.
+            Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();
-            let d_q = d_q_of(memory.d_s.stage(1 - stage), group);
-            d_v = d_v_in_flight.wait::<1>();
-            release(d_o_slot);
-            let d_k_in_flight = wgmma::add_product(d_k, d_s_rounded, memory.inputs.q.stage(stage).columns(0));
-            let d_q = d_q.wait::<1>();
-            D_S.arrive(GROUPS * stage + GROUPS - 1 - group);
-            hand_over(&d_q, memory.outgoing, &mut d_q_part);
-            d_k = d_k_in_flight.wait::<0>();
-            release(q_slot);
-
-            queries.advance();
-            block += 1;
-            if block == blocks.end {
-                block = blocks.begin;
+            D_S.arrive(GROUPS * before + other);
+            if LATE > 0 && group > 0 && (!HEADS || keys.first_key == 0) {
+                queries.wait();
+                queries.beside(memory.inputs.d_outputs).wait();
+                pause(LATE);
             }
+            let mut block = blocks.begin;
+            for _ in 0..work.steps() {
+                // Descriptors are found anew in each step: kept, they would take the registers of the sums.
+                let group = unknown(group);
+                let first_key = GROUP_ROWS * group;
+                let q_slot = queries.wait();
+                let stage = q_slot.index;
+                let s = wgmma::product(memory.inputs.k.rows(first_key), memory.inputs.q.stage(stage).rows(0));
+                let d_o_slot = queries.beside(memory.inputs.d_outputs).wait();
+                let d_p = wgmma::product(memory.inputs.v.rows(first_key), memory.inputs.d_o.stage(stage).rows(0));
+
+                // Pᵀ = 2^(scale · K Qᵀ - LSE)
+                let mut p: Accumulator<1, S_COLUMNS> = s.wait::<1>();
+                if block < work.masked {
+                    let mut sequence = keys.sequence;
+                    let mut first_key = keys.first_key + own_key;
+                    if HEADS {
+                        [sequence.seqlen_q, sequence.seqlen_k] = memory.inputs.lengths.load_vector(0);
+                        first_key = keys.first_key + own_key_anew(block);
+                    }
+                    let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
+                    mask.apply_transposed(&mut p, first_key, block * BLOCK_M as u32);
+                }
+                p.zip_shared_columns(memory.inputs.bases(stage), |s, base| ex2(fma(s, scale, -base)));
+                let p_rounded = Registers::<T, STEPS>::of(&p);
+
+                // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
+                wgmma::pin(&mut p);
+                let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
+                wgmma::pin(&mut p);
+                d_s.zip_shared_columns(memory.inputs.sums(stage), |d_p, sum| d_p - sum);
+                d_s.zip(&p, |d_p, p| d_p * p);
+                let d_s_rounded = Registers::<T, STEPS>::of(&d_s);
+
+                let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
+                D_S.sync(GROUPS * (1 - stage) + group);
+                let own_d_s = match HEADS && HEADDIM > 64 {
+                    true => TransposedRows::of(memory.d_s, own_key_anew(block)),
+                    false => own_d_s,
+                };
+                d_s_rounded.store_transposed(own_d_s.stage(stage));
+                fence::proxy_async();
+                let d_q = d_q_of(memory.d_s.stage(1 - stage), group);
+                d_v = d_v_in_flight.wait::<1>();
+                release(d_o_slot);
+                let d_k_in_flight = wgmma::add_product(d_k, d_s_rounded, memory.inputs.q.stage(stage).columns(0));
+                let d_q = d_q.wait::<1>();
+                D_S.arrive(GROUPS * stage + GROUPS - 1 - group);
+                hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
+                    params,
+                    a,
+                    d_q,
+                    memory.outgoing,
+                    &mut d_q_part,
+                );
+                d_k = d_k_in_flight.wait::<0>();
+                release(q_slot);
+
+                queries.advance();
+                block += 1;
+                if block == blocks.end {
+                    block = blocks.begin;
+                }
+            }
+            let last = if HEADS { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
+            D_S.sync(GROUPS * last + group);
+            let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
+            if HEADS {
+                release(keys_slot);
+                keys_in.advance();
+            }
+            hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
+                params,
+                a,
+                d_q,
+                memory.outgoing,
+                &mut d_q_part,
+            );
         }
-        let last = (work.steps() % 2) ^ 1;
-        D_S.sync(GROUPS * last + group);
-        let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
-        hand_over(&d_q, memory.outgoing, &mut d_q_part);
+        let own_key = if HEADS { own_key_anew(keys.first_key) } else { own_key };
+        let first_key = keys.first_key + own_key;
+        keys = found_anew(keys);
+        let of_keys = |tensor: Tensor<Untyped>, columns| {
+            keys.sequence.key_matrix(&tensor.cast::<T>(), keys.head_k, first_key, columns, true)
+        };
+        d_v.store_rows(of_keys(params.backward.d_v, a.headdim_v));
+        d_k.map(|_, _, d_k| d_k * a.softmax_scale);
+        d_k.store_rows(of_keys(params.backward.d_k, a.headdim));
+        if !HEADS || !keys.advance(BLOCK_N as u32) {
+            break;
+        }
     }
-    let first_key = keys.first_key + own_key;
-    let of_keys = |tensor: Tensor<Untyped>, columns| {
-        keys.sequence.key_matrix(&tensor.cast::<T>(), keys.head_k, first_key, columns, true)
-    };
-    d_v.store_rows(of_keys(p.backward.d_v, a.headdim_v));
-    d_k.map(|_, _, d_k| d_k * a.softmax_scale);
-    d_k.store_rows(of_keys(p.backward.d_k, a.headdim));
 }
 
-/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before.
+/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. If a block of threads
+/// takes whole `HEADS`, these may be the last keys of dQ: then adds to it what the others have summed, and finishes it.
 #[inline(always)]
 #[track_caller]
-fn hand_over<const HEADDIM: usize, const BLOCK_M: usize, const Q_COLUMNS: usize>(
-    d_q: &Accumulator<1, Q_COLUMNS>,
+fn hand_over<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const HEADS: bool,
+>(
+    params: &Params,
+    a: &Attention<T>,
+    mut d_q: Accumulator<1, Q_COLUMNS>,
     outgoing: Outgoing<HEADDIM, BLOCK_M>,
     part: &mut Producer<GROUPS>,
 ) {
     let slot = part.acquire();
-    let own = warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32;
-    d_q.store_registers(outgoing.part(slot.index).offset(own));
+    let own = outgoing.part(slot.index).offset(warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32);
+    let to = if HEADS { outgoing.destination(slot.index) } else { Destination::SUMS };
+    if to.rows == 0 {
+        d_q.store_registers(own);
+    } else {
+        if to.has_sums {
+            d_q.zip_registers(own, |d_q, sum| d_q + sum);
+        }
+        d_q.map(|_, _, d_q| d_q * a.softmax_scale);
+        let Tensor { data, row_stride, .. } = params.backward.d_q.cast::<T>();
+        let data = data.offset(to.first as usize);
+        let own_first = GROUP_ROWS * slot.index + 16 * warp_in_group();
+        // Through shared memory, where the sums were. What follows from the lane is found here: kept, it would take the
+        // registers of the sums of dK and dV.
+        let lane = unknown_before(lane_id(), to.rows);
+        let blocks: Shared<T> = own.cast();
+        sync_warp(ALL);
+        d_q.store_blocks::<T, TRANSPOSED>(blocks);
+        sync_warp(ALL);
+        for i in 0..Q_COLUMNS as u32 / 2 {
+            let (upper, left) = (8 * (lane / 8 % 2), 8 * (2 * i + lane / 16));
+            let (row, column) = if TRANSPOSED { (left, upper + own_first) } else { (upper + own_first, left) };
+            let row = row + lane % 8;
+            let eight = blocks.offset(256 * i + 8 * lane).cast::<u32>().load_vector::<4>(0);
+            if row < to.rows && column < a.headdim {
+                let at = data.offset((row as u64 * row_stride + column as u64) as usize);
+                at.cast::<u32>().store_vector(0, eight);
+            }
+        }
+    }
     fence::proxy_async();
     sync_warp(ALL);
     if lane_id() == 0 {

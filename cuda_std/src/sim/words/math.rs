@@ -60,6 +60,11 @@ pub(crate) fn round_to_tf32(x: f32) -> f32 {
 }
 
 #[inline(always)]
+pub(crate) fn unknown_before(n: u32, _x: u32) -> u32 {
+    n
+}
+
+#[inline(always)]
 pub(crate) fn unknown(n: u32) -> u32 {
     n
 }

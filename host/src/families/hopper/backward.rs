@@ -42,12 +42,38 @@ const CACHED: u64 = 32 << 20;
 
 /// How many heads of K take turns under a causal mask: as many as have theirs in the cache, at least one.
 fn heads_in_turn(problem: &Problem, config: &Config) -> u32 {
+    let of_head = of_head(problem, config).max(1);
+    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    (CACHED / of_head).min(heads).max(1) as u32
+}
+
+/// Multiprocessors of an H100.
+const MULTIPROCESSORS: u64 = 132;
+
+/// What of the heads that run at the same time may be used again and again, in bytes: it stays in the L2 cache, beside
+/// what only passes through.
+const USED_AGAIN: u64 = 40 << 20;
+
+/// Whether it pays that a block of threads takes all keys of a head: where there are heads for all multiprocessors, and
+/// Q, dO and the sums of dQ of those that run stay in the cache, where each block of keys finds them. Under a causal mask
+/// a block of keys meets half of them on average. On an H100, at 128 heads and more, 16384 tokens, as a part of the speed
+/// of [`whole`](kernels::flash3_backward::whole()): headdim 64, 512 tokens 1.06, causal 1.38, 1024 tokens 0.65, causal
+/// 1.00; headdim 128, 512 tokens 0.81, causal 1.19, 1024 tokens 0.58, causal 0.78.
+pub fn takes_whole_heads(problem: &Problem, config: &Config) -> bool {
+    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    // Each multiprocessor has a head for five sixths of the time, or more.
+    let waves = heads.div_ceil(MULTIPROCESSORS);
+    let are_enough = heads.saturating_mul(6) >= waves.saturating_mul(MULTIPROCESSORS).saturating_mul(5);
+    let met = of_head(problem, config) / if problem.is_causal() { 2 } else { 1 };
+    heads > 0 && are_enough && met.saturating_mul(MULTIPROCESSORS) <= USED_AGAIN
+}
+
+/// What the queries of a head of K have of Q, dO and the sums of dQ, in bytes.
+fn of_head(problem: &Problem, config: &Config) -> u64 {
     // Two bytes each of Q and dO, four of the sums.
     let row = 8 * u64::from(config.headdim);
     let group = (problem.nheads / problem.nheads_k) as u64;
-    let of_head = (problem.seqlen_q as u64).saturating_mul(row).saturating_mul(group).max(1);
-    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
-    (CACHED / of_head).min(heads).max(1) as u32
+    (problem.seqlen_q as u64).saturating_mul(row).saturating_mul(group)
 }
 
 #[cfg(test)]
@@ -57,6 +83,19 @@ mod tests {
     use crate::options::AttentionOptions;
     use cuda_std::DType;
     use kernels::flash3_backward::WHOLE;
+
+    #[test]
+    fn whole_heads_where_they_fill_the_machine_and_fit_the_cache() {
+        let takes = |batch, seqlen, nheads, headdim, causal| {
+            let of = Layout::contiguous(DType::BF16, &[batch, seqlen, nheads, headdim]).expect("small");
+            let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
+            takes_whole_heads(&problem, &Config { headdim: headdim as u32, ..WHOLE[0].config })
+        };
+        assert!(takes(32, 512, 32, 64, false) && takes(32, 512, 16, 128, true));
+        assert!(!takes(32, 512, 16, 128, false) && !takes(16, 1024, 16, 128, true));
+        // A machine's worth of heads, and a few too many.
+        assert!(takes(1, 256, 132, 64, false) && !takes(1, 256, 140, 64, false) && !takes(1, 256, 16, 64, false));
+    }
 
     #[test]
     fn as_many_heads_take_turns_as_the_cache_holds() {

@@ -40,13 +40,13 @@ const fn lanes_a_row(headdim: usize) -> u32 {
     table = PREPARE,
 )]
 pub fn prepare<T: MatrixElement, const HEADDIM: usize>(p: Params) {
-    prepare_block::<T, HEADDIM, ROWS>(p);
+    prepare_block::<T, HEADDIM, ROWS>(p, true);
 }
 
-/// The same for `BLOCK_M` rows, by as many threads as the kernel has.
+/// The statistics of `BLOCK_M` rows, by as many threads as the kernel has, and zeros in their sums of dQ if it `clears` them.
 #[inline(always)]
 #[track_caller]
-pub(crate) fn prepare_block<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
+pub(crate) fn prepare_block<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params, clears: bool) {
     let a = p.attention.of::<T>();
     let block = schedule::query_block(&a, BLOCK_M);
     let QueryBlock { first_row, head, sequence } = block;
@@ -63,9 +63,11 @@ pub(crate) fn prepare_block<T: MatrixElement, const HEADDIM: usize, const BLOCK_
         let row = first_row + i * rows_at_once + thread_idx_x() / lanes;
         let place = first_place + row;
         let is_row = row < sequence.seqlen_q;
-        let sums = p.d_q_sums.offset(place as usize * HEADDIM + column as usize);
-        sums.store_vector(0, [0.0; 4]);
-        sums.store_vector(4, [0.0; 4]);
+        if clears {
+            let sums = p.d_q_sums.offset(place as usize * HEADDIM + column as usize);
+            sums.store_vector(0, [0.0; 4]);
+            sums.store_vector(4, [0.0; 4]);
+        }
         let mut sum = 0.0;
         if is_row && column < a.headdim_v {
             let o = sequence.queries(&a.o, head, row).load_vector::<8>(column as usize);

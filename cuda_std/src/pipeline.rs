@@ -178,6 +178,12 @@ impl<const STAGES: u32> Consumer<STAGES> {
         self.at.advance::<STAGES>();
     }
 
+    /// Goes on to the same stage in the next round.
+    #[inline(always)]
+    pub fn next_round(&mut self) {
+        self.at.parity ^= 1;
+    }
+
     /// Goes on by `n` stages, at most all: where others empty those between.
     #[inline(always)]
     pub fn advance_by(&mut self, n: u32) {

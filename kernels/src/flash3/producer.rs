@@ -25,9 +25,10 @@ pub fn produce<
     memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
     mut tiles: Tiles<CAUSAL>,
 ) {
-    let maps = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
-    maps.map(TensorMapRef::prefetch);
-    let [q_map, k_map, v_map] = maps;
+    let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
+    q_map.prefetch();
+    k_map.prefetch();
+    v_map.prefetch();
     let mut queries = memory.queries.producer();
     let mut keys = memory.keys.producer();
     let mut values = memory.values.producer();

@@ -4,13 +4,17 @@ Each allocates what it returns, and what it works in, from torch's allocator, an
 device. None synchronises, so that CUDA graphs can capture them. Tracers see their shapes through fake implementations.
 
 Operators that are written in Python go through torch's dispatcher several times, which takes longer than a small
-kernel. So `attention` takes the same functions without it where nobody listens.
+kernel. So `run` takes the same functions without it where nobody listens.
 """
 
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from ferroflash import _core
 from ferroflash._arguments import check_tensor, refuse
@@ -24,6 +28,19 @@ _OPTIONS = (
     "SymInt? window_right, float? softcap, float dropout_p, bool deterministic, bool allow_tf32"
 )
 
+# Q, K, V, bias, mask, slopes, sinks, and where sequences begin.
+Inputs = Tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+]
+
 _library = torch.library.Library("ferroflash", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define(f"attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)", tags=_tags)
@@ -35,44 +52,14 @@ _library.define(
 _library.define("softmax(Tensor x, str method) -> Tensor", tags=_tags)
 
 
-def _place(x: Tensor) -> Optional[Tuple[int, int]]:
-    """The device and torch's current stream there; None for the CPU."""
-    if not x.is_cuda:
+def _state(rng_state: Optional[Tensor], q: Tensor, dropout_p: float) -> Optional[Tuple[int, int]]:
+    """Seed and offset of dropout."""
+    if rng_state is None:
         return None
-    # The stream alone, without an object for it, as torch's own compiler asks for it.
-    return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
-
-
-def _allocate_beside(x: Tensor) -> Callable[[int], Tensor]:
-    """A function that allocates bytes where x is."""
-    return lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
-
-
-def _with_rows(x: Optional[Tensor]) -> Optional[Tensor]:
-    """The tensor with its last dimension contiguous, as kernels need it: itself, or a copy."""
-    if x is None or x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1:
-        return x
-    return x.contiguous()
-
-
-def _options(
-    rng_state: Optional[Tensor],
-    max_seqlen_q: Optional[int],
-    max_seqlen_k: Optional[int],
-    softmax_scale: Optional[float],
-    causal: bool,
-    window_left: Optional[int],
-    window_right: Optional[int],
-    softcap: Optional[float],
-    dropout_p: float,
-    deterministic: bool,
-    allow_tf32: bool,
-) -> Tuple[Any, ...]:
-    """The numbers of a call, as the Rust side takes them."""
-    seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
-    window = (window_left, window_right)
-    numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, *window, softcap, dropout_p)
-    return (*numbers, (seed, offset), deterministic, allow_tf32)
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        refuse("dropout_p", dropout_p, "0 in a CUDA graph, which would drop the same elements in every replay")
+    seed, offset = rng_state.tolist()
+    return seed, offset
 
 
 def _outputs(q: Tensor, v: Tensor, varlen: bool) -> Tuple[Tensor, Tensor]:
@@ -86,27 +73,13 @@ def _outputs(q: Tensor, v: Tensor, varlen: bool) -> Tuple[Tensor, Tensor]:
     return out, q.new_empty(rows, dtype=torch.float32)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    sinks: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    rng_state: Optional[Tensor],
-    *options: Any,
-) -> Tuple[Tensor, Tensor]:
-    out, softmax_lse = _outputs(q, v, cu_seqlens_q is not None)
-    place = _place(q)
-    if rng_state is not None and place is not None and torch.cuda.is_current_stream_capturing():
-        refuse("dropout_p", options[7], "0 in a CUDA graph, which would drop the same elements in every replay")
-    optional = (bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    tensors = tuple(_with_rows(x) for x in (q, k, v, *optional))
-    _core.attention(tensors, out, softmax_lse, _options(rng_state, *options), place, _allocate_beside(q))
-    return out, softmax_lse
+def _attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
+    return forward(arguments[:9], arguments[9], _core.Options(*arguments[_TENSORS:]))
+
+
+def forward(tensors: Inputs, rng_state: Optional[Tensor], options: _core.Options) -> Tuple[Tensor, Tensor]:
+    """O and LSE, which autograd knows nothing of."""
+    return _core.attention(tensors, _state(rng_state, tensors[0], options.dropout_p), options)
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tuple[Tensor, Tensor]:
@@ -128,33 +101,25 @@ def _gradients(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
 
 
-def _attention_backward(
-    dout: Optional[Tensor],
-    dlse: Optional[Tensor],
-    out: Tensor,
-    softmax_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    sinks: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
+def _attention_backward(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results, rest = arguments[:4], arguments[4:]
+    options = _core.Options(*rest[_TENSORS:-2])
+    return backward(results, rest[:9], rest[9], options, *rest[-2:])
+
+
+def backward(
+    results: Tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor],
+    tensors: Inputs,
     rng_state: Optional[Tensor],
-    *options: Any,
+    options: _core.Options,
+    needs_dbias: bool,
+    needs_dsinks: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *options, needs_dbias, needs_dsinks = options
-    gradients = _gradients(q, k, v, bias, sinks, needs_dbias, needs_dsinks)
-    dq, dk, dv, dbias, dsinks = gradients
-    optional = (bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    tensors = tuple(_with_rows(x) for x in (q, k, v, *optional))
-    dout = torch.zeros_like(out) if dout is None else _with_rows(dout)
-    results = (_with_rows(out), softmax_lse.contiguous(), dout, None if dlse is None else dlse.contiguous())
-    wanted = (dq, dk, dv, dbias if needs_dbias else None, dsinks if needs_dsinks else None)
-    _core.attention_backward(tensors, results, wanted, _options(rng_state, *options), _place(q), _allocate_beside(q))
-    return gradients
+    """The gradients, from dO, dLSE, O and LSE."""
+    state = _state(rng_state, tensors[0], options.dropout_p)
+    # As torch's own backward passes, at the time when they run.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _core.attention_backward(results, tensors, state, options, deterministic, needs_dbias, needs_dsinks)
 
 
 def _attention_backward_fake(
@@ -170,22 +135,50 @@ def _attention_backward_fake(
     return _gradients(q, k, v, rest[0], rest[3], rest[-2], rest[-1])
 
 
-def _is_unobserved(*tensors: Optional[Tensor]) -> bool:
-    """Whether no compiler, mode, transform or subclass of tensors has to see an operator."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
-        return False
-    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+def is_unobserved() -> bool:
+    """Whether no compiler, tracer, mode, transform, profiler or dual level has to see an operator."""
+    # The compiler takes the first for true, and looks no further.
+    return not (
+        is_compiling()
+        or _is_tracing()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _is_own(x: Optional[Tensor]) -> bool:
+    """Whether this is a tensor of torch's own type, and no negated view, which the dispatcher would copy."""
+    return x is None or (type(x) in _OWN and not x.is_neg())
+
+
+def run(tensors: Inputs, rng_state: Optional[Tensor], options: _core.Options) -> Tuple[Tensor, Tensor]:
+    """What the operator `attention` does, differentiable, while `is_unobserved`, of torch's own tensors."""
+    q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = tensors
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    ):
+        return _differentiable(
+            q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rng_state, options
+        )
+    return forward(tensors, rng_state, options)
 
 
 def attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
     """The operator `attention`: O and LSE, differentiable."""
-    if _is_unobserved(*arguments[:_TENSORS]):
-        return _Attention.apply(*arguments)
+    tensors = arguments[:9]
+    if is_unobserved() and all(map(_is_own, tensors)):
+        return run(tensors, arguments[9], _core.Options(*arguments[_TENSORS:]))
     return torch.ops.ferroflash.attention(*arguments)
 
 
+_OWN = (Tensor, torch.nn.Parameter)
 _TENSORS = 10
 _NUMBERS = 10
 
@@ -195,30 +188,48 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tuple[Tensor, Tensor]:
-        output = _attention(*arguments)
-        _keep(ctx, arguments, output)
+        options = arguments[_TENSORS]
+        output = forward(arguments[:9], arguments[9], options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *arguments[:_TENSORS])
+        ctx.options = options
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        return _differentiate(ctx, *gradients)
+    def backward(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        out, softmax_lse, *inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        needs_dbias, needs_dsinks = needs[3], needs[6]
+        # A graph of the gradients is to hold the operator, which refuses to be differentiated.
+        if torch.is_grad_enabled() or not (is_unobserved() and _is_own(dout) and _is_own(dlse)):
+            gradients = torch.ops.ferroflash.attention_backward(
+                dout, dlse, out, softmax_lse, *inputs, *ctx.options.numbers(), needs_dbias, needs_dsinks
+            )
+        else:
+            results = (dout, dlse, out, softmax_lse)
+            gradients = backward(results, tuple(inputs[:9]), inputs[9], ctx.options, needs_dbias, needs_dsinks)
+        dq, dk, dv, dbias, dsinks = gradients
+        dbias, dsinks = dbias if needs_dbias else None, dsinks if needs_dsinks else None
+        return dq, dk, dv, dbias, None, None, dsinks, None, None, None, None
+
+
+# Without the part of `Function.apply` that asks for transforms, of which there are none while `is_unobserved`.
+_differentiable = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attention)
 
 
 def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
-    """Keeps for the backward pass what it takes."""
+    """Keeps for the backward pass of the operator what it takes."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS:]
 
 
 def _differentiate(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-    """The gradients of all arguments."""
+    """The gradients of all arguments of the operator."""
     needs_dbias, needs_dsinks = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
-    arguments = (dout, dlse, *ctx.saved_tensors, *ctx.options, needs_dbias, needs_dsinks)
-    # A graph of the gradients is to hold the operator, which refuses to be differentiated.
-    is_alone = not torch.is_grad_enabled() and _is_unobserved(*arguments[: 4 + _TENSORS])
-    run = _attention_backward if is_alone else torch.ops.ferroflash.attention_backward
-    dq, dk, dv, dbias, dsinks = run(*arguments)
+    dq, dk, dv, dbias, dsinks = torch.ops.ferroflash.attention_backward(
+        dout, dlse, *ctx.saved_tensors, *ctx.options, needs_dbias, needs_dsinks
+    )
     of_inputs: List[Optional[Tensor]] = [dq, dk, dv, dbias if needs_dbias else None, None, None]
     of_inputs += [dsinks if needs_dsinks else None, None, None, None]
     return (*of_inputs, *[None] * _NUMBERS)
@@ -229,10 +240,7 @@ def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> None:
 
 
 def _softmax(x: Tensor, method: str) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _core.softmax(x, y, method, _place(x))
-    return y
+    return _core.softmax(x, method)
 
 
 def _softmax_fake(x: Tensor, method: str) -> Tensor:

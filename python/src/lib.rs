@@ -1,14 +1,16 @@
 //! ferroflash for Python: the host crate's calls on PyTorch's tensors, whose addresses, shapes and strides it asks for.
-//! Neither PyTorch nor CUDA is linked; the functions here check and launch, all else is in the Python package.
+//! Neither PyTorch nor CUDA is linked; the functions here check, allocate and launch, all else is in the Python package.
 use ferroflash::cuda;
 use pyo3::prelude::*;
 
 mod attention;
 mod error;
+mod exchange;
 mod options;
 mod place;
 mod softmax;
 mod tensor;
+mod torch;
 
 /// A GPU: its name, its compute capability, and how many multiprocessors it has.
 type Gpu = (String, (u32, u32), u32);
@@ -30,6 +32,7 @@ fn devices() -> PyResult<Vec<Gpu>> {
 #[pymodule]
 fn _core(module: &Bound<PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<options::Options>()?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
     module.add_function(wrap_pyfunction!(attention::attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(softmax::softmax, module)?)?;

@@ -1,6 +1,6 @@
 """Attention, with all that scores and masks may take."""
 
-from typing import Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -86,30 +86,19 @@ def attention(
     if return_lse is not True and return_lse is not False:
         check_flag("return_lse", return_lse)
     tensors = (q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    lengths = (max_seqlen_q, max_seqlen_k)
-    numbers = (softmax_scale, causal, window_size, softcap, dropout_p, deterministic, allow_tf32)
-    out, softmax_lse = attend(tensors, lengths, *numbers)
+    numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap)
+    out, softmax_lse = attend(tensors, (*numbers, dropout_p, deterministic, allow_tf32))
     return (out, softmax_lse) if return_lse else out
 
 
-def attend(
-    tensors: _ops.Inputs,
-    lengths: Tuple[Optional[int], Optional[int]],
-    softmax_scale: Optional[float],
-    causal: bool,
-    window_size: Tuple[Optional[int], Optional[int]],
-    softcap: Optional[float],
-    dropout_p: float,
-    deterministic: bool,
-    allow_tf32: bool,
-) -> Tuple[Tensor, Tensor]:
-    """O and LSE; the arguments are those of `attention`."""
-    numbers = (softmax_scale, causal, window_size, softcap, dropout_p, deterministic, allow_tf32)
+def attend(tensors: _ops.Inputs, numbers: Tuple[Any, ...]) -> Tuple[Tensor, Tensor]:
+    """O and LSE. The numbers are the longest lengths, softmax_scale, causal, window_size, softcap, dropout_p,
+    deterministic and allow_tf32 of `attention`."""
+    outputs = None
     if _ops.is_unobserved() and not _is_any_autocast_enabled():
-        options = _core.Options.of_plain(tensors, *lengths, *numbers)
-        if options is not None:
-            return _ops.run(tensors, _rng_state(dropout_p), options)
-    return _attend_checked(*tensors, *lengths, *numbers)
+        # A call that nothing has to be done for goes no further.
+        outputs = _core.attend(tensors, numbers, _ops.differentiable)
+    return _attend_checked(*tensors, *numbers) if outputs is None else outputs
 
 
 def _attend_checked(

@@ -4,10 +4,11 @@ Each allocates what it returns, and what it works in, from torch's allocator, an
 device. None synchronises, so that CUDA graphs can capture them. Tracers see their shapes through fake implementations.
 
 Operators that are written in Python go through torch's dispatcher several times, which takes longer than a small
-kernel. So `run` takes the same functions without it where nobody listens.
+kernel. So where nobody listens `attention` takes the same functions without it.
 """
 
-from typing import Any, List, Optional, Tuple
+from functools import partial
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from ferroflash import _core
+from ferroflash import _core, _vmap
 from ferroflash._arguments import check_tensor, refuse
 
 _INPUTS = (
@@ -52,14 +53,16 @@ _library.define(
 _library.define("softmax(Tensor x, str method) -> Tensor", tags=_tags)
 
 
-def _state(rng_state: Optional[Tensor], q: Tensor, dropout_p: float) -> Optional[Tuple[int, int]]:
-    """Seed and offset of dropout."""
+def _options(arguments: Tuple[Any, ...]) -> "_core.Options":
+    """The numbers of a call of an operator with these inputs, of which the first is Q and the tenth the seed and the
+    offset of dropout, if there is any."""
+    q, rng_state, numbers = arguments[0], arguments[9], arguments[10:]
     if rng_state is None:
-        return None
+        return _core.Options(*numbers)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        refuse("dropout_p", dropout_p, "0 in a CUDA graph, which would drop the same elements in every replay")
+        refuse("dropout_p", numbers[7], "0 in a CUDA graph, which would drop the same elements in every replay")
     seed, offset = rng_state.tolist()
-    return seed, offset
+    return _core.Options(*numbers, (seed, offset))
 
 
 def _outputs(q: Tensor, v: Tensor, varlen: bool) -> Tuple[Tensor, Tensor]:
@@ -74,12 +77,7 @@ def _outputs(q: Tensor, v: Tensor, varlen: bool) -> Tuple[Tensor, Tensor]:
 
 
 def _attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
-    return forward(arguments[:9], arguments[9], _core.Options(*arguments[_TENSORS:]))
-
-
-def forward(tensors: Inputs, rng_state: Optional[Tensor], options: _core.Options) -> Tuple[Tensor, Tensor]:
-    """O and LSE, which autograd knows nothing of."""
-    return _core.attention(tensors, _state(rng_state, tensors[0], options.dropout_p), options)
+    return _core.attention(arguments[:9], _options(arguments))
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tuple[Tensor, Tensor]:
@@ -102,24 +100,14 @@ def _gradients(
 
 
 def _attention_backward(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results, rest = arguments[:4], arguments[4:]
-    options = _core.Options(*rest[_TENSORS:-2])
-    return backward(results, rest[:9], rest[9], options, *rest[-2:])
-
-
-def backward(
-    results: Tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor],
-    tensors: Inputs,
-    rng_state: Optional[Tensor],
-    options: _core.Options,
-    needs_dbias: bool,
-    needs_dsinks: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients, from dO, dLSE, O and LSE."""
-    state = _state(rng_state, tensors[0], options.dropout_p)
-    # As torch's own backward passes, at the time when they run.
+    results, inputs, needs = arguments[:4], arguments[4:-2], arguments[-2:]
+    # As torch's own backward passes, asked when it runs.
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _core.attention_backward(results, tensors, state, options, deterministic, needs_dbias, needs_dsinks)
+    gradients = _core.attention_backward(results, inputs[:9], _options(inputs), deterministic, *needs)
+    dq, dk, dv, dbias, dsinks = gradients
+    dbias = dq.new_empty(0) if dbias is None else dbias
+    dsinks = dq.new_empty(0, dtype=torch.float32) if dsinks is None else dsinks
+    return dq, dk, dv, dbias, dsinks
 
 
 def _attention_backward_fake(
@@ -149,36 +137,27 @@ def is_unobserved() -> bool:
     )
 
 
-def _is_own(x: Optional[Tensor]) -> bool:
-    """Whether this is a tensor of torch's own type, and no negated view, which the dispatcher would copy."""
-    return x is None or (type(x) in _OWN and not x.is_neg())
-
-
-def run(tensors: Inputs, rng_state: Optional[Tensor], options: _core.Options) -> Tuple[Tensor, Tensor]:
-    """What the operator `attention` does, differentiable, while `is_unobserved`, of torch's own tensors."""
-    q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k = tensors
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    ):
-        return _differentiable(
-            q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rng_state, options
-        )
-    return forward(tensors, rng_state, options)
-
-
 def attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
     """The operator `attention`: O and LSE, differentiable."""
-    tensors = arguments[:9]
-    if is_unobserved() and all(map(_is_own, tensors)):
-        return run(tensors, arguments[9], _core.Options(*arguments[_TENSORS:]))
+    if is_unobserved() and all(map(_is_own, arguments[:9])):
+        return differentiable(_options(arguments), *arguments[:9])
+    if not is_compiling() and _are_functorch_transforms_active():
+        return _Transformed.apply(*arguments)
     return torch.ops.ferroflash.attention(*arguments)
 
 
-_OWN = (Tensor, torch.nn.Parameter)
+def attention_backward(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator `attention_backward`."""
+    if not is_compiling() and _are_functorch_transforms_active():
+        return _TransformedBackward.apply(*arguments)
+    return torch.ops.ferroflash.attention_backward(*arguments)
+
+
+def _is_own(x: Optional[Tensor]) -> bool:
+    """Whether this is a tensor of torch's own type, and no negated view, which the dispatcher would copy."""
+    return x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg())
+
+
 _TENSORS = 10
 _NUMBERS = 10
 
@@ -186,35 +165,26 @@ _NUMBERS = 10
 class _Attention(torch.autograd.Function):
     """What the operators and their registrations do, in one step."""
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tuple[Tensor, Tensor]:
-        options = arguments[_TENSORS]
-        output = forward(arguments[:9], arguments[9], options)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *arguments[:_TENSORS])
-        ctx.options = options
-        return output
+    forward = staticmethod(_core.forward)
 
     @staticmethod
     def backward(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        out, softmax_lse, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        needs_dbias, needs_dsinks = needs[3], needs[6]
         # A graph of the gradients is to hold the operator, which refuses to be differentiated.
-        if torch.is_grad_enabled() or not (is_unobserved() and _is_own(dout) and _is_own(dlse)):
-            gradients = torch.ops.ferroflash.attention_backward(
-                dout, dlse, out, softmax_lse, *inputs, *ctx.options.numbers(), needs_dbias, needs_dsinks
-            )
-        else:
-            results = (dout, dlse, out, softmax_lse)
-            gradients = backward(results, tuple(inputs[:9]), inputs[9], ctx.options, needs_dbias, needs_dsinks)
-        dq, dk, dv, dbias, dsinks = gradients
-        dbias, dsinks = dbias if needs_dbias else None, dsinks if needs_dsinks else None
-        return dq, dk, dv, dbias, None, None, dsinks, None, None, None, None
+        if not torch.is_grad_enabled() and is_unobserved():
+            gradients = _core.backward(ctx, dout, dlse, torch.are_deterministic_algorithms_enabled())
+            if gradients is not None:
+                return gradients
+        (out, softmax_lse), tensors = _core.saved(ctx)
+        state = ctx.options.rng_state()
+        rng_state = None if state is None else torch.tensor(state)
+        needs = (ctx.needs_input_grad[4], ctx.needs_input_grad[7])
+        results, inputs = (dout, dlse, out, softmax_lse), (*tensors, rng_state, *ctx.options.numbers())
+        dq, dk, dv, dbias, dsinks = _backward_observed(results, inputs, needs)
+        return None, dq, dk, dv, dbias, None, None, dsinks, None, None
 
 
-# Without the part of `Function.apply` that asks for transforms, of which there are none while `is_unobserved`.
-_differentiable = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attention)
+# `_Attention.apply`, without its question for transforms, of which there are none while `is_unobserved`.
+differentiable = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attention)
 
 
 def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
@@ -226,17 +196,43 @@ def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
     """The gradients of all arguments of the operator."""
-    needs_dbias, needs_dsinks = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
-    dq, dk, dv, dbias, dsinks = torch.ops.ferroflash.attention_backward(
-        dout, dlse, *ctx.saved_tensors, *ctx.options, needs_dbias, needs_dsinks
-    )
-    of_inputs: List[Optional[Tensor]] = [dq, dk, dv, dbias if needs_dbias else None, None, None]
-    of_inputs += [dsinks if needs_dsinks else None, None, None, None]
-    return (*of_inputs, *[None] * _NUMBERS)
+    out, softmax_lse, *inputs = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[3], ctx.needs_input_grad[6])
+    dq, dk, dv, dbias, dsinks = _backward_observed((dout, dlse, out, softmax_lse), (*inputs, *ctx.options), needs)
+    return dq, dk, dv, dbias, None, None, dsinks, None, None, None, *[None] * _NUMBERS
+
+
+def _backward_observed(
+    results: Tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor],
+    inputs: Tuple[Any, ...],
+    needs: Tuple[bool, bool],
+) -> "_core.Gradients":
+    """The gradients, by the operator."""
+    dq, dk, dv, dbias, dsinks = attention_backward(*results, *inputs, *needs)
+    needs_dbias, needs_dsinks = needs
+    return dq, dk, dv, dbias if needs_dbias else None, dsinks if needs_dsinks else None
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("ferroflash has no second derivatives: the backward pass of attention cannot be differentiated")
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator `attention` under transforms of `torch.func`, which take no other formulas of gradients."""
+
+    forward = staticmethod(attention)
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_differentiate)
+    vmap = staticmethod(partial(_vmap.attention, attention))
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The operator `attention_backward`, likewise."""
+
+    forward = staticmethod(attention_backward)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_refuse_double_backward)
+    vmap = staticmethod(partial(_vmap.attention_backward, attention_backward))
 
 
 def _softmax(x: Tensor, method: str) -> Tensor:
@@ -257,14 +253,21 @@ def _differentiate_softmax(ctx: Any, dy: Tensor) -> Tuple[Tensor, None]:
     return torch.ops.aten._softmax_backward_data(dy, y, y.dim() - 1, y.dtype), None
 
 
-for _name, _run, _fake in [
-    ("attention", _attention, _attention_fake),
-    ("attention_backward", _attention_backward, _attention_backward_fake),
-    ("softmax", _softmax, _softmax_fake),
+for _name, _run, _fake, _map in [
+    ("attention", _attention, _attention_fake, partial(_vmap.attention, attention)),
+    (
+        "attention_backward",
+        _attention_backward,
+        _attention_backward_fake,
+        partial(_vmap.attention_backward, attention_backward),
+    ),
+    ("softmax", _softmax, _softmax_fake, partial(_vmap.softmax, torch.ops.ferroflash.softmax)),
 ]:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
     torch.library.register_fake(f"ferroflash::{_name}", _fake, lib=_library)
+    if hasattr(torch.library, "register_vmap"):
+        torch.library.register_vmap(f"ferroflash::{_name}", _map, lib=_library)
 
 torch.library.register_autograd("ferroflash::attention", _differentiate, setup_context=_keep, lib=_library)
 torch.library.register_autograd("ferroflash::attention_backward", _refuse_double_backward, lib=_library)

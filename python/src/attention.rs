@@ -30,42 +30,31 @@ fn inputs<'py>((q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k): InputTupl
     inputs
 }
 
+/// O and LSE.
+pub type Outputs<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
+
 /// O and LSE, of torch's allocator.
 ///
 /// On the CPU they are computed when this returns; on CUDA the launches are on torch's current stream. All tensors are on
 /// the device of Q; where kernels cannot read them as they lie, copies are made.
 #[pyfunction]
-pub fn attention<'py>(
-    py: Python<'py>,
-    tensors: InputTuple<'py>,
-    rng_state: Option<(i64, i64)>,
-    options: &Options,
-) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+pub fn attention<'py>(py: Python<'py>, tensors: InputTuple<'py>, options: &Options) -> PyResult<Outputs<'py>> {
     let torch = Torch::get(py)?;
     let tensors = inputs(tensors);
     let mut reader = Reader::new(torch, "q", &tensors.q)?;
     let inputs = tensors.try_map(|argument, tensor| reader.rows(argument, tensor))?;
     let (out_shape, lse_shape) = result_shapes(&inputs).map_err(exception)?;
-    let out = if inputs.q.layout.shape() == out_shape {
-        reader.empty_like(&tensors.q, &inputs.q)?
-    } else {
-        torch.empty(&tensors.q, inputs.q.layout.dtype(), &out_shape)?
-    };
-    let softmax_lse = torch.empty(&tensors.q, DType::F32, &lse_shape)?;
-    let arguments = Arguments {
-        out: reader.tensor("out", &out)?,
-        softmax_lse: reader.tensor("softmax_lse", &softmax_lse)?,
-        inputs,
-        options: options.with_state(rng_state),
-        kernel: Kernel::Auto,
-    };
+    let (out, raw_out) = reader.empty("out", inputs.q.layout.dtype(), &out_shape)?;
+    let (softmax_lse, raw_lse) = reader.empty("softmax_lse", DType::F32, &lse_shape)?;
+    let options = options.attention.clone();
+    let arguments = Arguments { inputs, out: raw_out, softmax_lse: raw_lse, options, kernel: Kernel::Auto };
     let Device::Cuda(ordinal) = reader.device() else {
         py.detach(|| on_cpu(&arguments)).map_err(exception)?;
         return Ok((out, softmax_lse));
     };
     let place = Place::new(py, torch, ordinal)?;
     let call = Call::for_device(&arguments, place.device).map_err(exception)?;
-    let workspace = Workspace::new(torch, &tensors.q, &reader, call.workspace_bytes())?;
+    let workspace = Workspace::new(&reader, call.workspace_bytes())?;
     // SAFETY: the tensors are of this device, as torch says, and are kept until the launches are on the stream, which is
     // torch's current one: memory that is freed then is used again only after them.
     py.detach(|| unsafe { call.launch(place.device, workspace.address, place.stream()) }).map_err(exception)?;
@@ -108,21 +97,17 @@ fn on_cpu(arguments: &Arguments) -> ferroflash::Result<()> {
 }
 
 /// What a backward pass takes besides the inputs: dO and dLSE, where the loss depends on them, O and LSE.
-type ResultTuple<'py> = (Optional<'py>, Optional<'py>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+pub type ResultTuple<'py> = (Optional<'py>, Optional<'py>, Bound<'py, PyAny>, Bound<'py, PyAny>);
 
-/// dQ, dK, dV, and those of the bias and of the sinks.
-type GradientTuple<'py> =
-    (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+/// dQ, dK, dV, and where they are wanted those of the bias and of the sinks.
+pub type GradientTuple<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Optional<'py>, Optional<'py>);
 
-/// The gradients, of which those of the bias and of the sinks have no elements where they are not wanted. The rest as
-/// `attention`.
+/// The gradients. The rest as `attention`.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "as many as the operator has")]
 pub fn attention_backward<'py>(
     py: Python<'py>,
     results: ResultTuple<'py>,
     tensors: InputTuple<'py>,
-    rng_state: Option<(i64, i64)>,
     options: &Options,
     deterministic: bool,
     needs_dbias: bool,
@@ -139,21 +124,18 @@ pub fn attention_backward<'py>(
         "softmax_lse" | "dlse" => reader.contiguous(argument, tensor),
         _ => reader.rows(argument, tensor),
     })?;
+    let like = |argument, raw: &RawTensor| reader.empty(argument, raw.layout.dtype(), raw.layout.shape());
     let forward = &inputs.forward;
-    let optional = |raw: Option<&RawTensor>, wanted: bool, dtype: DType| {
-        let shape = raw.filter(|_| wanted).map_or(&[0][..], |raw| raw.layout.shape());
-        torch.empty(&tensors.forward.q, dtype, shape)
+    let ((dq, raw_dq), (dk, raw_dk)) = (like("dq", &forward.q)?, like("dk", &forward.k)?);
+    let (dv, raw_dv) = like("dv", &forward.v)?;
+    let optional = |argument, raw: &Option<RawTensor>, wanted: bool| {
+        raw.as_ref().filter(|_| wanted).map(|raw| like(argument, raw)).transpose().map(Option::unzip)
     };
-    let dq = reader.empty_like(&tensors.forward.q, &forward.q)?;
-    let dk = reader.empty_like(&tensors.forward.k, &forward.k)?;
-    let dv = reader.empty_like(&tensors.forward.v, &forward.v)?;
-    let dbias = optional(forward.bias.as_ref(), needs_dbias, forward.q.layout.dtype())?;
-    let dsinks = optional(forward.sinks.as_ref(), needs_dsinks, DType::F32)?;
-    let mut gradients =
-        GradientOutputs::new(reader.tensor("dq", &dq)?, reader.tensor("dk", &dk)?, reader.tensor("dv", &dv)?);
-    gradients.dbias = needs_dbias.then(|| reader.tensor("dbias", &dbias)).transpose()?;
-    gradients.dsinks = needs_dsinks.then(|| reader.tensor("dsinks", &dsinks)).transpose()?;
-    let mut options = options.with_state(rng_state);
+    let (dbias, raw_dbias) = optional("dbias", &forward.bias, needs_dbias)?;
+    let (dsinks, raw_dsinks) = optional("dsinks", &forward.sinks, needs_dsinks)?;
+    let mut gradients = GradientOutputs::new(raw_dq, raw_dk, raw_dv);
+    (gradients.dbias, gradients.dsinks) = (raw_dbias, raw_dsinks);
+    let mut options = options.attention.clone();
     options.deterministic |= deterministic;
     let arguments = BackwardArguments { inputs, gradients, options, kernel: Kernel::Auto };
     let gradients = (dq, dk, dv, dbias, dsinks);
@@ -163,7 +145,7 @@ pub fn attention_backward<'py>(
     };
     let place = Place::new(py, torch, ordinal)?;
     let call = BackwardCall::for_device(&arguments, place.device).map_err(exception)?;
-    let workspace = Workspace::new(torch, &tensors.forward.q, &reader, call.workspace_bytes())?;
+    let workspace = Workspace::new(&reader, call.workspace_bytes())?;
     // SAFETY: as in `attention`.
     py.detach(|| unsafe { call.launch(place.device, workspace.address, place.stream()) }).map_err(exception)?;
     Ok(gradients)
@@ -186,12 +168,12 @@ struct Workspace<'py> {
 }
 
 impl<'py> Workspace<'py> {
-    /// So many bytes where `x` is.
-    fn new(torch: &Torch, x: &Bound<'py, PyAny>, reader: &Reader<'_, 'py>, bytes: u64) -> PyResult<Self> {
+    /// So many bytes where the tensors are.
+    fn new(reader: &Reader<'_, 'py>, bytes: u64) -> PyResult<Self> {
         if bytes == 0 {
             return Ok(Workspace { address: 0, _tensor: None });
         }
-        let tensor = torch.empty(x, DType::U8, &[bytes as usize])?;
-        Ok(Workspace { address: reader.tensor("workspace", &tensor)?.address, _tensor: Some(tensor) })
+        let (tensor, raw) = reader.empty("workspace", DType::U8, &[bytes as usize])?;
+        Ok(Workspace { address: raw.address, _tensor: Some(tensor) })
     }
 }

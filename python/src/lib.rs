@@ -3,7 +3,9 @@
 use ferroflash::cuda;
 use pyo3::prelude::*;
 
+mod allocator;
 mod attention;
+mod autograd;
 mod error;
 mod exchange;
 mod options;
@@ -35,6 +37,10 @@ fn _core(module: &Bound<PyModule>) -> PyResult<()> {
     module.add_class::<options::Options>()?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
     module.add_function(wrap_pyfunction!(attention::attention_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(autograd::attend, module)?)?;
+    module.add_function(wrap_pyfunction!(autograd::forward, module)?)?;
+    module.add_function(wrap_pyfunction!(autograd::saved, module)?)?;
+    module.add_function(wrap_pyfunction!(autograd::backward, module)?)?;
     module.add_function(wrap_pyfunction!(softmax::softmax, module)?)?;
     module.add_function(wrap_pyfunction!(devices, module)?)
 }

@@ -11,24 +11,18 @@ use crate::torch::Torch;
 #[pyclass(frozen, module = "ferroflash._core")]
 #[derive(Clone)]
 pub struct Options {
-    /// The same in the words of the host crate, without the state of dropout.
+    /// The same in the words of the host crate.
     pub attention: AttentionOptions,
-    /// The probability that an element of P becomes 0.
-    #[pyo3(get)]
     dropout_p: f64,
-}
-
-impl Options {
-    /// With a seed and an offset of dropout.
-    pub fn with_state(&self, rng_state: Option<(i64, i64)>) -> AttentionOptions {
-        let (seed, offset) = rng_state.unwrap_or_default();
-        self.attention.clone().dropout(self.dropout_p as f32, seed as u64, offset as u64)
-    }
 }
 
 #[pymethods]
 impl Options {
     #[new]
+    #[pyo3(signature = (
+        max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic,
+        allow_tf32, rng_state = (0, 0)
+    ))]
     #[expect(clippy::too_many_arguments, reason = "as many as the operator has")]
     fn new(
         max_seqlen_q: Option<usize>,
@@ -41,9 +35,11 @@ impl Options {
         dropout_p: f64,
         deterministic: bool,
         allow_tf32: bool,
+        rng_state: (i64, i64),
     ) -> Self {
         let mut attention = AttentionOptions::new().causal(causal).window_size(window_left, window_right);
         attention = attention.deterministic(deterministic).allow_tf32(allow_tf32);
+        attention = attention.dropout(dropout_p as f32, rng_state.0 as u64, rng_state.1 as u64);
         attention.softmax_scale = softmax_scale.map(|scale| scale as f32);
         attention.softcap = softcap.map(|softcap| softcap as f32);
         (attention.max_seqlen_q, attention.max_seqlen_k) = (max_seqlen_q, max_seqlen_k);
@@ -60,44 +56,52 @@ impl Options {
         (lengths.0, lengths.1, scale, causal, left, right, softcap, self.dropout_p, deterministic, allow_tf32)
     }
 
+    /// The seed and the offset of dropout.
+    fn rng_state(&self) -> Option<(i64, i64)> {
+        self.attention.dropout.map(|dropout| (dropout.seed as i64, dropout.offset as i64))
+    }
+}
+
+/// The numbers of a call as its caller gives them: longest lengths, softmax_scale, causal, window_size, softcap,
+/// dropout_p, deterministic, allow_tf32.
+pub type GivenNumbers<'py> = (
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+);
+
+impl Options {
     /// Those of a call that nothing has to be done for: all arguments are of the types that they should be, numbers are
-    /// allowed, and tensors are PyTorch's own, of the dtypes and shapes that kernels read. None for every other call,
-    /// which Python looks at.
-    #[staticmethod]
-    #[expect(clippy::too_many_arguments, reason = "as many as the function has")]
-    fn of_plain(
-        py: Python,
-        tensors: InputTuple,
-        max_seqlen_q: &Bound<PyAny>,
-        max_seqlen_k: &Bound<PyAny>,
-        softmax_scale: &Bound<PyAny>,
-        causal: &Bound<PyAny>,
-        window_size: &Bound<PyAny>,
-        softcap: &Bound<PyAny>,
-        dropout_p: &Bound<PyAny>,
-        deterministic: &Bound<PyAny>,
-        allow_tf32: &Bound<PyAny>,
-    ) -> PyResult<Option<Self>> {
-        if !are_plain(Torch::get(py)?, &tensors)? {
+    /// allowed, there is no dropout, and tensors are PyTorch's own, of the dtypes and shapes that kernels read. None for
+    /// every other call.
+    pub fn of_plain(torch: &Torch, tensors: &InputTuple, numbers: &GivenNumbers) -> PyResult<Option<Self>> {
+        if !are_plain(torch, tensors)? {
             return Ok(None);
         }
-        let numbers = || {
+        let (max_seqlen_q, max_seqlen_k, scale, causal, window_size, softcap, dropout_p, deterministic, tf32) = numbers;
+        let options = || {
             let (left, right) = window(window_size)?;
-            let dropout_p = number(dropout_p).filter(|p| (0.0..1.0).contains(p))?;
             Some(Options::new(
                 optional(max_seqlen_q, length)?,
                 optional(max_seqlen_k, length)?,
-                optional(softmax_scale, number)?,
+                optional(scale, number)?,
                 flag(causal)?,
                 left,
                 right,
                 optional(softcap, number)?,
-                dropout_p,
+                number(dropout_p).filter(|p| *p == 0.0)?,
                 flag(deterministic)?,
-                flag(allow_tf32)?,
+                flag(tf32)?,
+                (0, 0),
             ))
         };
-        Ok(numbers())
+        Ok(options())
     }
 }
 

@@ -15,8 +15,7 @@ pub fn softmax<'py>(py: Python<'py>, x: &Bound<'py, PyAny>, method: &str) -> PyR
     let torch = Torch::get(py)?;
     let mut reader = Reader::new(torch, "x", x)?;
     let raw_x = reader.contiguous("x", x)?;
-    let y = reader.empty_like(x, &raw_x)?;
-    let raw_y = reader.tensor("y", &y)?;
+    let (y, raw_y) = reader.empty("y", raw_x.layout.dtype(), raw_x.layout.shape())?;
     let Device::Cuda(ordinal) = reader.device() else {
         py.detach(|| on_cpu(&raw_x, &raw_y, method)).map_err(exception)?;
         return Ok(y);

@@ -76,13 +76,16 @@ impl<'a, 'py> Reader<'a, 'py> {
         self.or_copied(argument, tensor, Layout::is_contiguous)
     }
 
-    /// A contiguous tensor, not yet written, of the shape and the dtype of `x`, which has been read as this.
-    pub fn empty_like(&self, x: &Bound<'py, PyAny>, raw: &RawTensor) -> PyResult<Bound<'py, PyAny>> {
-        // Cheaper, but it keeps the strides of `x`, of which `raw` may be a copy.
-        if self.copies.is_empty() && is_row_major(&raw.layout) {
-            return self.torch.empty_like(x);
-        }
-        self.torch.empty(x, raw.layout.dtype(), raw.layout.shape())
+    /// A contiguous tensor, not yet written, and where it is.
+    pub fn empty(
+        &self,
+        argument: &'static str,
+        dtype: DType,
+        shape: &[usize],
+    ) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
+        let tensor = self.torch.empty(self.first.1, self.device, dtype, shape)?;
+        let raw = self.tensor(argument, &tensor)?;
+        Ok((tensor, raw))
     }
 
     fn or_copied(
@@ -100,16 +103,6 @@ impl<'a, 'py> Reader<'a, 'py> {
         self.copies.push(copy);
         Ok(raw)
     }
-}
-
-/// Whether strides are those of a new tensor, also where the extent is 1.
-fn is_row_major(layout: &Layout) -> bool {
-    let mut expected = 1;
-    layout.shape().iter().zip(layout.strides()).rev().all(|(&extent, &stride)| {
-        let fits = stride == expected;
-        expected *= extent.max(1);
-        fits
-    })
 }
 
 /// A tensor, and where it is.

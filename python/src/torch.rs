@@ -6,7 +6,9 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
 use pyo3::{IntoPyObjectExt, intern};
 
+use crate::allocator::Allocator;
 use crate::exchange::Exchange;
+use crate::place::Device;
 
 /// The dtypes that both sides have, by the names of their attributes in torch.
 const DTYPES: [(&str, DType); 6] = [
@@ -23,9 +25,11 @@ pub struct Torch {
     tensor: Py<PyType>,
     parameter: Py<PyType>,
     dtypes: Vec<(Py<PyAny>, DType)>,
-    empty_like: Py<PyAny>,
     empty_strided: Py<PyAny>,
     zeros_like: Py<PyAny>,
+    is_grad_enabled: Py<PyAny>,
+    /// How it allocates without Python, if it does.
+    allocator: Option<Allocator>,
     /// How it describes tensors without Python, if it does.
     pub exchange: Option<Exchange>,
 }
@@ -41,9 +45,10 @@ impl Torch {
             Ok(Torch {
                 dtypes: dtypes.collect::<PyResult<_>>()?,
                 parameter: torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?.unbind(),
-                empty_like: torch.getattr("empty_like")?.unbind(),
                 empty_strided: torch.getattr("empty_strided")?.unbind(),
                 zeros_like: torch.getattr("zeros_like")?.unbind(),
+                is_grad_enabled: torch.getattr("is_grad_enabled")?.unbind(),
+                allocator: Allocator::find(),
                 exchange: Exchange::of(&tensor),
                 tensor: tensor.unbind(),
             })
@@ -59,6 +64,11 @@ impl Torch {
     /// Whether this is a view whose elements are those in memory, negated.
     pub fn is_negated(&self, x: &Bound<PyAny>) -> PyResult<bool> {
         x.call_method0(intern!(x.py(), "is_neg"))?.is_truthy()
+    }
+
+    /// Whether autograd records what is done.
+    pub fn is_grad_enabled(&self, py: Python) -> PyResult<bool> {
+        self.is_grad_enabled.bind(py).call0()?.is_truthy()
     }
 
     /// Whether a gradient of this is wanted.
@@ -77,9 +87,20 @@ impl Torch {
         }
     }
 
-    /// A contiguous tensor, not yet written, on the device of `x`.
-    pub fn empty<'py>(&self, x: &Bound<'py, PyAny>, dtype: DType, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
+    /// A contiguous tensor, not yet written, on the device of `x`, which is this one.
+    pub fn empty<'py>(
+        &self,
+        x: &Bound<'py, PyAny>,
+        device: Device,
+        dtype: DType,
+        shape: &[usize],
+    ) -> PyResult<Bound<'py, PyAny>> {
         let py = x.py();
+        let allocated = self.allocator.as_ref().and_then(|allocator| allocator.empty(py, dtype, device, shape));
+        if let Some(tensor) = allocated {
+            return Ok(tensor);
+        }
+        // Also if there was no memory: this raises the error that PyTorch has for it.
         let strides = (0..shape.len()).map(|i| shape[i + 1..].iter().map(|&extent| extent.max(1)).product::<usize>());
         let strides = PyTuple::new(py, strides.collect::<Vec<_>>())?;
         let options = PyDict::new(py);
@@ -87,11 +108,6 @@ impl Torch {
         options.set_item(intern!(py, "dtype"), of_dtype)?;
         options.set_item(intern!(py, "device"), x.getattr(intern!(py, "device"))?)?;
         self.empty_strided.bind(py).call((PyTuple::new(py, shape)?, strides), Some(&options))
-    }
-
-    /// A tensor, not yet written, with the shape, the dtype and where there are no gaps the strides of `x`.
-    pub fn empty_like<'py>(&self, x: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        self.empty_like.bind(x.py()).call1((x,))
     }
 
     /// Zeros, like `x`.

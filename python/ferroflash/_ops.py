@@ -143,6 +143,8 @@ def attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
         return differentiable(_options(arguments), *arguments[:9])
     if not is_compiling() and _are_functorch_transforms_active():
         return _Transformed.apply(*arguments)
+    if not is_compiling() and any(map(_has_tangent, arguments[:9])):
+        raise RuntimeError("ferroflash has no forward-mode derivatives: attention has no jvp")
     return torch.ops.ferroflash.attention(*arguments)
 
 
@@ -156,6 +158,11 @@ def attention_backward(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor,
 def _is_own(x: Optional[Tensor]) -> bool:
     """Whether this is a tensor of torch's own type, and no negated view, which the dispatcher would copy."""
     return x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg())
+
+
+def _has_tangent(x: Optional[Tensor]) -> bool:
+    """Whether this has a gradient of forward mode, which an operator would forget."""
+    return forward_ad._current_level >= 0 and x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 _TENSORS = 10

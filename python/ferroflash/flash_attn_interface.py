@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ferroflash._arguments import check_flag, check_tensor, number, refuse
 from ferroflash._attention import attend
+from ferroflash._kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 
 Window = Tuple[int, int]
 Result = Union[Tensor, Tuple[Tensor, Tensor, Tensor]]

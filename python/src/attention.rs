@@ -36,15 +36,24 @@ pub type Outputs<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 /// O and LSE, of torch's allocator.
 ///
 /// On the CPU they are computed when this returns; on CUDA the launches are on torch's current stream. All tensors are on
-/// the device of Q; where kernels cannot read them as they lie, copies are made.
+/// the device of Q; where kernels cannot read them as they lie, copies are made. O is written to `out`, if that is given.
 #[pyfunction]
-pub fn attention<'py>(py: Python<'py>, tensors: InputTuple<'py>, options: &Options) -> PyResult<Outputs<'py>> {
+#[pyo3(signature = (tensors, options, out = None))]
+pub fn attention<'py>(
+    py: Python<'py>,
+    tensors: InputTuple<'py>,
+    options: &Options,
+    out: Optional<'py>,
+) -> PyResult<Outputs<'py>> {
     let torch = Torch::get(py)?;
     let tensors = inputs(tensors);
     let mut reader = Reader::new(torch, "q", &tensors.q)?;
     let inputs = tensors.try_map(|argument, tensor| reader.rows(argument, tensor))?;
     let (out_shape, lse_shape) = result_shapes(&inputs).map_err(exception)?;
-    let (out, raw_out) = reader.empty("out", inputs.q.layout.dtype(), &out_shape)?;
+    let (out, raw_out) = match out {
+        None => reader.empty("out", inputs.q.layout.dtype(), &out_shape)?,
+        Some(out) => reader.given("out", out)?,
+    };
     let (softmax_lse, raw_lse) = reader.empty("softmax_lse", DType::F32, &lse_shape)?;
     let options = options.attention.clone();
     let arguments = Arguments { inputs, out: raw_out, softmax_lse: raw_lse, options, kernel: Kernel::Auto };
@@ -102,8 +111,10 @@ pub type ResultTuple<'py> = (Optional<'py>, Optional<'py>, Bound<'py, PyAny>, Bo
 /// dQ, dK, dV, and where they are wanted those of the bias and of the sinks.
 pub type GradientTuple<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Optional<'py>, Optional<'py>);
 
-/// The gradients. The rest as `attention`.
+/// The gradients, of which the first three are written to `given`, if they are given. The rest as `attention`.
 #[pyfunction]
+#[pyo3(signature = (results, tensors, options, deterministic, needs_dbias, needs_dsinks, given = None))]
+#[expect(clippy::too_many_arguments, reason = "as many as the operator has")]
 pub fn attention_backward<'py>(
     py: Python<'py>,
     results: ResultTuple<'py>,
@@ -112,6 +123,7 @@ pub fn attention_backward<'py>(
     deterministic: bool,
     needs_dbias: bool,
     needs_dsinks: bool,
+    given: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)>,
 ) -> PyResult<GradientTuple<'py>> {
     let torch = Torch::get(py)?;
     let tensors = inputs(tensors);
@@ -126,8 +138,10 @@ pub fn attention_backward<'py>(
     })?;
     let like = |argument, raw: &RawTensor| reader.empty(argument, raw.layout.dtype(), raw.layout.shape());
     let forward = &inputs.forward;
-    let ((dq, raw_dq), (dk, raw_dk)) = (like("dq", &forward.q)?, like("dk", &forward.k)?);
-    let (dv, raw_dv) = like("dv", &forward.v)?;
+    let ((dq, raw_dq), (dk, raw_dk), (dv, raw_dv)) = match given {
+        None => (like("dq", &forward.q)?, like("dk", &forward.k)?, like("dv", &forward.v)?),
+        Some((dq, dk, dv)) => (reader.given("dq", dq)?, reader.given("dk", dk)?, reader.given("dv", dv)?),
+    };
     let optional = |argument, raw: &Option<RawTensor>, wanted: bool| {
         raw.as_ref().filter(|_| wanted).map(|raw| like(argument, raw)).transpose().map(Option::unzip)
     };

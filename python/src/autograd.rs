@@ -26,7 +26,7 @@ pub fn attend<'py>(
         let arguments = (options, q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k);
         return differentiable.call1(arguments)?.extract().map(Some);
     }
-    attention::attention(py, tensors, &options).map(Some)
+    attention::attention(py, tensors, &options, None).map(Some)
 }
 
 /// Whether a gradient of one of them is wanted.
@@ -60,7 +60,7 @@ pub fn forward<'py>(
     cu_seqlens_k: Optional<'py>,
 ) -> PyResult<Outputs<'py>> {
     let tensors = (q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k);
-    let (out, softmax_lse) = attention::attention(py, tensors.clone(), options.get())?;
+    let (out, softmax_lse) = attention::attention(py, tensors.clone(), options.get(), None)?;
     let (q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k) = tensors;
     let optional: [Optional; OPTIONAL] = [bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k];
     let present = optional.each_ref().map(Option::is_some);
@@ -139,6 +139,7 @@ pub fn backward<'py>(
         deterministic,
         needs_dbias,
         needs_dsinks,
+        None,
     )?;
     Ok(Some((None, dq, dk, dv, dbias, None, None, dsinks, None, None)))
 }

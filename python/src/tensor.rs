@@ -83,7 +83,15 @@ impl<'a, 'py> Reader<'a, 'py> {
         dtype: DType,
         shape: &[usize],
     ) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
-        let tensor = self.torch.empty(self.first.1, self.device, dtype, shape)?;
+        self.given(argument, self.torch.empty(self.first.1, self.device, dtype, shape)?)
+    }
+
+    /// A tensor that is to be written, and where it is.
+    pub fn given(
+        &self,
+        argument: &'static str,
+        tensor: Bound<'py, PyAny>,
+    ) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
         let raw = self.tensor(argument, &tensor)?;
         Ok((tensor, raw))
     }

@@ -1,6 +1,6 @@
 """Attention, with all that scores and masks may take."""
 
-from typing import Any, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Optional, Tuple, TypedDict, Union, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,41 @@ from ferroflash._arguments import (
     refuse,
     window,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Literal, Unpack
+
+
+class Options(TypedDict, total=False):
+    """What `attention` takes besides Q, K, V and `return_lse`."""
+
+    bias: Optional[Tensor]
+    mask: Optional[Tensor]
+    alibi_slopes: Optional[Tensor]
+    sinks: Optional[Tensor]
+    cu_seqlens_q: Optional[Tensor]
+    cu_seqlens_k: Optional[Tensor]
+    max_seqlen_q: Optional[int]
+    max_seqlen_k: Optional[int]
+    softmax_scale: Optional[float]
+    causal: bool
+    window_size: Tuple[Optional[int], Optional[int]]
+    softcap: Optional[float]
+    dropout_p: float
+    deterministic: bool
+    allow_tf32: bool
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: "Literal[False]" = False, **options: "Unpack[Options]"
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: "Literal[True]", **options: "Unpack[Options]"
+) -> Tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -91,7 +126,7 @@ def attention(
     return (out, softmax_lse) if return_lse else out
 
 
-def attend(tensors: _ops.Inputs, numbers: Tuple[Any, ...]) -> Tuple[Tensor, Tensor]:
+def attend(tensors: "_core.Inputs", numbers: Tuple[Any, ...]) -> Tuple[Tensor, Tensor]:
     """O and LSE. The numbers are the longest lengths, softmax_scale, causal, window_size, softcap, dropout_p,
     deterministic and allow_tf32 of `attention`."""
     outputs = None
@@ -125,22 +160,19 @@ def _attend_checked(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         check_device(name, x, q)
-    for name, x in (
+    optional: Tuple[Tuple[str, Optional[Tensor]], ...] = (
         ("bias", bias),
         ("mask", mask),
         ("alibi_slopes", alibi_slopes),
         ("sinks", sinks),
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
-    ):
-        check_optional_tensor(name, x)
-        check_device(name, x, q)
-    for name, x in (
-        ("causal", causal),
-        ("deterministic", deterministic),
-        ("allow_tf32", allow_tf32),
-    ):
-        check_flag(name, x)
+    )
+    for name, tensor in optional:
+        check_optional_tensor(name, tensor)
+        check_device(name, tensor, q)
+    for name, flag in (("causal", causal), ("deterministic", deterministic), ("allow_tf32", allow_tf32)):
+        check_flag(name, flag)
     softmax_scale = optional_number("softmax_scale", softmax_scale)
     softcap = optional_number("softcap", softcap)
     dropout_p = number("dropout_p", dropout_p)

@@ -112,9 +112,7 @@ def flash_attn_with_kvcache(
     return (out, softmax_lse) if return_softmax_lse else out
 
 
-def _check_indices(
-    name: str, x: Any, q: Tensor, dtypes: Tuple[torch.dtype, ...] = (torch.int32, torch.int64)
-) -> None:
+def _check_indices(name: str, x: Any, q: Tensor, dtypes: Tuple[torch.dtype, ...] = (torch.int32, torch.int64)) -> None:
     """Checks that this is a whole number for each sequence of Q, or None."""
     check_optional_tensor(name, x)
     check_device(name, x, q)
@@ -136,12 +134,13 @@ def _append(
     batch: int,
 ) -> int:
     """Writes new keys and values behind those in the cache. How many."""
-    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+    for name, x in (("k", k), ("v", v)):
         check_tensor(name, x, 4, _NEW)
+    assert k is not None and v is not None
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         check_device(name, x, cache)
         if x.dtype != cache.dtype:
             raise TypeError(f"{name}: dtype {x.dtype}; allowed: {cache.dtype}, as of the cache")
-    assert k is not None and v is not None
     new = k.shape[1]
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         allowed = (batch, new, *cache.shape[2:])

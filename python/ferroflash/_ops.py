@@ -8,10 +8,10 @@ kernel. So where nobody listens `attention` takes the same functions without it.
 """
 
 from functools import partial
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, are_deterministic_algorithms_enabled
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
@@ -28,19 +28,6 @@ _OPTIONS = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, bool causal, SymInt? window_left, "
     "SymInt? window_right, float? softcap, float dropout_p, bool deterministic, bool allow_tf32"
 )
-
-# Q, K, V, bias, mask, slopes, sinks, and where sequences begin.
-Inputs = Tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-    Optional[Tensor],
-]
 
 _library = torch.library.Library("ferroflash", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -62,7 +49,7 @@ def _options(arguments: Tuple[Any, ...]) -> "_core.Options":
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         refuse("dropout_p", numbers[7], "0 in a CUDA graph, which would drop the same elements in every replay")
     seed, offset = rng_state.tolist()
-    return _core.Options(*numbers, (seed, offset))
+    return _core.Options(*numbers, rng_state=(seed, offset))
 
 
 def _outputs(q: Tensor, v: Tensor, varlen: bool) -> Tuple[Tensor, Tensor]:
@@ -102,7 +89,7 @@ def _gradients(
 def _attention_backward(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     results, inputs, needs = arguments[:4], arguments[4:-2], arguments[-2:]
     # As torch's own backward passes, asked when it runs.
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = are_deterministic_algorithms_enabled()
     gradients = _core.attention_backward(results, inputs[:9], _options(inputs), deterministic, *needs)
     dq, dk, dv, dbias, dsinks = gradients
     dbias = dq.new_empty(0) if dbias is None else dbias
@@ -178,7 +165,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         # A graph of the gradients is to hold the operator, which refuses to be differentiated.
         if not torch.is_grad_enabled() and is_unobserved():
-            gradients = _core.backward(ctx, dout, dlse, torch.are_deterministic_algorithms_enabled())
+            gradients = _core.backward(ctx, dout, dlse, are_deterministic_algorithms_enabled())
             if gradients is not None:
                 return gradients
         (out, softmax_lse), tensors = _core.saved(ctx)
@@ -260,7 +247,7 @@ def _differentiate_softmax(ctx: Any, dy: Tensor) -> Tuple[Tensor, None]:
     return torch.ops.aten._softmax_backward_data(dy, y, y.dim() - 1, y.dtype), None
 
 
-for _name, _run, _fake, _map in [
+_operators: "List[Tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]" = [
     ("attention", _attention, _attention_fake, partial(_vmap.attention, attention)),
     (
         "attention_backward",
@@ -269,7 +256,8 @@ for _name, _run, _fake, _map in [
         partial(_vmap.attention_backward, attention_backward),
     ),
     ("softmax", _softmax, _softmax_fake, partial(_vmap.softmax, torch.ops.ferroflash.softmax)),
-]:
+]
+for _name, _run, _fake, _map in _operators:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
     torch.library.register_fake(f"ferroflash::{_name}", _fake, lib=_library)

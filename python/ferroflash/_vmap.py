@@ -1,7 +1,7 @@
 """`torch.vmap` of the operators: attention has a batch already, of which what is mapped over becomes a part.
 
-Where that cannot be one call runs after the other: dropout, whose mask depends on the place in the batch, and sinks that
-differ or whose gradients do, since a call has one for each head.
+Where that cannot be, one call runs after the other: dropout, whose mask depends on the place in the batch, and sinks
+that differ or whose gradients do, since a call has one for each head.
 
 Each rule takes the operator itself, which it calls below what is mapped over.
 """
@@ -19,7 +19,9 @@ Operator = Callable[..., Tuple[Tensor, ...]]
 class _Fold:
     """Makes what is mapped over `times` times part of the batch."""
 
-    def __init__(self, times: int, q: Tensor, q_dim: Optional[int], cu_seqlens: Optional[Tensor], cu_dim: Optional[int]):
+    def __init__(
+        self, times: int, q: Tensor, q_dim: Optional[int], cu_seqlens: Optional[Tensor], cu_dim: Optional[int]
+    ):
         self.times = times
         self.varlen = cu_seqlens is not None
         of_cu = None if cu_seqlens is None else self.first(cu_seqlens, cu_dim)
@@ -42,7 +44,7 @@ class _Fold:
         return x.movedim(0, 1).flatten(1, 2) if self.varlen else x.flatten(0, 1)
 
     def scores(self, x: Optional[Tensor], dim: Optional[int], whole: bool = False) -> Optional[Tensor]:
-        """Of (batch, nheads, seqlen_q, seqlen_k), where one that is the same for all stays so, unless asked for whole."""
+        """Of (batch, nheads, seqlen_q, seqlen_k); what is the same for all stays so, unless it is asked for whole."""
         if x is None or (dim is None and x.shape[0] == 1 and not whole):
             return x
         x = self.first(x, dim)
@@ -100,9 +102,7 @@ def attention(operator: Operator, info: Any, dims: Dims, *arguments: Any) -> Tup
     return (fold.unfolded(out), fold.unfolded_rows(softmax_lse)), (0, 0)
 
 
-def attention_backward(
-    operator: Operator, info: Any, dims: Dims, *arguments: Any
-) -> Tuple[Tuple[Tensor, ...], Dims]:
+def attention_backward(operator: Operator, info: Any, dims: Dims, *arguments: Any) -> Tuple[Tuple[Tensor, ...], Dims]:
     """The rule for `attention_backward`."""
     (dout, dlse, out, softmax_lse), given = arguments[:4], arguments[4 : 4 + _TENSORS]
     numbers, (needs_dbias, needs_dsinks) = arguments[4 + _TENSORS : -2], arguments[-2:]

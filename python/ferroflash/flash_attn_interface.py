@@ -175,7 +175,8 @@ def _unpacked(name: str, packed: Any, parts: int, dimensions: str) -> "tuple[Ten
     check_tensor(name, packed, dimensions.count(",") + 1, dimensions)
     if packed.shape[-3] != parts:
         refuse(name, f"{packed.shape[-3]} parts", f"{parts}: {dimensions}")
-    return packed.unbind(-3)
+    unpacked: Tuple[Tensor, ...] = packed.unbind(-3)
+    return unpacked
 
 
 def _result(

@@ -63,7 +63,13 @@ impl Allocator {
     }
 
     /// A contiguous tensor, not yet written. None where PyTorch refuses, or for what it is not asked for.
-    pub fn empty<'py>(&self, py: Python<'py>, dtype: DType, device: Device, shape: &[usize]) -> Option<Bound<'py, PyAny>> {
+    pub fn empty<'py>(
+        &self,
+        py: Python<'py>,
+        dtype: DType,
+        device: Device,
+        shape: &[usize],
+    ) -> Option<Bound<'py, PyAny>> {
         let dtype = match dtype {
             DType::F32 => self.f32,
             DType::F16 => self.f16,

@@ -30,6 +30,13 @@ fn devices() -> PyResult<Vec<Gpu>> {
     }
 }
 
+/// Whether the PyTorch that is loaded describes its tensors, and allocates them, without a call into Python.
+#[pyfunction]
+fn shortcuts(py: Python) -> PyResult<(bool, bool)> {
+    let torch = torch::Torch::get(py)?;
+    Ok((torch.exchange.is_some(), torch.allocator.is_some()))
+}
+
 /// What the package calls; not for others.
 #[pymodule]
 fn _core(module: &Bound<PyModule>) -> PyResult<()> {
@@ -42,5 +49,6 @@ fn _core(module: &Bound<PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(autograd::saved, module)?)?;
     module.add_function(wrap_pyfunction!(autograd::backward, module)?)?;
     module.add_function(wrap_pyfunction!(softmax::softmax, module)?)?;
+    module.add_function(wrap_pyfunction!(shortcuts, module)?)?;
     module.add_function(wrap_pyfunction!(devices, module)?)
 }

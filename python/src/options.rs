@@ -21,7 +21,7 @@ impl Options {
     #[new]
     #[pyo3(signature = (
         max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic,
-        allow_tf32, rng_state = (0, 0)
+        allow_tf32, *, rng_state = (0, 0)
     ))]
     #[expect(clippy::too_many_arguments, reason = "as many as the operator has")]
     fn new(
@@ -106,18 +106,8 @@ impl Options {
 }
 
 /// The numbers of the operator, in its order.
-type Numbers = (
-    Option<usize>,
-    Option<usize>,
-    Option<f64>,
-    bool,
-    Option<usize>,
-    Option<usize>,
-    Option<f64>,
-    f64,
-    bool,
-    bool,
-);
+type Numbers =
+    (Option<usize>, Option<usize>, Option<f64>, bool, Option<usize>, Option<usize>, Option<f64>, f64, bool, bool);
 
 /// Whether kernels can read tensors as they are.
 fn are_plain(torch: &Torch, tensors: &InputTuple) -> PyResult<bool> {

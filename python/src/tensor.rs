@@ -87,11 +87,7 @@ impl<'a, 'py> Reader<'a, 'py> {
     }
 
     /// A tensor that is to be written, and where it is.
-    pub fn given(
-        &self,
-        argument: &'static str,
-        tensor: Bound<'py, PyAny>,
-    ) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
+    pub fn given(&self, argument: &'static str, tensor: Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
         let raw = self.tensor(argument, &tensor)?;
         Ok((tensor, raw))
     }

@@ -29,7 +29,7 @@ pub struct Torch {
     zeros_like: Py<PyAny>,
     is_grad_enabled: Py<PyAny>,
     /// How it allocates without Python, if it does.
-    allocator: Option<Allocator>,
+    pub allocator: Option<Allocator>,
     /// How it describes tensors without Python, if it does.
     pub exchange: Option<Exchange>,
 }

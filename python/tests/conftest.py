@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ferroflash import _ops
+
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
@@ -21,7 +23,7 @@ def poisoned(monkeypatch):
 
     It is where algorithms are to be deterministic; those of ferroflash are to be so only in the tests of that.
     """
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(_ops, "are_deterministic_algorithms_enabled", lambda: False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -111,7 +111,7 @@ def test_flash_attn_func_is_fast_too(device, calls):
 
 
 def test_deterministic_algorithms_are_asked_for_when_it_is_time(device, calls, monkeypatch):
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", torch._C._get_deterministic_algorithms)
+    monkeypatch.setattr(_ops, "are_deterministic_algorithms_enabled", torch.are_deterministic_algorithms_enabled)
     torch.use_deterministic_algorithms(False)
     out = attention(*leaves(device))
     torch.use_deterministic_algorithms(True)
@@ -122,7 +122,7 @@ def test_deterministic_algorithms_are_asked_for_when_it_is_time(device, calls, m
 
 
 def test_cuda_is_deterministic_where_torch_is_to_be(cuda, monkeypatch):
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", torch._C._get_deterministic_algorithms)
+    monkeypatch.setattr(_ops, "are_deterministic_algorithms_enabled", torch.are_deterministic_algorithms_enabled)
     shape = (1, 4096, 4, 64)
     tensors = [torch.randn(shape, device=cuda, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     dout = torch.randn(shape, device=cuda, dtype=torch.bfloat16)
@@ -218,10 +218,13 @@ from ferroflash import attention
 x = [torch.randn(2, 9, 4, 16, requires_grad=True) for _ in range(3)]
 out = attention(*x, causal=True)
 out.sum().backward()
+from ferroflash import _core
+assert _core.shortcuts()[0] == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 print(out.sum().item(), *(y.grad.norm().item() for y in x))
 """
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this torch is such a one")
+    assert _core.shortcuts() == (True, True)
     figures = []
     for text in (program, program.replace("del torch.Tensor.__dlpack_c_exchange_api__", "")):
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)

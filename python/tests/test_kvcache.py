@@ -69,7 +69,8 @@ def test_sequences_have_lengths_of_their_own(device, name, seqlen_q, appended):
             for x, y in zip(grown, (k, v)):
                 x[i, n : n + seqlen_q] = y[i]
     seqlens = torch.tensor(before, dtype=torch.int32, device=device)
-    found = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=seqlens, return_softmax_lse=True, **options)
+    given = {**options, "cache_seqlens": seqlens, "return_softmax_lse": True}
+    found = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **given)
     assert torch.equal(k_cache, grown[0]) and torch.equal(v_cache, grown[1])
     assert_right(found, one_by_one(q, *grown, after, **options))
 

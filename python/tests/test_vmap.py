@@ -59,8 +59,9 @@ def test_any_tensor_may_be_mapped_over_any_dimension(device, dims):
 def test_what_scores_take_may_be_mapped_too(device, name, shape, dim):
     x = torch.rand(shape if dim is None else (TIMES, *shape), device=device)
     x = x > 0.3 if name == "mask" else x
-    assert_mapped(lambda q, k, v, x: with_lse(q, k, v, **{name: x}), (0, 0, None, dim), *qkv(device, TIMES)[:2],
-                  qkv(device)[2], x)
+    assert_mapped(
+        lambda q, k, v, x: with_lse(q, k, v, **{name: x}), (0, 0, None, dim), *qkv(device, TIMES)[:2], qkv(device)[2], x
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "bias", "sinks"])

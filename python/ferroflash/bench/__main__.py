@@ -11,11 +11,11 @@ import json
 import random
 import statistics
 import sys
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 
-from ferroflash import __version__
+from ferroflash import __version__, _core
 from ferroflash.bench import overhead, page
 from ferroflash.bench.measure import call, flops, megabytes, milliseconds, relative_error
 from ferroflash.bench.peers import PEERS, Attention
@@ -75,10 +75,12 @@ def measured(
     dtype, device = getattr(torch, chosen.dtype), chosen.device
     shape = [problem[name] for name in ("batch", "seqlen", "nheads", "headdim")]
     q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-    calls, rows = {}, []
+    calls: Dict[str, Callable[[], object]] = {}
+    rows: List[Dict[str, Any]] = []
     for name, attention in peers.items():
-        row = {"name": name, "direction": direction, "causal": causal, **problem, "milliseconds": None, "tflops": None}
-        rows.append({**row, "megabytes": None, "relative_error": None, "refused": None})
+        row: Dict[str, Any] = {"name": name, "direction": direction, "causal": causal, **problem}
+        unknown = ("milliseconds", "tflops", "megabytes", "relative_error", "refused")
+        rows.append({**row, **dict.fromkeys(unknown)})
         try:
             run = call(attention, (q, k, v), causal, direction == "backward")
             rows[-1]["megabytes"] = megabytes(run, device)
@@ -125,6 +127,8 @@ def report_overhead(chosen: argparse.Namespace, about: str) -> None:
     """Measures and prints what a call costs."""
     print(about)
     print(overhead.__doc__.partition("\n\n")[2] if overhead.__doc__ else "")
+    for what, is_so in zip(("read", "allocated"), _core.shortcuts()):
+        print(f"tensors are {what} {'in C' if is_so else 'through Python: this torch has no function for it in C'}")
     figures = overhead.measured(chosen.device, chosen.rounds, overhead.CALLS if chosen.device == "cuda" else 20)
     overhead.table(figures)
     if chosen.json:

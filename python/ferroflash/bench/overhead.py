@@ -4,14 +4,16 @@ Each figure is of a call of attention on tensors so small that the time is that 
 package, and the driver's launches. The device computes behind it; on the CPU its time is in the figures.
 
 Forward is without gradients; forward + backward is a call and `torch.autograd.grad` of it. Replay is the time from one
-replay of a CUDA graph of the same to the next, which the device takes too. Medians over rounds, in each of which all take
-turns in another order; each has its tensors in the layout that it takes, and PyTorch's backends are chosen beforehand.
+replay of a CUDA graph of the same to the next, which the device takes too. Medians over rounds, in each of which all
+take turns in another order; each has its tensors in the layout that it takes, and PyTorch's backends are chosen
+beforehand.
 """
 
 import contextlib
 import random
 import statistics
 import time
+from functools import partial
 from typing import Any, Callable, ContextManager, Dict, List, Tuple
 
 import torch
@@ -118,18 +120,17 @@ def measured(device: str, rounds: int, calls: int = CALLS) -> "Dict[str, Dict[st
                 for what, run in runs(attention, heads_first, device).items():
                     for _ in range(20):
                         run()
-                    timers.append((name, what, choice, lambda run=run: microseconds(run, device, calls)))
+                    timers.append((name, what, choice, partial(microseconds, run, device, calls)))
                     if device == "cuda":
-                        replay = captured(run)
-                        timer = lambda replay=replay: replay_microseconds(replay, calls)  # noqa: E731
+                        timer = partial(replay_microseconds, captured(run), calls)
                         timers.append((name, f"{what}, replay", choice, timer))
         except RuntimeError as error:
             print(f"{name}: {str(error).splitlines()[0]}")
     times: "Dict[str, Dict[str, List[float]]]" = {}
     for _ in range(rounds):
-        for name, what, choice, timer in random.sample(timers, len(timers)):
+        for name, what, choice, measure in random.sample(timers, len(timers)):
             with choice():
-                times.setdefault(name, {}).setdefault(what, []).append(timer())
+                times.setdefault(name, {}).setdefault(what, []).append(measure())
     order = list(attentions(device))
     return {
         name: {what: statistics.median(of) for what, of in times[name].items()}

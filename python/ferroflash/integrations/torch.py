@@ -6,8 +6,8 @@
     ferroflash.integrations.torch.register()
     activate_flash_attention_impl("ferroflash")
 
-Then every call that PyTorch gives to its flash backend on CUDA, which it chooses as before, is computed by the kernels of
-this project, and `torch.nn.attention.varlen` too. `restore_flash_attention_impl()` gives PyTorch its own back.
+Then every call that PyTorch gives to its flash backend on CUDA, which it chooses as before, is computed by the kernels
+of this project, and `torch.nn.attention.varlen` too. `restore_flash_attention_impl()` gives PyTorch its own back.
 """
 
 from typing import Any, Optional, Tuple
@@ -58,10 +58,13 @@ class Override:
 
 
 def _options(
-    max_q: Any, max_k: Any, scale: Optional[float], is_causal: bool, left: Optional[int], right: Optional[int]
+    lengths: Tuple[Optional[int], Optional[int]],
+    scale: Optional[float],
+    is_causal: bool,
+    window: Tuple[Optional[int], Optional[int]],
 ) -> "_core.Options":
-    left, right = (None if side is None or side < 0 else side for side in (left, right))
-    return _core.Options(max_q, max_k, scale, is_causal, left, right, None, 0.0, False, False)
+    left, right = (None if side is None or side < 0 else side for side in window)
+    return _core.Options(*lengths, scale, is_causal, left, right, None, 0.0, False, False)
 
 
 def _tensors(q: Tensor, k: Tensor, v: Tensor, cum_seq_q: Optional[Tensor], cum_seq_k: Optional[Tensor]) -> Any:
@@ -107,7 +110,7 @@ def _forward(
         if x is not None:
             refuse(name, "given", "None while ferroflash stands in for torch's flash attention")
     lengths = (None, None) if cum_seq_q is None else (max_q, max_k)
-    options = _options(*lengths, scale, is_causal, window_size_left, window_size_right)
+    options = _options(lengths, scale, is_causal, (window_size_left, window_size_right))
     tensors, out = _tensors(query, key, value, cum_seq_q, cum_seq_k), torch.empty_like(query)
     _, softmax_lse = _core.attention(tensors, options, out)
     return (out, softmax_lse, *_no_state(query))
@@ -136,7 +139,7 @@ def _backward(
     """`aten::_flash_attention_backward`."""
     _check(dropout_p, False)
     lengths = (None, None) if cum_seq_q is None else (max_q, max_k)
-    options = _options(*lengths, scale, is_causal, window_size_left, window_size_right)
+    options = _options(lengths, scale, is_causal, (window_size_left, window_size_right))
     tensors = _tensors(query, key, value, cum_seq_q, cum_seq_k)
     gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     results = (grad_out, None, out, logsumexp)
@@ -162,8 +165,9 @@ def _scaled_dot_product(
 ) -> Tuple[Any, ...]:
     """`aten::_scaled_dot_product_flash_attention`, of (batch, nheads, seqlen, headdim)."""
     lengths = (query.shape[2], key.shape[2])
-    rest = (None, None, *lengths, dropout_p, is_causal, return_debug_mask)
-    out, softmax_lse, *state = _forward(*_transposed(query, key, value), *rest, scale=scale)
+    q, k, v = _transposed(query, key, value)
+    rest = (*lengths, dropout_p, is_causal, return_debug_mask)
+    out, softmax_lse, *state = _forward(q, k, v, None, None, *rest, scale=scale)
     return (out.transpose(1, 2), softmax_lse, None, None, *lengths, *state)
 
 
@@ -186,6 +190,6 @@ def _scaled_dot_product_backward(
     scale: Optional[float] = None,
 ) -> Tuple[Tensor, ...]:
     """`aten::_scaled_dot_product_flash_attention_backward`."""
-    tensors = _transposed(grad_out, query, key, value, out)
-    rest = (logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset)
-    return _transposed(*_backward(*tensors, *rest, scale=scale))
+    dout, q, k, v, o = _transposed(grad_out, query, key, value, out)
+    rest = (max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset)
+    return _transposed(*_backward(dout, q, k, v, o, logsumexp, cum_seq_q, cum_seq_k, *rest, scale=scale))

@@ -171,7 +171,8 @@ class _Attention(torch.autograd.Function):
         (out, softmax_lse), tensors = _core.saved(ctx)
         state = ctx.options.rng_state()
         rng_state = None if state is None else torch.tensor(state)
-        needs = (ctx.needs_input_grad[4], ctx.needs_input_grad[7])
+        needs_input_grad = (*ctx.needs_input_grad, *[False] * 6)
+        needs = (needs_input_grad[4], needs_input_grad[7])
         results, inputs = (dout, dlse, out, softmax_lse), (*tensors, rng_state, *ctx.options.numbers())
         dq, dk, dv, dbias, dsinks = _backward_observed(results, inputs, needs)
         return None, dq, dk, dv, dbias, None, None, dsinks, None, None

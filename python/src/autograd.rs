@@ -22,9 +22,14 @@ pub fn attend<'py>(
     let torch = Torch::get(py)?;
     let Some(options) = Options::of_plain(torch, &tensors, &numbers)? else { return Ok(None) };
     if torch.is_grad_enabled(py)? && needs_gradient(torch, &tensors)? {
-        let (q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k) = tensors;
-        let arguments = (options, q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k);
-        return differentiable.call1(arguments)?.extract().map(Some);
+        // Each argument of a Function costs time.
+        let outputs = match tensors {
+            (q, k, v, None, None, None, None, None, None) => differentiable.call1((options, q, k, v)),
+            (q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k) => {
+                differentiable.call1((options, q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k))
+            }
+        };
+        return outputs?.extract().map(Some);
     }
     attention::attention(py, tensors, &options, None).map(Some)
 }
@@ -44,6 +49,10 @@ const OPTIONAL: usize = 6;
 
 /// The Function's forward pass: O and LSE. What the backward pass takes is kept in `ctx`.
 #[pyfunction]
+#[pyo3(signature = (
+    ctx, options, q, k, v, bias = None, mask = None, alibi_slopes = None, sinks = None, cu_seqlens_q = None,
+    cu_seqlens_k = None
+))]
 #[expect(clippy::too_many_arguments, reason = "as many as the Function has")]
 pub fn forward<'py>(
     py: Python<'py>,
@@ -94,7 +103,7 @@ pub fn saved<'py>(ctx: &Bound<'py, PyAny>) -> PyResult<(Outputs<'py>, InputTuple
     Ok((outputs, (q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)))
 }
 
-/// The gradients of the arguments of `forward` after `ctx`.
+/// The gradients of the arguments of `forward` after `ctx`. Beyond the arguments that there were autograd takes none.
 type Gradients<'py> = (
     Optional<'py>,
     Bound<'py, PyAny>,

@@ -101,6 +101,19 @@ impl Call {
     /// [`Error::Stride`] for outputs that overlap themselves and for gaps where there may be none;
     /// [`Error::Unsupported`] if the kernel cannot run this problem.
     pub fn new(arguments: &Arguments) -> Result<Self> {
+        Self::planned(arguments, None)
+    }
+
+    /// The same for one device, which is cheaper: kernels are chosen once, and the workspace is no larger than they need
+    /// there. On another device its kernels run if they can.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn for_device(arguments: &Arguments, device: &Device) -> Result<Self> {
+        Self::planned(arguments, Some(device.target()))
+    }
+
+    fn planned(arguments: &Arguments, target: Option<Target>) -> Result<Self> {
         let Arguments { inputs, out, softmax_lse, options, kernel } = arguments;
         let problem = Problem::of(&inputs.map(|_, tensor| &tensor.layout), None, options)?;
         problem.check_outputs(&out.layout, None)?;
@@ -111,7 +124,7 @@ impl Call {
         softmax_lse.check_contiguous("softmax_lse")?;
         let attention = parameters::attention(&problem, inputs, out, softmax_lse.address);
         let (kernel, access) = (*kernel, Access::of(inputs, out));
-        let plans = Plans::new(kernel, |target| Plan::new(&problem, access, kernel, target))?;
+        let plans = Plans::new(kernel, target, |target| Plan::new(&problem, access, kernel, target))?;
         Ok(Call { problem, plans, attention })
     }
 
@@ -128,7 +141,8 @@ impl Call {
         self.plans.on(device.target()).map(Plan::algorithm)
     }
 
-    /// Device memory that the kernels work in on any device, in bytes; none for FlashAttention-2 and -3.
+    /// Device memory that the kernels work in on any device that the call was made for, in bytes; none for
+    /// FlashAttention-2 and -3.
     pub fn workspace_bytes(&self) -> u64 {
         self.plans.workspace_bytes()
     }
@@ -349,6 +363,20 @@ mod tests {
         let strides_of_0 = "flash3: no kernel of f16 and headdim 64 for strides of 0 or of 2^40 bytes and more";
         assert_eq!(broadcast.plans.newest.refused, [strides_of_0]);
         assert_eq!(on(&call(|a| a.options.softcap = Some(9.0)), Target::HOPPER).as_deref(), Ok("flash2"));
+    }
+
+    #[test]
+    fn a_call_for_one_gpu_has_one_plan() {
+        let on = |planned_for, target| {
+            let call = Call::planned(&arguments(), Some(planned_for)).expect("valid");
+            call.plans.on(target).map(Plan::algorithm).map_err(|error| error.to_string())
+        };
+        assert_eq!(on(Target::HOPPER, Target::HOPPER).as_deref(), Ok("flash3"));
+        assert_eq!(on(Target::OLDEST, Target::OLDEST).as_deref(), Ok("flash2"));
+        assert_eq!(on(Target::OLDEST, Target::HOPPER).as_deref(), Ok("flash2"));
+        let refused = on(Target::HOPPER, Target::OLDEST).expect_err("no Hopper");
+        let expected = "no auto kernel on the cuda backend for this problem: flash3: runs on sm_90, not on sm_80";
+        assert_eq!(refused, expected);
     }
 
     #[test]

@@ -8,6 +8,7 @@ cores.
   of different lengths, and the LSE with its gradient.
 - `flash_attn_func` and the others: the functions of flash_attn 2.8, with its names, defaults, layouts and results.
 - `softmax`: by the online or the two-pass kernel.
+- `ferroflash.integrations.torch.register()`: for `torch.nn.attention.activate_flash_attention_impl("ferroflash")`.
 - `ferroflash.integrations.transformers.register()`: `attn_implementation="ferro"` for Hugging Face models.
 
 Nothing of torch is imported before one of these is used, and nothing of it is changed.
@@ -20,6 +21,7 @@ from ferroflash._core import __version__
 
 if TYPE_CHECKING:
     from ferroflash._attention import attention
+    from ferroflash._kvcache import flash_attn_with_kvcache
     from ferroflash._softmax import softmax
     from ferroflash.flash_attn_interface import (
         flash_attn_func,
@@ -39,6 +41,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "softmax",
 ]
 
@@ -47,7 +50,8 @@ def __getattr__(name: str) -> Any:
     """The functions, each imported with torch when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'ferroflash' has no attribute {name!r}")
-    home = {"attention": "_attention", "softmax": "_softmax"}.get(name, "flash_attn_interface")
+    homes = {"attention": "_attention", "flash_attn_with_kvcache": "_kvcache", "softmax": "_softmax"}
+    home = homes.get(name, "flash_attn_interface")
     try:
         value = getattr(importlib.import_module(f"ferroflash.{home}"), name)
     except ModuleNotFoundError as error:

@@ -3,9 +3,12 @@
 How shapes, strides and numbers go together the Rust side checks, once for every caller.
 """
 
-from typing import Any, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, Tuple
 
 import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard
 
 
 def refuse(name: str, found: Any, allowed: str) -> NoReturn:
@@ -48,7 +51,8 @@ def number(name: str, x: Any) -> float:
     """A number that is not a bool."""
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         refuse_type(name, x, "a number")
-    return x if isinstance(x, (float, torch.SymFloat)) else float(x)
+    value: float = x if isinstance(x, (float, torch.SymFloat)) else float(x)  # type: ignore[assignment]
+    return value
 
 
 def optional_number(name: str, x: Any) -> Optional[float]:
@@ -56,7 +60,7 @@ def optional_number(name: str, x: Any) -> Optional[float]:
     return None if x is None else number(name, x)
 
 
-def is_int(x: Any) -> bool:
+def is_int(x: Any) -> "TypeGuard[int]":
     """Whether this is a whole number: of Python, or one that a tracer stands in for."""
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
 

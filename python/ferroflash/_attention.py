@@ -1,11 +1,12 @@
 """Attention, with all that scores and masks may take."""
 
-from typing import Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Optional, Tuple, TypedDict, Union, overload
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
-from ferroflash import _ops
+from ferroflash import _core, _ops
 from ferroflash._arguments import (
     check_device,
     check_flag,
@@ -17,6 +18,41 @@ from ferroflash._arguments import (
     refuse,
     window,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Literal, Unpack
+
+
+class Options(TypedDict, total=False):
+    """What `attention` takes besides Q, K, V and `return_lse`."""
+
+    bias: Optional[Tensor]
+    mask: Optional[Tensor]
+    alibi_slopes: Optional[Tensor]
+    sinks: Optional[Tensor]
+    cu_seqlens_q: Optional[Tensor]
+    cu_seqlens_k: Optional[Tensor]
+    max_seqlen_q: Optional[int]
+    max_seqlen_k: Optional[int]
+    softmax_scale: Optional[float]
+    causal: bool
+    window_size: Tuple[Optional[int], Optional[int]]
+    softcap: Optional[float]
+    dropout_p: float
+    deterministic: bool
+    allow_tf32: bool
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: "Literal[False]" = False, **options: "Unpack[Options]"
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: "Literal[True]", **options: "Unpack[Options]"
+) -> Tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -82,26 +118,61 @@ def attention(
 
     Source: FlashAttention (2205.14135), FlashAttention-2 (2307.08691).
     """
+    if return_lse is not True and return_lse is not False:
+        check_flag("return_lse", return_lse)
+    tensors = (q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap)
+    out, softmax_lse = attend(tensors, (*numbers, dropout_p, deterministic, allow_tf32))
+    return (out, softmax_lse) if return_lse else out
+
+
+def attend(tensors: "_core.Inputs", numbers: Tuple[Any, ...]) -> Tuple[Tensor, Tensor]:
+    """O and LSE. The numbers are the longest lengths, softmax_scale, causal, window_size, softcap, dropout_p,
+    deterministic and allow_tf32 of `attention`."""
+    outputs = None
+    if _ops.is_unobserved() and not _is_any_autocast_enabled():
+        # A call that nothing has to be done for goes no further.
+        outputs = _core.attend(tensors, numbers, _ops.differentiable)
+    return _attend_checked(*tensors, *numbers) if outputs is None else outputs
+
+
+def _attend_checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    alibi_slopes: Optional[Tensor],
+    sinks: Optional[Tensor],
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    max_seqlen_q: Optional[int],
+    max_seqlen_k: Optional[int],
+    softmax_scale: Optional[float],
+    causal: bool,
+    window_size: Tuple[Optional[int], Optional[int]],
+    softcap: Optional[float],
+    dropout_p: float,
+    deterministic: bool,
+    allow_tf32: bool,
+) -> Tuple[Tensor, Tensor]:
+    """The same of any arguments: checks each, and casts and expands tensors as kernels read them."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         check_device(name, x, q)
-    for name, x in (
+    optional: Tuple[Tuple[str, Optional[Tensor]], ...] = (
         ("bias", bias),
         ("mask", mask),
         ("alibi_slopes", alibi_slopes),
         ("sinks", sinks),
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
-    ):
-        check_optional_tensor(name, x)
-        check_device(name, x, q)
-    for name, x in (
-        ("causal", causal),
-        ("deterministic", deterministic),
-        ("allow_tf32", allow_tf32),
-        ("return_lse", return_lse),
-    ):
-        check_flag(name, x)
+    )
+    for name, tensor in optional:
+        check_optional_tensor(name, tensor)
+        check_device(name, tensor, q)
+    for name, flag in (("causal", causal), ("deterministic", deterministic), ("allow_tf32", allow_tf32)):
+        check_flag(name, flag)
     softmax_scale = optional_number("softmax_scale", softmax_scale)
     softcap = optional_number("softcap", softcap)
     dropout_p = number("dropout_p", dropout_p)
@@ -125,11 +196,7 @@ def attention(
         mask = _over_all_keys(mask, k, max_seqlen_k if cu_seqlens_k is not None else None)
     if sinks is not None:
         sinks = sinks.float()
-    rng_state = None
-    if dropout_p > 0:
-        # In host memory, so that nobody waits for the device to read it.
-        rng_state = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device="cpu")
-    out, softmax_lse = _ops.attention(
+    return _ops.attention(
         q,
         k,
         v,
@@ -139,7 +206,7 @@ def attention(
         sinks,
         cu_seqlens_q,
         cu_seqlens_k,
-        rng_state,
+        _rng_state(dropout_p),
         max_seqlen_q,
         max_seqlen_k,
         softmax_scale,
@@ -151,7 +218,14 @@ def attention(
         deterministic,
         allow_tf32,
     )
-    return (out, softmax_lse) if return_lse else out
+
+
+def _rng_state(dropout_p: float) -> Optional[Tensor]:
+    """Seed and offset of dropout, if there is any."""
+    if dropout_p <= 0:
+        return None
+    # In host memory, so that nobody waits for the device to read it.
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device="cpu")
 
 
 def _over_all_keys(scores: Tensor, k: Tensor, longest: Optional[int]) -> Tensor:

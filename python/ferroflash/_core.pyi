@@ -1,53 +1,61 @@
-from typing import List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
-import torch
+from torch import Tensor
 
-_Inputs = Tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    Optional[torch.Tensor],
-    Optional[torch.Tensor],
-    Optional[torch.Tensor],
-    Optional[torch.Tensor],
-    Optional[torch.Tensor],
-    Optional[torch.Tensor],
+# Q, K, V, bias, mask, slopes, sinks, and where sequences begin.
+Inputs = Tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
+    Optional[Tensor],
 ]
-_Options = Tuple[
-    Optional[int],
-    Optional[int],
-    Optional[float],
-    bool,
-    Optional[int],
-    Optional[int],
-    Optional[float],
-    float,
-    Tuple[int, int],
-    bool,
-    bool,
-]
-_Place = Optional[Tuple[int, int]]
-
-class _Allocate:
-    def __call__(self, size: int) -> torch.Tensor: ...
+Outputs = Tuple[Tensor, Tensor]
+# dO, dLSE, O and LSE.
+Results = Tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]
+Gradients = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
 
 __version__: str
 
-def attention(
-    tensors: _Inputs,
-    out: torch.Tensor,
-    softmax_lse: torch.Tensor,
-    options: _Options,
-    place: _Place,
-    allocate: _Allocate,
-) -> None: ...
+class Options:
+    def __new__(
+        cls,
+        max_seqlen_q: Optional[int],
+        max_seqlen_k: Optional[int],
+        softmax_scale: Optional[float],
+        causal: bool,
+        window_left: Optional[int],
+        window_right: Optional[int],
+        softcap: Optional[float],
+        dropout_p: float,
+        deterministic: bool,
+        allow_tf32: bool,
+        *,
+        rng_state: Tuple[int, int] = (0, 0),
+    ) -> Options: ...
+    def numbers(self) -> Tuple[Any, ...]: ...
+    def rng_state(self) -> Optional[Tuple[int, int]]: ...
+
+def attend(tensors: Inputs, numbers: Tuple[Any, ...], differentiable: Callable[..., Outputs]) -> Optional[Outputs]: ...
+def forward(ctx: Any, options: Options, *tensors: Optional[Tensor]) -> Outputs: ...
+def saved(ctx: Any) -> Tuple[Outputs, Inputs]: ...
+def backward(
+    ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor], deterministic: bool
+) -> Optional[Tuple[Optional[Tensor], ...]]: ...
+def attention(tensors: Inputs, options: Options, out: Optional[Tensor] = None) -> Outputs: ...
 def attention_backward(
-    tensors: _Inputs,
-    results: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor]],
-    gradients: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]],
-    options: _Options,
-    place: _Place,
-    allocate: _Allocate,
-) -> None: ...
-def softmax(x: torch.Tensor, y: torch.Tensor, method: str, place: _Place) -> None: ...
+    results: Results,
+    tensors: Inputs,
+    options: Options,
+    deterministic: bool,
+    needs_dbias: bool,
+    needs_dsinks: bool,
+    given: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
+) -> Gradients: ...
+def softmax(x: Tensor, method: str) -> Tensor: ...
+def shortcuts() -> Tuple[bool, bool]: ...
 def devices() -> List[Tuple[str, Tuple[int, int], int]]: ...

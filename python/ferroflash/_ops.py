@@ -4,15 +4,20 @@ Each allocates what it returns, and what it works in, from torch's allocator, an
 device. None synchronises, so that CUDA graphs can capture them. Tracers see their shapes through fake implementations.
 
 Operators that are written in Python go through torch's dispatcher several times, which takes longer than a small
-kernel. So `attention` takes the same functions without it where nobody listens.
+kernel. So where nobody listens `attention` takes the same functions without it.
 """
 
+from functools import partial
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, are_deterministic_algorithms_enabled
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from ferroflash import _core
+from ferroflash import _core, _vmap
 from ferroflash._arguments import check_tensor, refuse
 
 _INPUTS = (
@@ -35,44 +40,16 @@ _library.define(
 _library.define("softmax(Tensor x, str method) -> Tensor", tags=_tags)
 
 
-def _place(x: Tensor) -> Optional[Tuple[int, int]]:
-    """The device and torch's current stream there; None for the CPU."""
-    if not x.is_cuda:
-        return None
-    # The stream alone, without an object for it, as torch's own compiler asks for it.
-    return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
-
-
-def _allocate_beside(x: Tensor) -> Callable[[int], Tensor]:
-    """A function that allocates bytes where x is."""
-    return lambda size: torch.empty(size, dtype=torch.uint8, device=x.device)
-
-
-def _with_rows(x: Optional[Tensor]) -> Optional[Tensor]:
-    """The tensor with its last dimension contiguous, as kernels need it: itself, or a copy."""
-    if x is None or x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1:
-        return x
-    return x.contiguous()
-
-
-def _options(
-    rng_state: Optional[Tensor],
-    max_seqlen_q: Optional[int],
-    max_seqlen_k: Optional[int],
-    softmax_scale: Optional[float],
-    causal: bool,
-    window_left: Optional[int],
-    window_right: Optional[int],
-    softcap: Optional[float],
-    dropout_p: float,
-    deterministic: bool,
-    allow_tf32: bool,
-) -> Tuple[Any, ...]:
-    """The numbers of a call, as the Rust side takes them."""
-    seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
-    window = (window_left, window_right)
-    numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, *window, softcap, dropout_p)
-    return (*numbers, (seed, offset), deterministic, allow_tf32)
+def _options(arguments: Tuple[Any, ...]) -> "_core.Options":
+    """The numbers of a call of an operator with these inputs, of which the first is Q and the tenth the seed and the
+    offset of dropout, if there is any."""
+    q, rng_state, numbers = arguments[0], arguments[9], arguments[10:]
+    if rng_state is None:
+        return _core.Options(*numbers)
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        refuse("dropout_p", numbers[7], "0 in a CUDA graph, which would drop the same elements in every replay")
+    seed, offset = rng_state.tolist()
+    return _core.Options(*numbers, rng_state=(seed, offset))
 
 
 def _outputs(q: Tensor, v: Tensor, varlen: bool) -> Tuple[Tensor, Tensor]:
@@ -86,27 +63,8 @@ def _outputs(q: Tensor, v: Tensor, varlen: bool) -> Tuple[Tensor, Tensor]:
     return out, q.new_empty(rows, dtype=torch.float32)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    sinks: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    rng_state: Optional[Tensor],
-    *options: Any,
-) -> Tuple[Tensor, Tensor]:
-    out, softmax_lse = _outputs(q, v, cu_seqlens_q is not None)
-    place = _place(q)
-    if rng_state is not None and place is not None and torch.cuda.is_current_stream_capturing():
-        refuse("dropout_p", options[7], "0 in a CUDA graph, which would drop the same elements in every replay")
-    optional = (bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    tensors = tuple(_with_rows(x) for x in (q, k, v, *optional))
-    _core.attention(tensors, out, softmax_lse, _options(rng_state, *options), place, _allocate_beside(q))
-    return out, softmax_lse
+def _attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
+    return _core.attention(arguments[:9], _options(arguments))
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tuple[Tensor, Tensor]:
@@ -128,33 +86,15 @@ def _gradients(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
 
 
-def _attention_backward(
-    dout: Optional[Tensor],
-    dlse: Optional[Tensor],
-    out: Tensor,
-    softmax_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Optional[Tensor],
-    mask: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    sinks: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    rng_state: Optional[Tensor],
-    *options: Any,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *options, needs_dbias, needs_dsinks = options
-    gradients = _gradients(q, k, v, bias, sinks, needs_dbias, needs_dsinks)
+def _attention_backward(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results, inputs, needs = arguments[:4], arguments[4:-2], arguments[-2:]
+    # As torch's own backward passes, asked when it runs.
+    deterministic = are_deterministic_algorithms_enabled()
+    gradients = _core.attention_backward(results, inputs[:9], _options(inputs), deterministic, *needs)
     dq, dk, dv, dbias, dsinks = gradients
-    optional = (bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    tensors = tuple(_with_rows(x) for x in (q, k, v, *optional))
-    dout = torch.zeros_like(out) if dout is None else _with_rows(dout)
-    results = (_with_rows(out), softmax_lse.contiguous(), dout, None if dlse is None else dlse.contiguous())
-    wanted = (dq, dk, dv, dbias if needs_dbias else None, dsinks if needs_dsinks else None)
-    _core.attention_backward(tensors, results, wanted, _options(rng_state, *options), _place(q), _allocate_beside(q))
-    return gradients
+    dbias = dq.new_empty(0) if dbias is None else dbias
+    dsinks = dq.new_empty(0, dtype=torch.float32) if dsinks is None else dsinks
+    return dq, dk, dv, dbias, dsinks
 
 
 def _attention_backward_fake(
@@ -170,20 +110,46 @@ def _attention_backward_fake(
     return _gradients(q, k, v, rest[0], rest[3], rest[-2], rest[-1])
 
 
-def _is_unobserved(*tensors: Optional[Tensor]) -> bool:
-    """Whether no compiler, mode, transform or subclass of tensors has to see an operator."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
-        return False
-    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+def is_unobserved() -> bool:
+    """Whether no compiler, tracer, mode, transform, profiler or dual level has to see an operator."""
+    # The compiler takes the first for true, and looks no further.
+    return not (
+        is_compiling()
+        or _is_tracing()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
 
 
 def attention(*arguments: Any) -> Tuple[Tensor, Tensor]:
     """The operator `attention`: O and LSE, differentiable."""
-    if _is_unobserved(*arguments[:_TENSORS]):
-        return _Attention.apply(*arguments)
+    if is_unobserved() and all(map(_is_own, arguments[:9])):
+        return differentiable(_options(arguments), *arguments[:9])
+    if not is_compiling() and _are_functorch_transforms_active():
+        return _Transformed.apply(*arguments)
+    if not is_compiling() and any(map(_has_tangent, arguments[:9])):
+        raise RuntimeError("ferroflash has no forward-mode derivatives: attention has no jvp")
     return torch.ops.ferroflash.attention(*arguments)
+
+
+def attention_backward(*arguments: Any) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator `attention_backward`."""
+    if not is_compiling() and _are_functorch_transforms_active():
+        return _TransformedBackward.apply(*arguments)
+    return torch.ops.ferroflash.attention_backward(*arguments)
+
+
+def _is_own(x: Optional[Tensor]) -> bool:
+    """Whether this is a tensor of torch's own type, and no negated view, which the dispatcher would copy."""
+    return x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg())
+
+
+def _has_tangent(x: Optional[Tensor]) -> bool:
+    """Whether this has a gradient of forward mode, which an operator would forget."""
+    return forward_ad._current_level >= 0 and x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 _TENSORS = 10
@@ -193,46 +159,79 @@ _NUMBERS = 10
 class _Attention(torch.autograd.Function):
     """What the operators and their registrations do, in one step."""
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tuple[Tensor, Tensor]:
-        output = _attention(*arguments)
-        _keep(ctx, arguments, output)
-        return output
+    forward = staticmethod(_core.forward)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        return _differentiate(ctx, *gradients)
+    def backward(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        # A graph of the gradients is to hold the operator, which refuses to be differentiated.
+        if not torch.is_grad_enabled() and is_unobserved():
+            gradients = _core.backward(ctx, dout, dlse, are_deterministic_algorithms_enabled())
+            if gradients is not None:
+                return gradients
+        (out, softmax_lse), tensors = _core.saved(ctx)
+        state = ctx.options.rng_state()
+        rng_state = None if state is None else torch.tensor(state)
+        needs_input_grad = (*ctx.needs_input_grad, *[False] * 6)
+        needs = (needs_input_grad[4], needs_input_grad[7])
+        results, inputs = (dout, dlse, out, softmax_lse), (*tensors, rng_state, *ctx.options.numbers())
+        dq, dk, dv, dbias, dsinks = _backward_observed(results, inputs, needs)
+        return None, dq, dk, dv, dbias, None, None, dsinks, None, None
+
+
+# `_Attention.apply`, without its question for transforms, of which there are none while `is_unobserved`.
+differentiable = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attention)
 
 
 def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
-    """Keeps for the backward pass what it takes."""
+    """Keeps for the backward pass of the operator what it takes."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS:]
 
 
 def _differentiate(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-    """The gradients of all arguments."""
-    needs_dbias, needs_dsinks = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
-    arguments = (dout, dlse, *ctx.saved_tensors, *ctx.options, needs_dbias, needs_dsinks)
-    # A graph of the gradients is to hold the operator, which refuses to be differentiated.
-    is_alone = not torch.is_grad_enabled() and _is_unobserved(*arguments[: 4 + _TENSORS])
-    run = _attention_backward if is_alone else torch.ops.ferroflash.attention_backward
-    dq, dk, dv, dbias, dsinks = run(*arguments)
-    of_inputs: List[Optional[Tensor]] = [dq, dk, dv, dbias if needs_dbias else None, None, None]
-    of_inputs += [dsinks if needs_dsinks else None, None, None, None]
-    return (*of_inputs, *[None] * _NUMBERS)
+    """The gradients of all arguments of the operator."""
+    out, softmax_lse, *inputs = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[3], ctx.needs_input_grad[6])
+    dq, dk, dv, dbias, dsinks = _backward_observed((dout, dlse, out, softmax_lse), (*inputs, *ctx.options), needs)
+    return dq, dk, dv, dbias, None, None, dsinks, None, None, None, *[None] * _NUMBERS
+
+
+def _backward_observed(
+    results: Tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor],
+    inputs: Tuple[Any, ...],
+    needs: Tuple[bool, bool],
+) -> "_core.Gradients":
+    """The gradients, by the operator."""
+    dq, dk, dv, dbias, dsinks = attention_backward(*results, *inputs, *needs)
+    needs_dbias, needs_dsinks = needs
+    return dq, dk, dv, dbias if needs_dbias else None, dsinks if needs_dsinks else None
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("ferroflash has no second derivatives: the backward pass of attention cannot be differentiated")
 
 
+class _Transformed(torch.autograd.Function):
+    """The operator `attention` under transforms of `torch.func`, which take no other formulas of gradients."""
+
+    forward = staticmethod(attention)
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_differentiate)
+    vmap = staticmethod(partial(_vmap.attention, attention))
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The operator `attention_backward`, likewise."""
+
+    forward = staticmethod(attention_backward)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_refuse_double_backward)
+    vmap = staticmethod(partial(_vmap.attention_backward, attention_backward))
+
+
 def _softmax(x: Tensor, method: str) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _core.softmax(x, y, method, _place(x))
-    return y
+    return _core.softmax(x, method)
 
 
 def _softmax_fake(x: Tensor, method: str) -> Tensor:
@@ -249,14 +248,22 @@ def _differentiate_softmax(ctx: Any, dy: Tensor) -> Tuple[Tensor, None]:
     return torch.ops.aten._softmax_backward_data(dy, y, y.dim() - 1, y.dtype), None
 
 
-for _name, _run, _fake in [
-    ("attention", _attention, _attention_fake),
-    ("attention_backward", _attention_backward, _attention_backward_fake),
-    ("softmax", _softmax, _softmax_fake),
-]:
+_operators: "List[Tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]" = [
+    ("attention", _attention, _attention_fake, partial(_vmap.attention, attention)),
+    (
+        "attention_backward",
+        _attention_backward,
+        _attention_backward_fake,
+        partial(_vmap.attention_backward, attention_backward),
+    ),
+    ("softmax", _softmax, _softmax_fake, partial(_vmap.softmax, torch.ops.ferroflash.softmax)),
+]
+for _name, _run, _fake, _map in _operators:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
     torch.library.register_fake(f"ferroflash::{_name}", _fake, lib=_library)
+    if hasattr(torch.library, "register_vmap"):
+        torch.library.register_vmap(f"ferroflash::{_name}", _map, lib=_library)
 
 torch.library.register_autograd("ferroflash::attention", _differentiate, setup_context=_keep, lib=_library)
 torch.library.register_autograd("ferroflash::attention_backward", _refuse_double_backward, lib=_library)

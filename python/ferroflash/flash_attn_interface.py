@@ -10,7 +10,8 @@ from typing import Any, Optional, Tuple, Union
 from torch import Tensor
 
 from ferroflash._arguments import check_flag, check_tensor, number, refuse
-from ferroflash._attention import attention
+from ferroflash._attention import attend
+from ferroflash._kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 
 Window = Tuple[int, int]
 Result = Union[Tensor, Tuple[Tensor, Tensor, Tensor]]
@@ -110,7 +111,7 @@ def flash_attn_varlen_func(
         refuse("block_table", "a tensor", "None: paged caches are not supported")
     sequences = _sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return _result(q, k, v, *numbers, **sequences)
+    return _result(q, k, v, *numbers, *sequences)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -133,7 +134,7 @@ def flash_attn_varlen_kvpacked_func(
     k, v = _unpacked("kv", kv, 2, "(total_k, 2, nheads_k, headdim)")
     sequences = _sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return _result(q, k, v, *numbers, **sequences)
+    return _result(q, k, v, *numbers, *sequences)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -156,22 +157,17 @@ def flash_attn_varlen_qkvpacked_func(
         refuse("max_seqlen", None, "a whole number")
     sequences = _sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return _result(q, k, v, *numbers, **sequences)
+    return _result(q, k, v, *numbers, *sequences)
 
 
-def _sequences(cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any) -> "dict[str, Any]":
+def _sequences(cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any) -> Tuple[Any, ...]:
     """Where sequences begin, none of which may be left out."""
     check_tensor("cu_seqlens_q", cu_seqlens_q)
     check_tensor("cu_seqlens_k", cu_seqlens_k)
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is None:
             refuse(name, None, "a whole number")
-    return {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-    }
+    return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 
 
 def _unpacked(name: str, packed: Any, parts: int, dimensions: str) -> "tuple[Tensor, ...]":
@@ -179,7 +175,8 @@ def _unpacked(name: str, packed: Any, parts: int, dimensions: str) -> "tuple[Ten
     check_tensor(name, packed, dimensions.count(",") + 1, dimensions)
     if packed.shape[-3] != parts:
         refuse(name, f"{packed.shape[-3]} parts", f"{parts}: {dimensions}")
-    return packed.unbind(-3)
+    unpacked: Tuple[Tensor, ...] = packed.unbind(-3)
+    return unpacked
 
 
 def _result(
@@ -194,24 +191,18 @@ def _result(
     alibi_slopes: Any,
     deterministic: Any,
     return_attn_probs: Any,
-    **sequences: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
 ) -> Result:
-    check_flag("return_attn_probs", return_attn_probs)
+    if return_attn_probs is not True and return_attn_probs is not False:
+        check_flag("return_attn_probs", return_attn_probs)
     softcap, dropout_p = number("softcap", softcap), number("dropout_p", dropout_p)
     if return_attn_probs and dropout_p > 0:
         refuse("return_attn_probs", f"True with dropout_p {dropout_p}", "False: the probabilities are never in memory")
-    out, softmax_lse = attention(
-        q,
-        k,
-        v,
-        **sequences,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=None if softcap == 0 else softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        return_lse=True,
-    )
+    tensors = (q, k, v, None, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
+    softcap = None if softcap == 0 else softcap
+    numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p, deterministic, False)
+    out, softmax_lse = attend(tensors, numbers)
     return (out, softmax_lse, out.new_empty(0)) if return_attn_probs else out

@@ -7,6 +7,7 @@ dtype (three times for gradients with a softcap), and 1e-5; that of the LSE 1e-5
 import argparse
 import math
 import sys
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
@@ -55,8 +56,8 @@ def worst(tensors: List[Tensor], options: Options) -> Tuple[float, str]:
     wide = {name: x.double() if name in ("bias", "sinks") else x for name, x in options.items()}
     exact = results(reference, [x.double() for x in tensors], wide)
     dtype = tensors[0].dtype
-    plain = results(lambda *x, **o: reference(*x, dtype=dtype, **o), tensors, options)
-    found = results(lambda *x, **o: attention(*x, **o, return_lse=True), tensors, options)
+    plain = results(partial(reference, dtype=dtype), tensors, options)
+    found = results(lambda *x, **o: attention(*x, return_lse=True, **o), tensors, options)
     parts = []
     for name, x in found.items():
         times = 3 if "softcap" in options and name.startswith("d") else 2

@@ -1,43 +1,46 @@
 //! Where a call runs.
+use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use ferroflash::cuda::Device;
+use ferroflash::cuda;
 use ferroflash::raw::Stream;
 use pyo3::prelude::*;
 
 use crate::error::exception;
+use crate::torch::Torch;
 
-/// A CUDA device and one of its streams, as Python passes them: two numbers.
-#[derive(FromPyObject)]
-pub struct Place(u32, usize);
+/// A device of PyTorch's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Cuda(u32),
+    /// One that nothing here runs on.
+    Other,
+}
+
+/// A CUDA device, which runs kernels, and PyTorch's current stream there.
+pub struct Place {
+    pub device: &'static cuda::Device,
+    stream: *mut c_void,
+}
 
 impl Place {
-    /// The device, which must run kernels.
-    pub fn device(&self) -> PyResult<&'static Device> {
-        Device::get(self.0).map_err(exception)
+    /// Of CUDA device `ordinal`.
+    pub fn new(py: Python, torch: &Torch, ordinal: u32) -> PyResult<Self> {
+        let stream = match &torch.exchange {
+            Some(exchange) => exchange.current_stream(py, ordinal)?,
+            None => null_mut::<u8>().with_addr(torch.current_stream(py, ordinal)?).cast(),
+        };
+        Ok(Place { device: cuda::Device::get(ordinal).map_err(exception)?, stream })
     }
 
     /// The stream.
     pub fn stream(&self) -> Stream {
-        null_mut::<u8>().with_addr(self.1).cast()
+        self.stream
     }
 }
 
-/// Device memory to work in, of torch's allocator.
-pub struct Workspace<'py> {
-    /// Kept until the launches are on the stream: what is freed after that is used again only after them.
-    tensor: Option<Bound<'py, PyAny>>,
-}
-
-impl<'py> Workspace<'py> {
-    /// Memory of so many bytes, from `allocate`, a function of their number that returns a tensor.
-    pub fn new(allocate: &Bound<'py, PyAny>, bytes: u64) -> PyResult<Self> {
-        let tensor = if bytes == 0 { None } else { Some(allocate.call1((bytes,))?) };
-        Ok(Workspace { tensor })
-    }
-
-    /// Its address.
-    pub fn address(&self) -> PyResult<u64> {
-        self.tensor.as_ref().map_or(Ok(0), |tensor| tensor.call_method0("data_ptr")?.extract())
-    }
-}
+// SAFETY: a handle, which the driver lets any thread use. It leaves its thread nowhere: `Python::detach` asks for it.
+unsafe impl Send for Place {}
+// SAFETY: likewise.
+unsafe impl Sync for Place {}

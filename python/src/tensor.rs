@@ -1,62 +1,144 @@
-//! PyTorch's tensors, without its headers: what their methods say of where they are and how they lie.
+//! PyTorch's tensors, without its headers: where they are and how they lie.
 use std::slice;
 
 use cuda_std::DType;
 use ferroflash::raw::RawTensor;
 use ferroflash::{Datum, Layout, TensorMut, TensorRef};
 use half::{bf16, f16};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
+use pyo3::pybacked::PyBackedStr;
 
 use crate::error::exception;
+use crate::place::Device;
+use crate::torch::Torch;
 
 /// A tensor that is not there yet, or none.
 pub type Optional<'py> = Option<Bound<'py, PyAny>>;
 
-/// The dtypes that both sides have, by the names of their attributes in torch.
-const DTYPES: [(&str, DType); 6] = [
-    ("float32", DType::F32),
-    ("float16", DType::F16),
-    ("bfloat16", DType::BF16),
-    ("int32", DType::I32),
-    ("uint8", DType::U8),
-    ("bool", DType::U8),
-];
+/// Reads the tensors of a call, which are all on one device.
+pub struct Reader<'a, 'py> {
+    torch: &'a Torch,
+    /// The first one, and its name.
+    first: (&'static str, &'a Bound<'py, PyAny>),
+    device: Device,
+    /// Copies of tensors that kernels cannot read as they lie, kept until the launches are on the stream: what is freed
+    /// after that is used again only after them.
+    copies: Vec<Bound<'py, PyAny>>,
+}
 
-/// Where a tensor is, its dtype, shape and strides.
-///
-/// # Errors
-/// `TypeError` for what is no tensor or has another dtype, `ValueError` for one on another device than `device`; both
-/// with the name of the argument.
-pub fn read(argument: &'static str, tensor: &Bound<PyAny>, device: &Bound<PyAny>) -> PyResult<RawTensor> {
-    let py = tensor.py();
-    let found = tensor.getattr(intern!(py, "device"))?;
-    if !found.eq(device)? {
-        let message = format!("{argument}: on device {found}; allowed: {device}, where q is");
-        return Err(PyValueError::new_err(message));
+impl<'a, 'py> Reader<'a, 'py> {
+    /// For tensors on the device of the first one.
+    ///
+    /// # Errors
+    /// `ValueError` for a device that nothing here runs on, and those of [`tensor`](Self::tensor).
+    pub fn new(torch: &'a Torch, argument: &'static str, tensor: &'a Bound<'py, PyAny>) -> PyResult<Self> {
+        let (_, device) = read(argument, tensor, torch)?;
+        if device == Device::Other {
+            let found = tensor.getattr("device")?;
+            return Err(PyValueError::new_err(format!("{argument}: on device {found}; allowed: cpu, cuda")));
+        }
+        Ok(Reader { torch, first: (argument, tensor), device, copies: Vec::new() })
     }
-    let dtype = dtype(argument, &tensor.getattr(intern!(py, "dtype"))?)?;
+
+    /// Where the tensors are.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The address of a tensor, its dtype, shape and strides.
+    ///
+    /// # Errors
+    /// `TypeError` for what is no tensor or has another dtype than kernels have, `ValueError` for one on another device
+    /// than the first one; both with the name of the argument.
+    pub fn tensor(&self, argument: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<RawTensor> {
+        let (raw, device) = read(argument, tensor, self.torch)?;
+        if device == self.device {
+            return Ok(raw);
+        }
+        let (first, of_first) = self.first;
+        let (found, allowed) = (tensor.getattr("device")?, of_first.getattr("device")?);
+        Err(PyValueError::new_err(format!("{argument}: on device {found}; allowed: {allowed}, where {first} is")))
+    }
+
+    /// The same of a tensor whose last dimension kernels read as contiguous, or of such a copy of it.
+    pub fn rows(&mut self, argument: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<RawTensor> {
+        let has_rows = |layout: &Layout| match (layout.shape().last(), layout.strides().last()) {
+            (Some(&extent), Some(&stride)) => extent <= 1 || stride == 1,
+            _ => true,
+        };
+        self.or_copied(argument, tensor, has_rows)
+    }
+
+    /// The same of a tensor without gaps, or of such a copy of it.
+    pub fn contiguous(&mut self, argument: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<RawTensor> {
+        self.or_copied(argument, tensor, Layout::is_contiguous)
+    }
+
+    /// A contiguous tensor, not yet written, and where it is.
+    pub fn empty(
+        &self,
+        argument: &'static str,
+        dtype: DType,
+        shape: &[usize],
+    ) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
+        self.given(argument, self.torch.empty(self.first.1, self.device, dtype, shape)?)
+    }
+
+    /// A tensor that is to be written, and where it is.
+    pub fn given(&self, argument: &'static str, tensor: Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
+        let raw = self.tensor(argument, &tensor)?;
+        Ok((tensor, raw))
+    }
+
+    fn or_copied(
+        &mut self,
+        argument: &'static str,
+        tensor: &Bound<'py, PyAny>,
+        is_readable: impl Fn(&Layout) -> bool,
+    ) -> PyResult<RawTensor> {
+        let raw = self.tensor(argument, tensor)?;
+        if is_readable(&raw.layout) {
+            return Ok(raw);
+        }
+        let copy = tensor.call_method0(intern!(tensor.py(), "contiguous"))?;
+        let raw = self.tensor(argument, &copy)?;
+        self.copies.push(copy);
+        Ok(raw)
+    }
+}
+
+/// A tensor, and where it is.
+fn read(argument: &'static str, tensor: &Bound<PyAny>, torch: &Torch) -> PyResult<(RawTensor, Device)> {
+    if let Some(exchange) = torch.exchange.as_ref().filter(|_| torch.is_own_tensor(tensor)) {
+        // What DLPack does not describe may be described below, or refused in better words.
+        if let Ok(described) = exchange.describe(tensor)
+            && let Some(dtype) = described.dtype
+        {
+            let [shape, strides] = [described.shape, described.strides]
+                .map(|extents| extents.iter().map(|&extent| extent as usize).collect::<Vec<_>>());
+            let layout = Layout::strided(dtype, &shape, &strides).map_err(exception)?;
+            return Ok((RawTensor { address: described.address, layout }, described.device));
+        }
+    }
+    let py = tensor.py();
+    let device = tensor.getattr(intern!(py, "device"))?;
+    let kind = device.getattr(intern!(py, "type"))?;
+    let device = match kind.extract::<PyBackedStr>()?.as_ref() {
+        "cpu" => Device::Cpu,
+        "cuda" => Device::Cuda(device.getattr(intern!(py, "index"))?.extract()?),
+        _ => {
+            // Such a tensor may have no address.
+            let layout = Layout::contiguous(DType::U8, &[0]).map_err(exception)?;
+            return Ok((RawTensor { address: 0, layout }, Device::Other));
+        }
+    };
+    let dtype = torch.dtype(argument, &tensor.getattr(intern!(py, "dtype"))?)?;
     let shape: Vec<usize> = tensor.getattr(intern!(py, "shape"))?.extract()?;
     let strides: Vec<usize> = tensor.call_method0(intern!(py, "stride"))?.extract()?;
     let address: u64 = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
-    Ok(RawTensor { address, layout: Layout::strided(dtype, &shape, &strides).map_err(exception)? })
-}
-
-fn dtype(argument: &str, found: &Bound<PyAny>) -> PyResult<DType> {
-    static KNOWN: PyOnceLock<Vec<(Py<PyAny>, DType)>> = PyOnceLock::new();
-    let known = KNOWN.get_or_try_init(found.py(), || {
-        let torch = found.py().import("torch")?;
-        DTYPES.iter().map(|&(name, dtype)| Ok((torch.getattr(name)?.unbind(), dtype))).collect::<PyResult<_>>()
-    })?;
-    match known.iter().find(|(known, _)| found.is(known)) {
-        Some(&(_, dtype)) => Ok(dtype),
-        None => {
-            let message = format!("{argument}: dtype {found}; allowed: torch.float32, torch.float16, torch.bfloat16");
-            Err(PyTypeError::new_err(message))
-        }
-    }
+    Ok((RawTensor { address, layout: Layout::strided(dtype, &shape, &strides).map_err(exception)? }, device))
 }
 
 /// A tensor in host memory, to be read.

@@ -33,3 +33,14 @@ def test_bench_names_what_is_bad():
     done = run("ferroflash.bench", "--peers", "nobody")
     assert done.returncode == 2
     assert "--peers: 'nobody'; allowed: ferroflash, torch flash" in done.stderr
+
+
+def test_bench_measures_what_a_call_costs(tmp_path):
+    figures = tmp_path / "figures.json"
+    done = run("ferroflash.bench", "--overhead", "--device", "cpu", "--rounds", "1", "--json", str(figures))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(figures.read_text())["microseconds"]
+    assert list(rows) == ["ferroflash.attention", "ferroflash.flash_attn_func", "torch sdpa"]
+    for row in rows.values():
+        assert set(row) == {"forward", "forward + backward"} and all(time > 0 for time in row.values())
+    assert "microseconds a call" in done.stdout

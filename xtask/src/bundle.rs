@@ -1,5 +1,6 @@
 //! The tests as a folder that runs on another machine.
-use crate::workspace;
+use crate::verdict::Verdict;
+use crate::{python, workspace};
 use anyhow::{Context, Result, bail, ensure};
 use cargo_metadata::{Artifact, Message, TargetKind};
 use clap::Args;
@@ -13,7 +14,8 @@ const RUN: &str = include_str!("bundle/run.sh");
 
 /// Collect the release build, all tests and the example inputs in a folder, to run them where there is no Rust.
 ///
-/// Copy the folder to a machine with a GPU and start its `run.sh`: it needs bash, awk, and NVIDIA's driver.
+/// Copy the folder to a machine with a GPU and start its `run.sh`: it needs bash, awk, and NVIDIA's driver; for the
+/// tests of the Python package, which are skipped without, also Python with PyTorch and pytest.
 /// Its last line counts the tests; those that found no GPU are skipped, not passed.
 #[derive(Args)]
 pub struct Options {
@@ -42,6 +44,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     for example in examples()? {
         fs::copy(&example, output.join("examples").join(example.file_name().context("a file has a name")?))?;
     }
+    python_package(&output.join("python"))?;
     let script = output.join("run.sh");
     fs::write(&script, RUN)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
@@ -54,6 +57,21 @@ pub fn command() -> Result<PathBuf> {
     let built = build(&["build", "--release", "--package", "ferroflash", "--bin", "ferroflash"])?;
     let program = built.iter().find(|artifact| !artifact.profile.test).context("cargo names no executable")?;
     Ok(executable(program)?.to_owned())
+}
+
+/// Puts the wheel of the Python package and its tests in a folder.
+fn python_package(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder.join("tests"))?;
+    if let Verdict::Skipped(reason) = python::wheel(folder)? {
+        println!("skipped: no wheel of the Python package: {reason}");
+    }
+    for test in fs::read_dir(python::tests())? {
+        let test = test?.path();
+        if test.extension().is_some_and(|extension| extension == "py") {
+            fs::copy(&test, folder.join("tests").join(test.file_name().context("a file has a name")?))?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs cargo; gives the executables that it made.

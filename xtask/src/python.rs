@@ -13,13 +13,13 @@ use crate::workspace;
 /// The oldest Python that the package is for.
 const OLDEST: (u32, u32) = (3, 9);
 
-/// Builds and tests it, and counts the tests. Skipped where there is no Python, or no network to get PyTorch from.
+/// Checks its types, builds and tests it, and counts the tests. Skipped where there is no Python, or no network to get PyTorch from.
 pub fn test() -> (Verdict, Counts) {
     let environment = match environment() {
         Ok(environment) => environment,
         Err(reason) => return (Verdict::Skipped(format!("{reason:#}")), Counts::default()),
     };
-    match build_and_test(&environment) {
+    match check_types(&environment).and_then(|()| build_and_test(&environment)) {
         Ok((true, counts)) if counts.passed > 0 => (Verdict::Passed(counts.to_string()), counts),
         Ok((_, counts)) => (Verdict::Failed(counts.to_string()), counts),
         Err(error) => (Verdict::Failed(format!("{error:#}")), Counts::default()),
@@ -45,6 +45,35 @@ fn environment() -> Result<PathBuf> {
     Ok(environment)
 }
 
+/// Whether the annotations of the package fit together, as python/pyproject.toml asks for it.
+fn check_types(environment: &Path) -> Result<()> {
+    let mut mypy = tool(environment, "python");
+    mypy.args(["-m", "mypy", "--config-file"]).arg(package().join("pyproject.toml"));
+    run(mypy.arg("--cache-dir").arg(target()?.join("mypy")).arg(package().join("ferroflash")).current_dir(target()?))
+}
+
+/// A release wheel, in an empty folder: the package with the kernels' PTX, for every CPython on this platform. Skipped
+/// where there is nothing to build it with.
+pub fn wheel(output: &Path) -> Result<Verdict> {
+    let environment = match environment() {
+        Ok(environment) => environment,
+        Err(reason) => return Ok(Verdict::Skipped(format!("{reason:#}"))),
+    };
+    build_wheel(&environment, "wheel", output)?;
+    Ok(Verdict::Passed(String::new()))
+}
+
+/// The tests of the package.
+pub fn tests() -> PathBuf {
+    package().join("tests")
+}
+
+fn build_wheel(environment: &Path, profile: &str, output: &Path) -> Result<()> {
+    let mut maturin = tool(environment, "maturin");
+    maturin.args(["build", "--quiet", "--profile", profile, "--compatibility", "linux", "--out"]).arg(output);
+    run(maturin.current_dir(package()))
+}
+
 /// A wheel of the development profile, which has compiled nearly all of it by now, and its tests. Whether pytest is
 /// content.
 fn build_and_test(environment: &Path) -> Result<(bool, Counts)> {
@@ -52,9 +81,7 @@ fn build_and_test(environment: &Path) -> Result<(bool, Counts)> {
     if wheels.exists() {
         fs::remove_dir_all(&wheels)?;
     }
-    let mut maturin = tool(environment, "maturin");
-    maturin.args(["build", "--quiet", "--profile", "dev", "--compatibility", "linux", "--out"]).arg(&wheels);
-    run(maturin.current_dir(package()))?;
+    build_wheel(environment, "dev", &wheels)?;
     let mut pip = tool(environment, "python");
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--force-reinstall"]);
     run(pip.args(fs::read_dir(&wheels)?.map(|wheel| Ok(wheel?.path())).collect::<io::Result<Vec<_>>>()?))?;
@@ -62,7 +89,7 @@ fn build_and_test(environment: &Path) -> Result<(bool, Counts)> {
     let mut pytest = tool(environment, "python");
     // From elsewhere, so that the package that is imported is the one that is installed.
     pytest.args(["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini=addopts=", "--durations=5"]);
-    pytest.arg(package().join("tests")).current_dir(target()?).stdout(Stdio::piped());
+    pytest.arg(tests()).current_dir(target()?).stdout(Stdio::piped());
     println!("$ {}", workspace::typed(&pytest));
     let mut child = pytest.spawn()?;
     let counts = count(BufReader::new(child.stdout.take().context("it is piped")?), io::stdout().lock())?;

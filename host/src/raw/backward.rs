@@ -45,6 +45,18 @@ impl BackwardCall {
     /// # Errors
     /// As [`Call::new`](super::Call::new), for these arguments.
     pub fn new(arguments: &BackwardArguments) -> Result<Self> {
+        Self::planned(arguments, None)
+    }
+
+    /// The same for one device, as [`Call::for_device`](super::Call::for_device).
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn for_device(arguments: &BackwardArguments, device: &Device) -> Result<Self> {
+        Self::planned(arguments, Some(device.target()))
+    }
+
+    fn planned(arguments: &BackwardArguments, target: Option<Target>) -> Result<Self> {
         let BackwardArguments { inputs, gradients, options, kernel } = arguments;
         let layouts = inputs.map(|_, tensor| &tensor.layout);
         let problem = Problem::of(&layouts.forward, None, options)?;
@@ -62,7 +74,7 @@ impl BackwardCall {
         gradients.dsinks.as_ref().map_or(Ok(()), |dsinks| dsinks.check_contiguous("dsinks"))?;
         let parameters = parameters::backward(&problem, inputs, gradients);
         let (kernel, optional, access) = (*kernel, Optional::of(gradients), Access::of_backward(inputs, gradients));
-        let plans = Plans::new(kernel, |target| BackwardPlan::new(&problem, optional, access, kernel, target))?;
+        let plans = Plans::new(kernel, target, |target| BackwardPlan::new(&problem, optional, access, kernel, target))?;
         Ok(BackwardCall { problem, plans, parameters })
     }
 
@@ -79,7 +91,7 @@ impl BackwardCall {
         self.plans.on(device.target()).map(BackwardPlan::algorithm)
     }
 
-    /// Device memory that the kernels work in on any device, in bytes. For each row of Q the kernels that
+    /// Device memory that the kernels work in on any device that the call was made for, in bytes. For each row of Q the kernels that
     /// [`deterministic`](AttentionOptions::deterministic) asks for keep D = rowsum(dO ∘ O) in f32; the others keep dQ too.
     pub fn workspace_bytes(&self) -> u64 {
         self.plans.workspace_bytes()

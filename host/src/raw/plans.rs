@@ -46,11 +46,14 @@ pub(super) struct Plans<P> {
 }
 
 impl<P: Planned> Plans<P> {
-    /// The plans that `choose` makes, for this kernel.
+    /// The plans that `choose` makes, for this kernel: for one machine, or without a `target` for all.
     ///
     /// # Errors
-    /// Those of `choose` for Hopper, which runs every kernel.
-    pub fn new(kernel: Kernel, choose: impl Fn(Target) -> Result<P>) -> Result<Self> {
+    /// Those of `choose` for the target, or for Hopper, which runs every kernel.
+    pub fn new(kernel: Kernel, target: Option<Target>, choose: impl Fn(Target) -> Result<P>) -> Result<Self> {
+        if let Some(target) = target {
+            return Ok(Plans { kernel, newest: choose(target)?, elsewhere: None });
+        }
         let newest = choose(Target::HOPPER)?;
         let elsewhere = if newest.is_for_hopper() { choose(Target::OLDEST).ok() } else { None };
         Ok(Plans { kernel, newest, elsewhere })

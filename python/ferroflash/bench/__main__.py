@@ -2,6 +2,8 @@
 
 All get the same inputs in one process, in another order in each round; a figure is the median over the rounds of the
 median of the repetitions. FLOPs are 4 b h s² d forward, half of it when causal, and 2.5 times that backward.
+
+With --overhead instead what a call costs the host, beside torch's scaled_dot_product_attention.
 """
 
 import argparse
@@ -9,12 +11,12 @@ import json
 import random
 import statistics
 import sys
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 
-from ferroflash import __version__
-from ferroflash.bench import page
+from ferroflash import __version__, _core
+from ferroflash.bench import overhead, page
 from ferroflash.bench.measure import call, flops, megabytes, milliseconds, relative_error
 from ferroflash.bench.peers import PEERS, Attention
 
@@ -43,6 +45,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=8)
+    parser.add_argument("--overhead", action="store_true", help="what a call costs the host, and a CUDA graph's replay")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--html", metavar="FILE", help="write a page of plots")
     chosen = parser.parse_args()
@@ -72,10 +75,12 @@ def measured(
     dtype, device = getattr(torch, chosen.dtype), chosen.device
     shape = [problem[name] for name in ("batch", "seqlen", "nheads", "headdim")]
     q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-    calls, rows = {}, []
+    calls: Dict[str, Callable[[], object]] = {}
+    rows: List[Dict[str, Any]] = []
     for name, attention in peers.items():
-        row = {"name": name, "direction": direction, "causal": causal, **problem, "milliseconds": None, "tflops": None}
-        rows.append({**row, "megabytes": None, "relative_error": None, "refused": None})
+        row: Dict[str, Any] = {"name": name, "direction": direction, "causal": causal, **problem}
+        unknown = ("milliseconds", "tflops", "megabytes", "relative_error", "refused")
+        rows.append({**row, **dict.fromkeys(unknown)})
         try:
             run = call(attention, (q, k, v), causal, direction == "backward")
             rows[-1]["megabytes"] = megabytes(run, device)
@@ -118,11 +123,27 @@ def table(rows: List[Dict[str, Any]], seqlens: List[int]) -> None:
             print(f"{name:16}{figures}   {error or own[0]['refused']}")
 
 
+def report_overhead(chosen: argparse.Namespace, about: str) -> None:
+    """Measures and prints what a call costs."""
+    print(about)
+    print(overhead.__doc__.partition("\n\n")[2] if overhead.__doc__ else "")
+    for what, is_so in zip(("read", "allocated"), _core.shortcuts()):
+        print(f"tensors are {what} {'in C' if is_so else 'through Python: this torch has no function for it in C'}")
+    figures = overhead.measured(chosen.device, chosen.rounds, overhead.CALLS if chosen.device == "cuda" else 20)
+    overhead.table(figures)
+    if chosen.json:
+        with open(chosen.json, "w", encoding="utf-8") as file:
+            json.dump({"about": about, "microseconds": figures}, file, indent=1)
+
+
 def main() -> None:
     chosen = options()
     device = torch.cuda.get_device_name() if chosen.device == "cuda" else "CPU"
-    about = f"ferroflash {__version__}, torch {torch.__version__}, {device}, {chosen.dtype}, "
-    about += f"{chosen.tokens} tokens, hidden {chosen.hidden}"
+    about = f"ferroflash {__version__}, torch {torch.__version__}, {device}"
+    if chosen.overhead:
+        report_overhead(chosen, about)
+        return
+    about += f", {chosen.dtype}, {chosen.tokens} tokens, hidden {chosen.hidden}"
     print(about)
     peers = installed(chosen.peers)
     problems = [

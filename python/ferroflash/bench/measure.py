@@ -27,8 +27,8 @@ def call(
                 return attention(*tensors, causal)
 
         return forward
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out = attention(*leaves, causal)
+    q, k, v = leaves = [x.detach().requires_grad_() for x in tensors]
+    out = attention(q, k, v, causal)
     dout = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
@@ -47,12 +47,12 @@ def milliseconds(run: Callable[[], object], device: str, repetitions: int) -> fl
     time.sleep(IDLE_SECONDS)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
     torch.cuda._sleep(SLEEP_CYCLES)
-    for begin, end in events:
-        begin.record()
+    for before, after in events:
+        before.record()
         run()
-        end.record()
+        after.record()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+    return statistics.median(before.elapsed_time(after) for before, after in events)
 
 
 def megabytes(run: Callable[[], object], device: str) -> Optional[float]:

@@ -47,7 +47,7 @@ def flex() -> Attention:
     """torch's FlexAttention, compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
     masks: Dict[Tuple[int, int], Any] = {}
 
     def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -55,7 +55,9 @@ def flex() -> Attention:
         if causal and lengths not in masks:
             masks[lengths] = create_block_mask(lambda b, h, i, j: i >= j, None, None, *lengths, device=q.device)
         mask = masks[lengths] if causal else None
-        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: Tensor = compiled(q, k, v, block_mask=mask)
+        return out.transpose(1, 2)
 
     return attention
 

@@ -107,7 +107,8 @@ def attention_forward(
     """
     if kwargs.get("output_attentions"):
         refuse("output_attentions", True, 'False: P is never in memory; attn_implementation="eager" returns it')
-    causal, window, mask, bias = False, (None, None), None, position_bias
+    causal, mask, bias = False, None, position_bias
+    window: Tuple[Optional[int], Optional[int]] = (None, None)
     q_length, kv_length = query.shape[2], key.shape[2]
     if isinstance(attention_mask, CausalMask):
         causal, window, mask = True, (attention_mask.left, None), attention_mask.padding

@@ -4,7 +4,8 @@
 #   run.sh              everything
 #   run.sh --gpu-only   only what needs a GPU: tests with `gpu` or `cuda` in their names, and `ferroflash` on it
 #
-# A test that needs a GPU is skipped where there is none. Where there is one, it fails if it cannot use it.
+# A test that needs a GPU is skipped where there is none. Where there is one, it fails if it cannot use it. The tests of
+# the Python package are skipped without PyTorch and pytest.
 set -uo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")" || exit 1
@@ -13,7 +14,7 @@ only_gpu=false
 case "${1-}" in
     "") ;;
     --gpu-only) only_gpu=true ;;
-    *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 
 export FERROFLASH_BUNDLE=$PWD FERROFLASH_EXAMPLES=$PWD/examples FERROFLASH_BIN=$PWD/ferroflash
@@ -59,6 +60,38 @@ tests() {
     ((passed += p, failed += f, skipped += s))
 }
 
+# The tests of the Python package, of a wheel that is installed beside them and nowhere else. Where torch finds no GPU they
+# skip what needs one.
+python_tests() {
+    local wheels=(python/*.whl) filter=() missing
+    echo "== python"
+    if ((${#wheels[@]} == 0)); then
+        missing="no wheel here"
+    elif ! missing=$(python3 -c 'import pip, pytest, torch' 2>&1); then
+        missing="${missing##*$'\n'}"
+    fi
+    if [[ -n $missing ]]; then
+        echo "skipped: the Python package: $missing"
+        ((skipped += 1))
+        return
+    fi
+    python3 -m pip install --quiet --no-index --no-deps --upgrade --target python/installed "${wheels[@]}"
+    if $only_gpu; then filter=(-k "cuda"); fi
+    PYTHONPATH=$PWD/python/installed timeout 1200 python3 -m pytest -q -p no:cacheprovider "${filter[@]}" python/tests \
+        2>&1 | tee "$counts"
+    local status=${PIPESTATUS[0]} line
+    line=$(grep -E '^=* ?([0-9]+ [a-z]+,? )+in [0-9.]+s' "$counts" | tail -1)
+    local p f e s
+    p=$(grep -Eo '[0-9]+ passed' <<<"$line"); f=$(grep -Eo '[0-9]+ failed' <<<"$line")
+    e=$(grep -Eo '[0-9]+ errors?' <<<"$line"); s=$(grep -Eo '[0-9]+ skipped' <<<"$line")
+    ((passed += ${p%% *} + 0, failed += ${f%% *} + 0, failed += ${e%% *} + 0, skipped += ${s%% *} + 0))
+    # Nothing collected, or the whole process gone.
+    if ((status != 0)) && [[ -z $f$e ]]; then
+        echo "python: exit status $status (124: it took more than 1200 s)"
+        ((failed += 1))
+    fi
+}
+
 # Computes attention on one file: one count.
 attention() {
     echo "== ferroflash run $*"
@@ -94,6 +127,7 @@ ferroflash() {
 for binary in tests/*; do
     tests "$binary"
 done
+python_tests
 if ! $only_gpu; then
     ferroflash cpu auto
     ferroflash simulator auto

@@ -32,8 +32,11 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', default_values = ["64", "128", "256"], value_name = "D,...")]
     headdims: Vec<Headdims>,
     /// Warpgroups of consumers, 64 query rows each
-    #[arg(long, value_delimiter = ',', default_values = ["2", "3"], value_name = "N,...")]
+    #[arg(long, value_delimiter = ',', default_values = ["2", "3", "4"], value_name = "N,...")]
     groups: Vec<u32>,
+    /// Tiles of Q that are in shared memory at once: the present one, or the next one, too
+    #[arg(long, value_delimiter = ',', default_values = ["1", "2"], value_name = "N,...")]
+    queries: Vec<u32>,
     /// Keys a block
     #[arg(long, value_delimiter = ',', default_values = ["64", "80", "96", "112", "128", "160", "176"], value_name = "N,...")]
     block_n: Vec<u32>,
@@ -68,10 +71,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         causal: &options.causal,
         dtypes: &dtypes.collect::<Vec<_>>(),
         groups: &options.groups,
+        queries: &options.queries,
         blocks_n: &options.block_n,
         stages: &options.stages,
     };
-    let variants = grid.variants()?;
+    let table = source::table(workspace::root())?;
+    let variants = grid.variants(&table)?;
     if options.list {
         variants.iter().for_each(|variant| println!("{variant}"));
         return Ok(ExitCode::SUCCESS);
@@ -79,7 +84,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     println!("{} variants", variants.len());
     let output = workspace::root().join(&options.output);
     let (build, configured) = build(&variants, &output)?;
-    let good = assess(&variants, &build, &configured, options.ptxas.as_deref())?;
+    let good = assess(&variants, &table, &build, &configured, options.ptxas.as_deref())?;
     ensure!(!good.is_empty(), "none of the variants passes the checks");
     let folder = output.join("bundle");
     write(&good, &folder)?;
@@ -111,6 +116,8 @@ fn build(variants: &[Variant], output: &Path) -> Result<(Build, BTreeMap<String,
 #[derive(Debug)]
 struct Good<'a> {
     variant: &'a Variant,
+    /// Whether the kernel's table has it.
+    in_table: bool,
     configured: &'a Configured,
     ptx: &'a str,
     /// What the assembler says, if it is there.
@@ -120,6 +127,7 @@ struct Good<'a> {
 /// Says what is wrong with variants, and gives the others.
 fn assess<'a>(
     variants: &'a [Variant],
+    table: &[Variant],
     build: &'a Build,
     configured: &'a BTreeMap<String, Configured>,
     ptxas: Option<&Path>,
@@ -144,7 +152,7 @@ fn assess<'a>(
         if usage.as_ref().is_some_and(sass::Usage::is_serialised) {
             return Ok(Err("ptxas serialises its matrix products".to_owned()));
         }
-        Ok(Ok(Good { variant, configured, ptx: &entry.ptx, usage }))
+        Ok(Ok(Good { variant, in_table: table.contains(variant), configured, ptx: &entry.ptx, usage }))
     };
     let assessed = variants.par_iter().map(assess).collect::<Result<Vec<_>>>()?;
     let mut all_good = Vec::new();
@@ -165,7 +173,7 @@ fn assess<'a>(
 impl Good<'_> {
     /// What `ferroflash tune` reads of it.
     fn json(&self) -> Value {
-        let Good { variant, configured, usage, .. } = self;
+        let Good { variant, in_table, configured, usage, .. } = self;
         json!({
             "name": variant.name(),
             "dtype": variant.dtype,
@@ -173,6 +181,7 @@ impl Good<'_> {
             "headdim_v": variant.headdims.headdim_v,
             "causal": variant.causal,
             "groups": variant.groups,
+            "queries": variant.queries,
             "stages": variant.stages,
             "block_m": configured.block_m,
             "block_n": configured.block_n,
@@ -182,7 +191,7 @@ impl Good<'_> {
             "barriers": configured.barriers,
             "registers": usage.as_ref().map(|usage| usage.registers),
             "spill_bytes": usage.as_ref().map(|usage| usage.spill_stores),
-            "in_table": grid::in_table().any(|row| row == **variant),
+            "in_table": in_table,
         })
     }
 }

@@ -1,7 +1,6 @@
-//! The configurations to try, and those that flash3's table has.
+//! The configurations to try.
 use anyhow::{Context, Result, ensure};
-use kernels::Config;
-use kernels::flash3::{FORWARD, GROUP_ROWS};
+use kernels::flash3::GROUP_ROWS;
 use std::fmt;
 use std::str::FromStr;
 
@@ -45,6 +44,8 @@ pub struct Variant {
     pub dtype: &'static str,
     /// Warpgroups of consumers.
     pub groups: u32,
+    /// Stages of Q, [`GROUP_ROWS`] rows each: as many as warpgroups, or for two tiles twice as many.
+    pub queries: u32,
     /// Keys a block.
     pub block_n: u32,
     /// Blocks of K, and of V, that are in shared memory at once.
@@ -57,13 +58,15 @@ pub struct Grid<'a> {
     pub causal: &'a [bool],
     pub dtypes: &'a [&'static str],
     pub groups: &'a [u32],
+    /// Tiles of Q in shared memory.
+    pub queries: &'a [u32],
     pub blocks_n: &'a [u32],
     pub stages: &'a [u32],
 }
 
 impl Grid<'_> {
     /// All combinations that fit a multiprocessor, and for the same problems what the table has.
-    pub fn variants(&self) -> Result<Vec<Variant>> {
+    pub fn variants(&self, table: &[Variant]) -> Result<Vec<Variant>> {
         for block_n in self.blocks_n {
             ensure!(
                 block_n.is_multiple_of(STEP) && *block_n > 0,
@@ -71,7 +74,11 @@ impl Grid<'_> {
             );
         }
         for groups in self.groups {
-            ensure!((1..=3).contains(groups), "warpgroups: {groups}; allowed: 1 to 3");
+            // `flash3::forward` knows how many registers so many may claim.
+            ensure!((2..=4).contains(groups), "warpgroups: {groups}; allowed: 2 to 4");
+        }
+        for tiles in self.queries {
+            ensure!((1..=2).contains(tiles), "tiles of Q: {tiles}; allowed: 1, 2");
         }
         ensure!(
             self.stages.iter().all(|stages| (1..=8).contains(stages)),
@@ -81,7 +88,16 @@ impl Grid<'_> {
         let mut variants = Vec::new();
         for (&headdims, &causal, &dtype) in product(self.headdims, self.causal, self.dtypes) {
             for (&groups, &block_n, &stages) in product(self.groups, self.blocks_n, self.stages) {
-                variants.push(Variant { headdims, causal, dtype, groups, block_n, stages });
+                let of = |&tiles: &u32| Variant {
+                    headdims,
+                    causal,
+                    dtype,
+                    groups,
+                    queries: tiles * groups,
+                    block_n,
+                    stages,
+                };
+                variants.extend(self.queries.iter().map(of));
             }
         }
         variants.retain(Variant::fits);
@@ -90,7 +106,7 @@ impl Grid<'_> {
                 && self.causal.contains(&variant.causal)
                 && self.dtypes.contains(&variant.dtype)
         };
-        variants.extend(in_table().filter(asked));
+        variants.extend(table.iter().copied().filter(asked));
         variants.sort();
         variants.dedup();
         ensure!(!variants.is_empty(), "no combination fits a multiprocessor");
@@ -103,62 +119,44 @@ fn product<'a, A, B, C>(a: &'a [A], b: &'a [B], c: &'a [C]) -> impl Iterator<Ite
     a.iter().flat_map(move |a| b.iter().flat_map(move |b| c.iter().map(move |c| (a, b, c))))
 }
 
-/// The configurations of flash3's table.
-pub fn in_table() -> impl Iterator<Item = Variant> {
-    FORWARD.iter().map(|kernel| Variant::of(&kernel.config))
-}
-
 impl Variant {
-    /// Of an entry point.
-    fn of(config: &Config) -> Self {
-        let Config { headdim, headdim_v, block_n, shared_bytes, .. } = *config;
-        let mut variant = Variant {
-            headdims: Headdims { headdim, headdim_v },
-            causal: config.causal == Some(true),
-            dtype: config.dtype.name(),
-            groups: config.threads / WARPGROUP - 1,
-            block_n,
-            stages: 0,
-        };
-        // The rest is Q and its barriers, which are less than a stage.
-        variant.stages = (shared_bytes - variant.shared_bytes()) / variant.stage_bytes();
-        variant
-    }
-
-    /// Bytes of a stage of K and one of V: the tiles, and of each the barriers that say that it is full or empty.
-    fn stage_bytes(&self) -> u32 {
+    /// Shared memory of a block: the stages of Q, K and V, and of each the barriers that say that it is full or empty.
+    pub fn shared_bytes(&self) -> u32 {
         let Headdims { headdim, headdim_v } = self.headdims;
-        self.block_n * (headdim + headdim_v) * ELEMENT + 4 * BARRIER
-    }
-
-    /// Shared memory of a block: that, and of each warpgroup a tile of Q.
-    fn shared_bytes(&self) -> u32 {
-        let q = GROUP_ROWS * self.headdims.headdim * ELEMENT + 2 * BARRIER;
-        self.groups * q + self.stages * self.stage_bytes()
+        let stage = |rows: u32, columns: u32| rows * columns * ELEMENT + 2 * BARRIER;
+        self.queries * stage(GROUP_ROWS, headdim)
+            + self.stages * (stage(self.block_n, headdim) + stage(self.block_n, headdim_v))
     }
 
     /// Whether a multiprocessor has the shared memory for it, and a thread the registers for S and O, which are f32.
-    fn fits(&self) -> bool {
+    pub fn fits(&self) -> bool {
         // What `flash3::forward` claims.
-        let registers = if self.groups > 2 { 160 } else { 232 };
+        let registers = match self.groups {
+            2 => 232,
+            3 => 160,
+            _ => 112,
+        };
         let accumulators = (self.block_n + self.headdims.headdim_v) * GROUP_ROWS / WARPGROUP;
         self.shared_bytes() <= SHARED_BYTES && accumulators < registers
     }
 
     /// The name of its entry point.
     pub fn name(&self) -> String {
-        let Variant { dtype, headdims: Headdims { headdim, headdim_v }, groups, block_n, stages, causal } = self;
+        let Variant { dtype, headdims: Headdims { headdim, headdim_v }, groups, queries, block_n, stages, causal } =
+            self;
         let of_v = if headdim_v == headdim { String::new() } else { format!("_v{headdim_v}") };
         let causal = if *causal { "_causal" } else { "" };
-        format!("flash3_fwd_{dtype}_d{headdim}{of_v}_{groups}x{block_n}x{stages}{causal}")
+        format!("flash3_fwd_{dtype}_d{headdim}{of_v}_{groups}x{block_n}x{stages}q{queries}{causal}")
     }
 
     /// The values of the generic parameters of `flash3::forward`, in their order.
     pub fn generics(&self) -> String {
-        let Variant { dtype, headdims: Headdims { headdim, headdim_v }, groups, block_n, stages, causal } = self;
+        let Variant { dtype, headdims: Headdims { headdim, headdim_v }, groups, queries, block_n, stages, causal } =
+            self;
         let (steps, s_columns, o_columns) = (block_n / STEP, block_n / 8, headdim_v / 8);
         format!(
-            "{dtype}, {headdim}, {headdim_v}, {groups}, {block_n}, {stages}, {steps}, {s_columns}, {o_columns}, {causal}, 0"
+            "{dtype}, {headdim}, {headdim_v}, {groups}, {queries}, {block_n}, {stages}, {steps}, {s_columns}, {o_columns}, \
+             {causal}, 0"
         )
     }
 }
@@ -175,21 +173,8 @@ mod tests {
 
     const D128: Headdims = Headdims { headdim: 128, headdim_v: 128 };
 
-    fn variant(groups: u32, block_n: u32, stages: u32) -> Variant {
-        Variant { headdims: D128, causal: false, dtype: "bf16", groups, block_n, stages }
-    }
-
-    #[test]
-    fn the_table_is_read_back() {
-        for (variant, kernel) in in_table().zip(FORWARD) {
-            assert_eq!(variant.shared_bytes(), kernel.config.shared_bytes, "{}", kernel.name);
-            assert_eq!(variant.groups * GROUP_ROWS, kernel.config.block_m, "{}", kernel.name);
-            assert!(variant.fits(), "{}", kernel.name);
-            // The table's names do not say how many stages there are.
-            let name = variant.name().replace(&format!("x{}", variant.stages), "");
-            assert_eq!(name.replace("_causal", ""), kernel.name.replace("_causal", ""));
-        }
-        assert_eq!(in_table().count(), FORWARD.len());
+    fn variant(groups: u32, queries: u32, block_n: u32, stages: u32) -> Variant {
+        Variant { headdims: D128, causal: false, dtype: "bf16", groups, queries, block_n, stages }
     }
 
     #[test]
@@ -198,16 +183,22 @@ mod tests {
             headdims: &[D128],
             causal: &[false],
             dtypes: &["bf16"],
-            groups: &[2, 3],
-            blocks_n: &[128, 176, 256],
+            groups: &[2, 3, 4],
+            queries: &[1, 2],
+            blocks_n: &[64, 96, 128, 176, 256],
             stages: &[2, 4],
         };
-        let variants = grid.variants().unwrap();
-        let now: Vec<_> = in_table().filter(|v| v.headdims == D128 && !v.causal && v.dtype == "bf16").collect();
-        assert!(!now.is_empty() && now.iter().all(|now| variants.contains(now)), "{variants:?}");
-        assert!(variants.contains(&variant(2, 128, 2)) && variants.contains(&variant(2, 176, 2)));
-        // 4 · 64 KiB of K and V; 192 registers of 160.
-        assert!(!variants.contains(&variant(2, 128, 4)) && !variants.contains(&variant(3, 256, 2)));
+        let asked = variant(3, 3, 80, 3);
+        let others = [Variant { causal: true, ..asked }, Variant { dtype: "f16", ..asked }];
+        let variants = grid.variants(&[asked, others[0], others[1], variant(2, 4, 128, 2)]).unwrap();
+        assert!(variants.contains(&asked) && !others.iter().any(|other| variants.contains(other)), "{variants:?}");
+        for fits in [variant(2, 2, 128, 2), variant(2, 4, 128, 2), variant(2, 2, 176, 2), variant(4, 4, 64, 2)] {
+            assert!(variants.contains(&fits), "{fits}");
+        }
+        // 4 · 64 KiB of K and V; 64 KiB of Q and 2 · 88 KiB of K and V; 192 registers of 160; 112 of 112.
+        for beyond in [variant(2, 2, 128, 4), variant(2, 4, 176, 2), variant(3, 3, 256, 2), variant(4, 4, 96, 2)] {
+            assert!(!variants.contains(&beyond), "{beyond}");
+        }
         let mut sorted = variants.clone();
         sorted.dedup();
         assert_eq!(sorted, variants);
@@ -215,13 +206,22 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let refused = |groups: &[u32], blocks_n: &[u32]| {
-            let headdims = &["128".parse().unwrap()];
-            let grid = Grid { headdims, causal: &[false], dtypes: &["bf16"], groups, blocks_n, stages: &[2] };
-            grid.variants().unwrap_err().to_string()
+        let refused = |groups: u32, queries: u32, block_n: u32| {
+            let grid = Grid {
+                headdims: &[D128],
+                causal: &[false],
+                dtypes: &["bf16"],
+                groups: &[groups],
+                queries: &[queries],
+                blocks_n: &[block_n],
+                stages: &[2],
+            };
+            grid.variants(&[]).unwrap_err().to_string()
         };
-        assert_eq!(refused(&[2], &[100]), "keys a block: 100; allowed: multiples of 16");
-        assert_eq!(refused(&[4], &[128]), "warpgroups: 4; allowed: 1 to 3");
+        assert_eq!(refused(2, 1, 100), "keys a block: 100; allowed: multiples of 16");
+        assert_eq!(refused(1, 1, 128), "warpgroups: 1; allowed: 2 to 4");
+        assert_eq!(refused(2, 3, 128), "tiles of Q: 3; allowed: 1, 2");
+        assert_eq!(refused(3, 1, 256), "no combination fits a multiprocessor");
         let headdims = |text: &str| text.parse::<Headdims>().map_err(|error| error.to_string());
         assert_eq!(headdims("192/128"), Ok(Headdims { headdim: 192, headdim_v: 128 }));
         assert_eq!(headdims("100").unwrap_err(), "headdim 100; allowed: multiples of 16 up to 256, as 128 or 192/128");
@@ -231,8 +231,8 @@ mod tests {
     #[test]
     fn names_and_generics() {
         let headdims = Headdims { headdim: 192, headdim_v: 128 };
-        let variant = Variant { headdims, causal: true, ..variant(2, 96, 3) };
-        assert_eq!(variant.name(), "flash3_fwd_bf16_d192_v128_2x96x3_causal");
-        assert_eq!(variant.generics(), "bf16, 192, 128, 2, 96, 3, 6, 12, 16, true, 0");
+        let variant = Variant { headdims, causal: true, ..variant(2, 4, 96, 3) };
+        assert_eq!(variant.name(), "flash3_fwd_bf16_d192_v128_2x96x3q4_causal");
+        assert_eq!(variant.generics(), "bf16, 192, 128, 2, 4, 96, 3, 6, 12, 16, true, 0");
     }
 }

@@ -1,9 +1,9 @@
-//! The sources of the variants: a copy of the kernels, in which flash3's table has a row for each of them.
+//! flash3's table, and the sources of the variants: a copy of the kernels, in which the table has a row for each of them.
 //!
 //! A copy, because the kernel's body, its shared memory and its number of barriers are then what they are, whatever is
 //! tried, and nothing in the repository changes. Only the rows of the table differ, the names of the entry points, which
 //! tell stages apart, and comments in the PTX that carry each configuration: so the copy is built for the GPU alone.
-use super::grid::Variant;
+use super::grid::{Headdims, Variant};
 use crate::artefacts::Declared;
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
@@ -17,6 +17,8 @@ const CONFIGURED: &str = "// .configured ";
 const PACKAGES: [&str; 2] = ["cuda_std", "kernels"];
 /// The file with the table.
 const TABLE: &str = "kernels/src/flash3/mod.rs";
+/// The columns of its rows.
+const COLUMNS: &str = "HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS";
 const ROOT: &str = "kernels/src/lib.rs";
 
 /// What the `config` of a variant says.
@@ -97,17 +99,74 @@ fn without_other_hopper_kernels(root: &str) -> Result<String> {
     Ok(kept.replace("#![no_std]\n", "#![no_std]\n#![allow(unused_imports)]\n"))
 }
 
-/// The table with these rows, and the configurations as comments.
-fn with_rows(text: &str, variants: &[Variant]) -> Result<String> {
+/// What is before the lists of the table's rows, the lists without their first `for T in`, and what is behind.
+fn parts(text: &str) -> Result<(&str, &str, &str)> {
     let (before, rest) = text.split_once("\n    for T in ").context("there is no `for T in` of the table")?;
     let (lists, after) =
         rest.split_once("\n    config = config,").context("there is no `config = config` of the table")?;
     ensure!(!lists.contains("#[kernel("), "its first `for T in` is not that of the table");
+    Ok((before, lists, after))
+}
+
+/// The configurations that the table has. Its text says them, because an entry point does not say all: two stages of Q
+/// may take as much shared memory as one of K and V.
+pub fn table(root: &Path) -> Result<Vec<Variant>> {
+    let text = fs::read_to_string(root.join(TABLE)).context(TABLE)?;
+    rows(&text).with_context(|| format!("{TABLE} is not as `cargo xtask tune` knows it"))
+}
+
+fn rows(text: &str) -> Result<Vec<Variant>> {
+    let (_, lists, _) = parts(text)?;
+    let lines = lists.lines().map(str::trim).filter(|line| !line.starts_with("//"));
+    let lists = lines.collect::<Vec<_>>().join(" ");
+    let mut variants = Vec::new();
+    for list in lists.split("for T in ") {
+        variants.extend(rows_of_list(list).with_context(|| format!("`for T in {list}`"))?);
+    }
+    Ok(variants)
+}
+
+/// Of `[f16, bf16], (HEADDIM, ..) in [(64, ..), (128, ..)], CAUSAL in [false],`.
+fn rows_of_list(list: &str) -> Result<Vec<Variant>> {
+    let between = format!("], ({COLUMNS}) in [");
+    let (dtypes, rest) = list.split_once(&between).with_context(|| format!("its rows are not of ({COLUMNS})"))?;
+    let (rows, causal) = rest.split_once("], CAUSAL in [").context("`CAUSAL in [..]` does not follow the rows")?;
+    let dtypes = dtypes.trim_start_matches('[').split(", ").map(|dtype| match dtype {
+        "f16" => Ok("f16"),
+        "bf16" => Ok("bf16"),
+        _ => anyhow::bail!("dtype {dtype}; allowed: f16, bf16"),
+    });
+    let dtypes = dtypes.collect::<Result<Vec<_>>>()?;
+    let causal = match causal.trim_end_matches([' ', ',', ']']) {
+        "false" => &[false][..],
+        "true" => &[true],
+        "false, true" => &[false, true],
+        other => anyhow::bail!("CAUSAL in [{other}]; allowed: false, true"),
+    };
+    let mut variants = Vec::new();
+    for row in rows.split('(').skip(1) {
+        let row = row.trim_end_matches([' ', ',', ')']);
+        let numbers = row.split(", ").map(str::parse).collect::<Result<Vec<u32>, _>>();
+        let numbers = numbers.with_context(|| format!("({row})"))?;
+        let [headdim, headdim_v, groups, queries, block_n, stages, _, _, _, _] = numbers[..] else {
+            anyhow::bail!("({row}): {} numbers; allowed: one each of {COLUMNS}", numbers.len());
+        };
+        let headdims = Headdims { headdim, headdim_v };
+        for &dtype in &dtypes {
+            let of = |&causal| Variant { headdims, causal, dtype, groups, queries, block_n, stages };
+            variants.extend(causal.iter().map(of));
+        }
+    }
+    Ok(variants)
+}
+
+/// The table with these rows, and the configurations as comments.
+fn with_rows(text: &str, variants: &[Variant]) -> Result<String> {
+    let (before, _, after) = parts(text)?;
     ensure!(before.contains("x{BLOCK_N}"), "the names of entry points do not say `x{{BLOCK_N}}`");
-    let mut text = before.replace("x{BLOCK_N}", "x{BLOCK_N}x{STAGES}");
-    text.push_str(
-        "\n    for (T, HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, FROM_KEYS) in [\n",
-    );
+    let mut text = before.replace("x{BLOCK_N}", "x{BLOCK_N}x{STAGES}q{QUERIES}");
+    let columns = COLUMNS.replace("FROM_KEYS", "CAUSAL, FROM_KEYS");
+    write!(text, "\n    for (T, {columns}) in [\n")?;
     for variant in variants {
         writeln!(text, "        ({}),", variant.generics())?;
     }
@@ -143,10 +202,49 @@ fn parse(comment: &str) -> Result<(String, Configured)> {
 mod tests {
     use super::*;
     use crate::workspace as repository;
+    use kernels::flash3::{FORWARD, GROUP_ROWS};
+    use std::collections::BTreeSet;
 
     fn variant() -> Variant {
         let headdims = "128".parse().unwrap();
-        Variant { headdims, causal: true, dtype: "bf16", groups: 2, block_n: 96, stages: 3 }
+        Variant { headdims, causal: true, dtype: "bf16", groups: 2, queries: 4, block_n: 96, stages: 3 }
+    }
+
+    #[test]
+    fn the_table_is_read() {
+        let table = table(repository::root()).unwrap();
+        let read = table.iter().map(|variant| {
+            assert!(variant.fits(), "{variant}");
+            // The table's names do not say how many stages there are.
+            let stages = format!("x{}q{}", variant.stages, variant.queries);
+            assert_eq!(variant.name().matches(&stages).count(), 1);
+            (variant.name().replace(&stages, ""), variant.groups * GROUP_ROWS, variant.shared_bytes())
+        });
+        let built = FORWARD.iter().map(|kernel| {
+            let config = &kernel.config;
+            (kernel.name.to_owned(), config.block_m, config.shared_bytes)
+        });
+        assert_eq!(read.collect::<BTreeSet<_>>(), built.collect());
+        assert_eq!(table.len(), FORWARD.len());
+    }
+
+    #[test]
+    fn rows_are_read() {
+        let rows = |dtypes: &str, row: &str, causal: &str| {
+            let row = format!("            // TFLOP/s (of old)\n            {row},");
+            let list = format!("for T in [{dtypes}],\n        ({COLUMNS}) in [\n{row}\n        ],");
+            let text = format!("#[kernel(\n    {list}\n        CAUSAL in [{causal}],\n    config = config,\n");
+            rows(&text).map_err(|error| error.root_cause().to_string())
+        };
+        let row = "(128, 128, 2, 4, 96, 3, 6, 12, 16, 2048)";
+        assert_eq!(rows("bf16", row, "true"), Ok(vec![variant()]));
+        let two = [Variant { causal: false, ..variant() }, variant()];
+        assert_eq!(rows("bf16", row, "false, true"), Ok(two.to_vec()));
+        assert_eq!(rows("f16, bf16", &[row, row].join(",\n            "), "true").map(|rows| rows.len()), Ok(4));
+        assert_eq!(rows("f32", row, "true").unwrap_err(), "dtype f32; allowed: f16, bf16");
+        assert_eq!(rows("f16", row, "CAUSAL").unwrap_err(), "CAUSAL in [CAUSAL]; allowed: false, true");
+        assert!(rows("f16", "(128, 128)", "true").unwrap_err().contains(": 2 numbers; allowed: one each of HEADDIM, "));
+        assert!(rows("f16", "(128, N)", "true").unwrap_err().contains("invalid digit"));
     }
 
     #[test]
@@ -164,8 +262,8 @@ mod tests {
         assert!(manifest.contains("\ndefault-members = [\"kernels\"]\n"), "{manifest}");
         assert!(root.contains("pub mod flash3;") && !root.contains("flash3_backward") && !root.contains("entries"));
         assert_eq!(table.matches("#[kernel(").count(), 1);
-        assert_eq!(table.matches("(bf16, 128, 128, 2, 96, 3, 6, 12, 16, true, 0),\n").count(), 1, "{table}");
-        assert!(table.contains("{GROUPS}x{BLOCK_N}x{STAGES}{CAUSAL?_causal}\""), "{table}");
+        assert_eq!(table.matches("(bf16, 128, 128, 2, 4, 96, 3, 6, 12, 16, true, 0),\n").count(), 1, "{table}");
+        assert!(table.contains("{GROUPS}x{BLOCK_N}x{STAGES}q{QUERIES}{CAUSAL?_causal}\""), "{table}");
         assert!(!table.contains("for T in "), "{table}");
         let body = |text: &str| text[text.find("pub fn forward<").unwrap()..].to_owned();
         let original = fs::read_to_string(repository::root().join(TABLE)).unwrap();
@@ -176,7 +274,7 @@ mod tests {
     fn what_is_not_as_expected_is_said() {
         assert!(workspace("[workspace]\n").unwrap_err().to_string().contains("default-members = [..]"));
         assert!(without_other_hopper_kernels("pub mod flash3;\n").unwrap_err().to_string().contains("flash3_backward"));
-        assert!(with_rows("pub fn forward() {}", &[]).is_err());
+        assert!(with_rows("pub fn forward() {}", &[]).is_err() && rows("pub fn forward() {}").is_err());
     }
 
     #[test]

@@ -15,8 +15,9 @@ const REST: Duration = Duration::from_millis(100);
 /// Columns of O, of all heads.
 const WIDTH: usize = 2048;
 
-/// (batch, seqlen_q, seqlen_k) to check: within a block, beyond one, and many with a last one that is not full.
-const CHECKED: [[usize; 3]; 4] = [[1, 1, 1], [2, 63, 200], [1, 257, 257], [1, 520, 777]];
+/// (batch, seqlen_q, seqlen_k) to check: within a block, beyond one, many with a last one that is not full; and more tiles
+/// than a GPU has multiprocessors, with the mask, too, in units of two, so that blocks of threads go on to a next tile.
+const CHECKED: [[usize; 3]; 5] = [[1, 1, 1], [2, 63, 200], [1, 257, 257], [1, 520, 777], [35, 260, 200]];
 /// With grouped queries.
 const HEADS: [usize; 2] = [4, 2];
 

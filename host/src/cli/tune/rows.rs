@@ -1,5 +1,6 @@
 //! The rows of flash3's table that the measurements speak for.
 use super::measure::Measured;
+use super::variants::Candidate;
 use std::fmt::Write;
 
 /// By how much another row must be faster, in the geometric mean over the lengths, to take the place of one that is there,
@@ -30,8 +31,7 @@ pub fn text(measured: &[Measured], seqlens: &[usize], device: &str) -> String {
     let mut text = format!("Rows for the table of flash3::forward. On {device}, TFLOP/s at {lengths} tokens:\n");
     for group in groups(measured) {
         let config = group[0].candidate.variant.config();
-        let mask = if config.causal == Some(true) { "CAUSAL in [true]" } else { "(CAUSAL, FROM_KEYS) in [(false, 0)]" };
-        let _ = writeln!(text, "\n// {}, {mask}", config.dtype.name());
+        let _ = writeln!(text, "\n// {}, CAUSAL in [{}]", config.dtype.name(), config.causal == Some(true));
         let chosen = choose(&group, seqlens);
         for (row, from_keys) in &chosen {
             let remark = if row.candidate.in_table { " In the table." } else { "" };
@@ -64,9 +64,7 @@ fn fastest<'r, 'a: 'r>(alternatives: impl Iterator<Item = &'r Rows<'a>>) -> Opti
 /// Each row alone, and each two of which one is for short sequences.
 fn alternatives<'a>(group: &[&'a Measured], seqlens: &[usize]) -> Vec<Rows<'a>> {
     let mut all: Vec<Rows> = group.iter().map(|row| (mean(&row.tflops), vec![(*row, 0)])).collect();
-    // The list of kernels without a causal mask has no column for FROM_KEYS.
-    let causal = group.iter().all(|row| row.candidate.variant.config().causal == Some(true));
-    for (length, from_keys) in seqlens.iter().enumerate().skip(1).filter(|_| causal) {
+    for (length, from_keys) in seqlens.iter().enumerate().skip(1) {
         for short in group {
             for long in group.iter().filter(|long| size(long) != size(short)) {
                 let tflops = [&short.tflops[..length], &long.tflops[length..]].concat();
@@ -86,17 +84,15 @@ fn speeds(row: &Measured) -> String {
     row.tflops.iter().map(|tflops| format!("{tflops:.0}")).collect::<Vec<_>>().join(", ")
 }
 
-/// `(HEADDIM, HEADDIM_V, GROUPS, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS)`, and with a causal mask `FROM_KEYS`.
+/// `(HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS)`.
 fn tuple(row: &Measured, from_keys: usize) -> String {
     let config = row.candidate.variant.config();
     let (headdim, headdim_v, block_n) = (config.headdim, config.headdim_v, config.block_n);
-    let (groups, stages) = (row.candidate.groups, row.candidate.stages);
-    let columns = [headdim, headdim_v, groups, block_n, stages, block_n / 16, block_n / 8, headdim_v / 8];
-    let mut columns = columns.map(|column| column.to_string()).to_vec();
-    if config.causal == Some(true) {
-        columns.push(from_keys.to_string());
-    }
-    format!("({})", columns.join(", "))
+    let Candidate { groups, queries, stages, .. } = row.candidate;
+    let (steps, s_columns, o_columns) = (block_n / 16, block_n / 8, headdim_v / 8);
+    format!(
+        "({headdim}, {headdim_v}, {groups}, {queries}, {block_n}, {stages}, {steps}, {s_columns}, {o_columns}, {from_keys})"
+    )
 }
 
 /// The geometric mean.
@@ -107,7 +103,6 @@ fn mean(x: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::tune::variants::Candidate;
     use ferroflash::DType;
     use ferroflash::tune::Flash3Variant;
     use kernels::Config;
@@ -116,7 +111,7 @@ mod tests {
 
     fn measured(
         causal: bool,
-        (groups, block_n, stages): (u32, u32, u32),
+        (groups, queries, block_n, stages): (u32, u32, u32, u32),
         in_table: bool,
         tflops: [f64; 3],
     ) -> Measured {
@@ -136,9 +131,9 @@ mod tests {
             shared_bytes: 0,
             barriers: 0,
         };
-        let name = format!("of_test_{groups}x{block_n}x{stages}_{causal}");
+        let name = format!("of_test_{groups}x{block_n}x{stages}q{queries}_{causal}");
         let variant = Flash3Variant::new(name, config, Vec::new());
-        let candidate = Candidate { variant, groups, stages, registers: None, spill_bytes: None, in_table };
+        let candidate = Candidate { variant, groups, queries, stages, registers: None, spill_bytes: None, in_table };
         Measured { candidate, tflops: tflops.to_vec() }
     }
 
@@ -150,40 +145,44 @@ mod tests {
 
     #[test]
     fn the_fastest_row_is_chosen_and_a_row_stays_that_is_as_fast() {
-        let now = measured(false, (2, 128, 3), true, [500.0, 600.0, 700.0]);
-        let faster = measured(false, (2, 176, 2), false, [520.0, 620.0, 720.0]);
-        let as_fast = measured(false, (3, 128, 2), false, [501.0, 602.0, 703.0]);
-        assert_eq!(chosen(&[now.clone(), faster]), ["(64, 64, 2, 176, 2, 11, 22, 8)"]);
-        assert_eq!(chosen(&[now, as_fast]), ["(64, 64, 2, 128, 3, 8, 16, 8)"]);
+        let now = measured(false, (2, 2, 128, 3), true, [500.0, 600.0, 700.0]);
+        let faster = measured(false, (2, 4, 176, 2), false, [520.0, 620.0, 720.0]);
+        let as_fast = measured(false, (3, 3, 128, 2), false, [501.0, 602.0, 703.0]);
+        assert_eq!(chosen(&[now.clone(), faster]), ["(64, 64, 2, 4, 176, 2, 11, 22, 8, 0)"]);
+        assert_eq!(chosen(&[now, as_fast]), ["(64, 64, 2, 2, 128, 3, 8, 16, 8, 0)"]);
     }
 
     #[test]
     fn long_sequences_get_a_row_of_their_own_where_it_gains_enough() {
-        let short = measured(true, (2, 128, 4), true, [240.0, 400.0, 480.0]);
-        let long = measured(true, (3, 128, 4), true, [180.0, 410.0, 580.0]);
-        let expected = ["(64, 64, 2, 128, 4, 8, 16, 8, 0)", "(64, 64, 3, 128, 4, 8, 16, 8, 2048)"];
-        assert_eq!(chosen(&[short.clone(), long.clone()]), expected);
-        let little = measured(true, (3, 128, 4), false, [180.0, 390.0, 490.0]);
-        assert_eq!(chosen(&[short.clone(), little]), expected[..1]);
-        // As much as measurements differ.
-        let rival = measured(true, (3, 176, 2), false, [180.0, 412.0, 582.0]);
-        assert_eq!(chosen(&[short.clone(), long.clone(), rival]), expected);
-        // Entry points are not named after their stages: a table has one of these two.
-        let namesake = measured(true, (2, 128, 3), false, [180.0, 410.0, 580.0]);
-        assert_eq!(chosen(&[short, namesake]).len(), 1);
+        for causal in [false, true] {
+            let short = measured(causal, (2, 4, 128, 4), true, [240.0, 400.0, 480.0]);
+            let long = measured(causal, (3, 3, 128, 4), true, [180.0, 410.0, 580.0]);
+            let expected = ["(64, 64, 2, 4, 128, 4, 8, 16, 8, 0)", "(64, 64, 3, 3, 128, 4, 8, 16, 8, 2048)"];
+            assert_eq!(chosen(&[short.clone(), long.clone()]), expected);
+            let little = measured(causal, (3, 3, 128, 4), false, [180.0, 390.0, 490.0]);
+            assert_eq!(chosen(&[short.clone(), little]), expected[..1]);
+            // As much as measurements differ.
+            let rival = measured(causal, (3, 3, 176, 2), false, [180.0, 412.0, 582.0]);
+            assert_eq!(chosen(&[short.clone(), long, rival]), expected);
+            // Entry points are not named after their stages: a table has one of these.
+            for stages in [(2, 4, 128, 3), (2, 2, 128, 4)] {
+                let namesake = measured(causal, stages, false, [180.0, 410.0, 580.0]);
+                assert_eq!(chosen(&[short.clone(), namesake]).len(), 1);
+            }
+        }
     }
 
     #[test]
     fn rows_are_printed_with_what_was_measured() {
         let all = [
-            measured(false, (2, 128, 3), true, [500.0, 600.0, 700.0]),
-            measured(false, (2, 176, 2), false, [520.0, 620.4, 720.0]),
+            measured(false, (2, 2, 128, 3), true, [500.0, 600.0, 700.0]),
+            measured(false, (2, 4, 176, 2), false, [520.0, 620.4, 720.0]),
         ];
         let expected = "\
             Rows for the table of flash3::forward. On a GPU, TFLOP/s at 512, 2048, 16384 tokens:\n\n\
-            // bf16, (CAUSAL, FROM_KEYS) in [(false, 0)]\n\
+            // bf16, CAUSAL in [false]\n\
             // 520, 620, 720; in the table 2x128 500, 600, 700.\n\
-            (64, 64, 2, 176, 2, 11, 22, 8),\n";
+            (64, 64, 2, 4, 176, 2, 11, 22, 8, 0),\n";
         assert_eq!(text(&all, &SEQLENS, "a GPU"), expected);
     }
 }

@@ -13,6 +13,8 @@ pub struct Candidate {
     pub variant: Flash3Variant,
     /// Warpgroups of consumers.
     pub groups: u32,
+    /// Stages of Q, 64 rows each: as many as warpgroups, or for two tiles twice as many.
+    pub queries: u32,
     /// Stages of the pipelines of K and V.
     pub stages: u32,
     /// Registers a thread, and bytes that it stores to memory because they do not suffice, if an assembler has been asked.
@@ -34,6 +36,7 @@ pub fn read(folder: &Path) -> Result<Vec<Candidate>> {
         let ptx = fs::read(&file).with_context(|| file.display().to_string())?;
         Ok(Candidate {
             groups: number(value, "groups")?,
+            queries: number(value, "queries")?,
             stages: number(value, "stages")?,
             registers: number(value, "registers").ok(),
             spill_bytes: number(value, "spill_bytes").ok(),
@@ -85,9 +88,10 @@ mod tests {
 
     fn variant() -> Value {
         json!({
-            "name": "flash3_fwd_bf16_d64_2x128x4", "dtype": "bf16", "headdim": 64, "headdim_v": 64, "causal": true,
-            "groups": 2, "block_n": 128, "stages": 4, "block_m": 128, "threads": 384, "min_blocks_per_sm": 1,
-            "shared_bytes": 147624, "barriers": 9, "registers": 168, "spill_bytes": null, "in_table": true,
+            "name": "flash3_fwd_bf16_d64_2x128x4q4", "dtype": "bf16", "headdim": 64, "headdim_v": 64, "causal": true,
+            "groups": 2, "queries": 4, "block_n": 128, "stages": 4, "block_m": 128, "threads": 384,
+            "min_blocks_per_sm": 1, "shared_bytes": 164032, "barriers": 9, "registers": 168,
+            "spill_bytes": null, "in_table": true,
         })
     }
 
@@ -96,9 +100,9 @@ mod tests {
         let (name, config) = named_config(&variant()).expect("valid");
         assert_eq!(
             (name.as_str(), config.causal, config.dtype),
-            ("flash3_fwd_bf16_d64_2x128x4", Some(true), DType::BF16)
+            ("flash3_fwd_bf16_d64_2x128x4q4", Some(true), DType::BF16)
         );
-        assert_eq!((config.block_m, config.block_n, config.threads, config.shared_bytes), (128, 128, 384, 147624));
+        assert_eq!((config.block_m, config.block_n, config.threads, config.shared_bytes), (128, 128, 384, 164032));
     }
 
     #[test]
@@ -109,9 +113,9 @@ mod tests {
             format!("{:#}", named_config(&variant).expect_err("bad"))
         };
         assert_eq!(error("name", json!("../x")), "\"../x\" is not the name of an entry point");
-        assert_eq!(error("dtype", json!("f32")), "flash3_fwd_bf16_d64_2x128x4: dtype \"f32\"; allowed: f16, bf16");
-        assert_eq!(error("threads", json!(-1)), "flash3_fwd_bf16_d64_2x128x4: threads is -1; allowed: a number");
-        assert_eq!(error("causal", json!(1)), "flash3_fwd_bf16_d64_2x128x4: causal is not true or false");
+        assert_eq!(error("dtype", json!("f32")), "flash3_fwd_bf16_d64_2x128x4q4: dtype \"f32\"; allowed: f16, bf16");
+        assert_eq!(error("threads", json!(-1)), "flash3_fwd_bf16_d64_2x128x4q4: threads is -1; allowed: a number");
+        assert_eq!(error("causal", json!(1)), "flash3_fwd_bf16_d64_2x128x4q4: causal is not true or false");
         let missing = read(Path::new("no/such/folder")).expect_err("it is not there");
         assert!(format!("{missing:#}").starts_with("no/such/folder/variants.json: "), "{missing:#}");
     }

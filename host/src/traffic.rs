@@ -10,7 +10,7 @@
 //! `batch * nheads` of them. Grouped heads save memory, not traffic: each head of Q loads its K and V.
 use cuda_std::Kernel as EntryPoint;
 use kernels::Config;
-use kernels::mask::{Mask, UNBOUNDED};
+use kernels::mask::{Blocks, Mask, UNBOUNDED};
 
 use crate::features::Feature;
 use crate::options::Kernel;
@@ -164,30 +164,25 @@ pub fn flash1(problem: &Problem) -> Vec<Step> {
 /// fewer under a causal mask. `None` where [`formula`] has none.
 pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash2::FORWARD, problem)?;
-    let Head { q, rows, element, mask, .. } = Head::of(problem);
-    let k = meetings(mask, config).map(|(_, keys)| keys).sum::<u64>() * element * problem.headdim as u64;
-    let tensors = vec![load("Q", q), load("K", k), load("V", k), store("O", q), store("LSE", 4 * rows)];
-    Some(for_all_heads(problem, [(FUSED, tensors)]))
+    Some(tile_by_tile(problem, config, |blocks| blocks))
 }
 
-/// FlashAttention-3: what FlashAttention-2 moves with its tiles, but that it does not load the Q of blocks which see no key.
-/// `None` where [`formula`] has none.
+/// FlashAttention-3: what FlashAttention-2 moves with its tiles, but that a tile whose rows see no key loads a block of keys
+/// nevertheless. `None` where [`formula`] has none.
 pub fn flash3(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash3::FORWARD, problem)?;
-    let Head { q, rows, element, mask, .. } = Head::of(problem);
-    let row = element * problem.headdim as u64;
-    let of_q = meetings(mask, config).filter(|&(_, keys)| keys > 0).map(|(rows, _)| rows).sum::<u64>() * row;
-    let k = meetings(mask, config).map(|(_, keys)| keys).sum::<u64>() * row;
-    let tensors = vec![load("Q", of_q), load("K", k), load("V", k), store("O", q), store("LSE", 4 * rows)];
-    Some(for_all_heads(problem, [(FUSED, tensors)]))
+    Some(tile_by_tile(problem, config, Blocks::or_one))
 }
 
-/// The rows of each block of queries, and the keys in those blocks of keys that these see.
-fn meetings(mask: Mask, Config { block_m, block_n, .. }: Config) -> impl Iterator<Item = (u64, u64)> {
-    query_blocks(mask, block_m).map(move |(first_row, rows)| {
-        let blocks = mask.key_blocks(first_row, block_m, block_n).end;
-        (rows, (blocks * block_n).min(mask.seqlen_k) as u64)
-    })
+/// Each tile of queries loads the blocks of keys that `needed` makes of those that it sees.
+fn tile_by_tile(problem: &Problem, config: Config, needed: impl Fn(Blocks) -> Blocks) -> Vec<Step> {
+    let Config { block_m, block_n, .. } = config;
+    let Head { q, rows, element, mask, .. } = Head::of(problem);
+    let end = |first_row| needed(mask.key_blocks(first_row, block_m, block_n)).end;
+    let keys_of = |(first_row, _)| u64::from((end(first_row) * block_n).min(mask.seqlen_k));
+    let k = query_blocks(mask, block_m).map(keys_of).sum::<u64>() * element * problem.headdim as u64;
+    let tensors = vec![load("Q", q), load("K", k), load("V", k), store("O", q), store("LSE", 4 * rows)];
+    for_all_heads(problem, [(FUSED, tensors)])
 }
 
 /// All bytes of all steps, loaded and stored.

@@ -219,15 +219,15 @@ impl Passes {
         let find = |kernels: &[&'static [_]]| {
             Table { name, kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true }.find(wanted)
         };
-        let whole_heads = find(&[flash3::HEADS]);
-        if let Ok(pass) = whole_heads
-            && hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
-        {
-            return Self::flash3_heads(wanted.problem, pass);
-        }
         let pass = find(&[flash3::WHOLE, flash3::SPLIT])?;
+        // Heads that are taken whole need no atomic additions; but whether they are depends on how many the batch has.
         if wanted.problem.deterministic {
             return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
+        }
+        if hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
+            && let Ok(heads) = find(&[flash3::HEADS])
+        {
+            return Self::flash3_heads(wanted.problem, heads);
         }
         Ok(Passes {
             family: "flash3",
@@ -391,6 +391,33 @@ impl Step {
                 product([heads, batch], blocks(keys, block_n).saturating_mul(row_blocks))
             }
             Grid::Heads => nheads as u64,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use crate::options::AttentionOptions;
+    use cuda_std::DType;
+
+    /// As many heads as fill an H100, short enough for its cache.
+    #[test]
+    fn short_heads_are_taken_whole_unless_bits_are_not_to_depend_on_the_batch() {
+        let plan = |batch, deterministic| {
+            let x = Layout::contiguous(DType::BF16, &[batch, 512, 16, 128]).expect("small");
+            let options = AttentionOptions::new().causal(true).deterministic(deterministic);
+            let problem = Problem::new(&x, &x, &x, &options).expect("valid");
+            let none = Optional { dbias: false, dsinks: false };
+            BackwardPlan::new(&problem, none, Access::ANY, Kernel::Auto, Target::HOPPER).expect("there are kernels")
+        };
+        assert_eq!(plan(32, false).passes.how, WHOLE_HEADS);
+        assert_eq!(plan(1, false).passes.how, FUSED);
+        for batch in [1, 32] {
+            let plan = plan(batch, true);
+            let atomic = "flash3 backward: dQ is summed by atomic additions, which deterministic forbids";
+            assert_eq!((plan.algorithm(), plan.refused.as_slice()), ("flash2", &[atomic.to_owned()][..]));
         }
     }
 }

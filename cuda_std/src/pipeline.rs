@@ -93,6 +93,17 @@ impl Position {
             self.parity ^= 1;
         }
     }
+
+    /// One stage before.
+    #[inline(always)]
+    fn behind<const STAGES: u32>(self) -> Self {
+        let Position { index, parity } = self;
+        if index == 0 {
+            Position { index: STAGES - 1, parity: parity ^ 1 }
+        } else {
+            Position { index: index - 1, parity }
+        }
+    }
 }
 
 /// Where a thread that fills stages is.
@@ -115,6 +126,12 @@ impl<const STAGES: u32> Producer<STAGES> {
     #[inline(always)]
     pub fn beside(&self, pipeline: Pipeline<STAGES>) -> Self {
         Producer { pipeline, at: self.at }
+    }
+
+    /// As [`Consumer::behind`], for pipelines that are filled in turn.
+    #[inline(always)]
+    pub fn behind(&self, pipeline: Pipeline<STAGES>) -> Self {
+        Producer { pipeline, at: self.at.behind::<STAGES>() }
     }
 
     /// Goes on to the next stage.
@@ -163,13 +180,7 @@ impl<const STAGES: u32> Consumer<STAGES> {
     /// one state is enough.
     #[inline(always)]
     pub fn behind(&self, pipeline: Pipeline<STAGES>) -> Self {
-        let Position { index, parity } = self.at;
-        let at = if index == 0 {
-            Position { index: STAGES - 1, parity: parity ^ 1 }
-        } else {
-            Position { index: index - 1, parity }
-        };
-        Consumer { pipeline, at }
+        Consumer { pipeline, at: self.at.behind::<STAGES>() }
     }
 
     /// Goes on to the next stage. The slot of this one may be released later.

@@ -287,15 +287,16 @@ impl Combination {
     }
 
     /// Says what `check` finds broken. The accuracy rule compares the largest of a few errors with that of another
-    /// program, which luck alone breaks once in thousands of small 16-bit problems: what breaks it by so little must
-    /// keep it with two other draws of the same combination.
+    /// program, which luck alone breaks once in thousands of small problems in 16 bits or tf32: what breaks it by so
+    /// little must keep it with two other draws of the same combination.
     ///
     /// # Errors
     /// That.
     pub fn hold(&self, check: impl Fn(&Self) -> Result<(), Broken>) -> Result<(), String> {
         let Err(Broken { reason, may_be_luck }) = check(self) else { return Ok(()) };
         let broken = format!("{self:?}: {reason}");
-        if !may_be_luck || self.dtype == DType::F32 {
+        let is_exact = self.dtype == DType::F32 && !self.options.allow_tf32;
+        if !may_be_luck || is_exact {
             return Err(broken);
         }
         let redrawn = |n| Combination { seed: self.seed.wrapping_add(n), ..self.clone() };

@@ -2,6 +2,7 @@
 use cuda_std::Kernel;
 use kernels::Config;
 use kernels::attention::Attention;
+use kernels::flash3::order::MAX_SEQUENCES;
 use kernels::flash3::schedule::{Schedule, tiles_of_head, units_of_head};
 use kernels::flash3::{GROUP_ROWS, Params};
 
@@ -51,8 +52,8 @@ fn schedule(problem: &Problem, config: &Config, multiprocessors: u32) -> Result<
     let units = units_of_head(tiles, problem.is_causal());
     let is_long = problem.seqlen_k >= LONG || !tiles.is_multiple_of(2);
     let walked_heads = if problem.varlen.is_some() {
-        // Tiles of sequences of different lengths cost what they cost: the GPU balances them.
-        0
+        // More sequences than walkers can put into order: each tile is left to a block.
+        if problem.batch > MAX_SEQUENCES as usize { 0 } else { heads }
     } else if problem.is_causal() && is_long {
         // The units that are left over when all walkers end, and as many as half of them do meanwhile.
         let unwalked = (u64::from(multiprocessors) * 3).div_ceil(2 * u64::from(units));

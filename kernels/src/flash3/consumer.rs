@@ -1,7 +1,7 @@
 //! Who multiplies: the algorithm itself.
 use super::GROUP_ROWS;
 use super::memory::Memory;
-use super::schedule::{Tile, Tiles};
+use super::schedule::{Place, Tile, Tiles};
 use crate::attention::Attention;
 use crate::mask::{Blocks, Mask};
 use crate::online_softmax::OnlineSoftmax;
@@ -14,7 +14,7 @@ use cuda_std::math::LOG2_E;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{self, Slot};
 use cuda_std::thread::lane_id;
-use cuda_std::warp::{ALL, any};
+use cuda_std::warp::{ALL, any, shuffle};
 use cuda_std::warpgroup::{WARPGROUP, warp_in_group};
 use cuda_std::wgmma::{self, InFlight, Registers};
 
@@ -43,6 +43,8 @@ pub struct Consumer<
     softmax: RowSoftmax<1>,
     p: Registers<T, STEPS>,
     o: Accumulator<1, O_COLUMNS>,
+    /// Whether rows of this warp, of any tile so far, are not finite, which what they do not see may have done.
+    spoiled: bool,
 }
 
 impl<
@@ -82,6 +84,7 @@ impl<
             softmax: RowSoftmax::EMPTY,
             p: Registers::zero(),
             o: Accumulator::zero(),
+            spoiled: false,
         }
     }
 
@@ -90,13 +93,14 @@ impl<
     #[inline(always)]
     #[track_caller]
     pub fn run(mut self, a: &Attention<T>, mut tiles: Tiles<CAUSAL>) {
-        let mut next = tiles.next(a);
-        let mut s = match &next {
-            Some(tile) => self.first(a, tile).wait(),
+        let mut next = self.next();
+        let mut s = match next {
+            Some(place) => self.first(a, place).wait(),
             None => Accumulator::zero(),
         };
-        while let Some(tile) = next {
+        while let Some(place) = next {
             (self.softmax, self.o) = (RowSoftmax::EMPTY, Accumulator::zero());
+            let tile = self.tile(a, place);
             let Blocks { begin, full_end, end, .. } = self.rows.blocks(a, &tile);
             let mut block = end - 1;
             self.rows.hide(a, &tile, block, &mut s);
@@ -110,19 +114,23 @@ impl<
                 block -= 1;
                 self.step(a, &tile, block, false);
             }
-            next = self.last(a, &mut tiles);
-            s = match &next {
-                Some(next) if const { QUERIES > GROUPS } => {
+            self.last();
+            if const { QUERIES == GROUPS } {
+                self.store(a, place);
+            }
+            next = self.next();
+            s = match next {
+                Some(next) => {
                     let s = self.first(a, next);
-                    self.store(a, &tile);
+                    if const { QUERIES > GROUPS } {
+                        self.store(a, place);
+                    }
                     s.wait()
                 }
-                Some(next) => {
-                    self.store(a, &tile);
-                    self.first(a, next).wait()
-                }
                 None => {
-                    self.store(a, &tile);
+                    if const { QUERIES > GROUPS } {
+                        self.store(a, place);
+                    }
                     Accumulator::zero()
                 }
             };
@@ -130,13 +138,35 @@ impl<
         if self.group == 0 {
             Self::TURN.take(self.group);
         }
+        if self.spoiled {
+            while let Some(place) = tiles.next(a) {
+                let tile = self.tile(a, place);
+                self.rows.attend_spoiled::<T, HEADDIM, HEADDIM_V>(a, &tile);
+            }
+        }
+    }
+
+    /// Waits for Q of the next tile, if there is one.
+    #[inline(always)]
+    #[track_caller]
+    fn next(&mut self) -> Option<Place> {
+        let words = self.memory.places.load_vector(4 * self.queries.wait().index);
+        // All lanes have read the same; from a shuffle the compiler knows it, and what follows takes no register a lane.
+        Place::of_words(words.map(|word: u32| shuffle(ALL, word, 0)))
+    }
+
+    /// The tile at a place.
+    #[inline(always)]
+    #[track_caller]
+    fn tile(&self, a: &Attention<T>, place: Place) -> Tile {
+        place.tile::<T, CAUSAL>(a, GROUPS * GROUP_ROWS, BLOCK_N as u32)
     }
 
     /// S of the last block of keys that this warpgroup's rows of a tile see.
     #[inline(always)]
     #[track_caller]
-    fn first(&mut self, a: &Attention<T>, tile: &Tile) -> Scores<STAGES, S_COLUMNS> {
-        self.queries.wait();
+    fn first(&mut self, a: &Attention<T>, place: Place) -> Scores<STAGES, S_COLUMNS> {
+        let tile = &self.tile(a, place);
         for _ in self.rows.blocks(a, tile).end..tile.blocks.end {
             self.skip();
         }
@@ -186,25 +216,23 @@ impl<
         rescale.apply_if_any(&mut self.o);
     }
 
-    /// O += P V of the last block. The next tile is looked up meanwhile.
+    /// O += P V of the last block.
     #[inline(always)]
     #[track_caller]
-    fn last(&mut self, a: &Attention<T>, tiles: &mut Tiles<CAUSAL>) -> Option<Tile> {
+    fn last(&mut self) {
         release(self.queries.slot());
         self.queries.advance_by(GROUPS);
         let v = self.values().wait();
-        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
-        let next = tiles.next(a);
-        self.o = o.wait::<0>();
+        self.o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0)).wait::<0>();
         release(v);
-        next
     }
 
     /// Writes O and LSE.
     #[inline(always)]
     #[track_caller]
-    fn store(&mut self, a: &Attention<T>, tile: &Tile) {
-        self.rows.store::<T, HEADDIM, HEADDIM_V, O_COLUMNS>(a, tile, self.softmax, &mut self.o);
+    fn store(&mut self, a: &Attention<T>, place: Place) {
+        let tile = self.tile(a, place.anew(self.keys.slot().index));
+        self.spoiled |= self.rows.store(a, &tile, self.softmax, &mut self.o);
     }
 
     /// Where this is in the pipeline of values.
@@ -272,18 +300,18 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         }
     }
 
-    /// O = diag(l)⁻¹ O and LSE = m + log(l), to global memory.
+    /// O = diag(l)⁻¹ O and LSE = m + log(l), to global memory. Whether a value that these rows do not see may have spoiled
+    /// them.
     #[inline(always)]
     #[track_caller]
-    fn store<T: PackedElement, const HEADDIM: usize, const HEADDIM_V: usize, const O_COLUMNS: usize>(
+    fn store<T: PackedElement, const O_COLUMNS: usize>(
         self,
         a: &Attention<T>,
         tile: &Tile,
         softmax: RowSoftmax<1>,
         o: &mut Accumulator<1, O_COLUMNS>,
-    ) {
-        let Tile { head, sequence, .. } = *tile;
-        let first_row = tile.first_row + self.first + 16 * warp_in_group();
+    ) -> bool {
+        let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
         let lse = a.softmax_lse.offset(a.first_row(&sequence, head));
         softmax.finish(o, f32::NEG_INFINITY, |row, state| {
             let row = first_row + row;
@@ -291,16 +319,32 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
                 lse.store(row as usize, state.lse());
             }
         });
-        let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true);
+        o.store_rows(sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true));
         // Where all keys are seen, and what lies behind them is loaded as zeros, nothing spoils a row.
-        let spoiled = (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite());
-        o.store_rows(o_rows);
-        if spoiled {
-            let (block, scale) = (QueryBlock { first_row, head, sequence }, a.softmax_scale * LOG2_E);
-            let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
-            let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
-            attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &block, mask, true, o_rows, 0..16, weight);
-        }
+        (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite())
+    }
+
+    /// Computes again which of these rows, stored, are not finite.
+    #[inline(always)]
+    #[track_caller]
+    fn attend_spoiled<T: PackedElement, const HEADDIM: usize, const HEADDIM_V: usize>(
+        self,
+        a: &Attention<T>,
+        tile: &Tile,
+    ) {
+        let block = self.of_warp(tile);
+        let QueryBlock { first_row, head, sequence } = block;
+        let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true);
+        let (mask, scale) = (Mask::of::<T, CAUSAL, false>(a, &sequence), a.softmax_scale * LOG2_E);
+        let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
+        attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &block, mask, true, o_rows, 0..16, weight);
+    }
+
+    /// The rows of this warp.
+    #[inline(always)]
+    fn of_warp(self, tile: &Tile) -> QueryBlock {
+        let Tile { first_row, head, sequence, .. } = *tile;
+        QueryBlock { first_row: first_row + self.first + 16 * warp_in_group(), head, sequence }
     }
 }
 

@@ -1,9 +1,10 @@
 //! What a block of threads keeps in shared memory.
 use super::GROUP_ROWS;
+use super::order::Order;
 use cuda_std::SmemTile;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Pipeline;
-use cuda_std::shared::dynamic_shared;
+use cuda_std::shared::{Shared, dynamic_shared};
 
 /// Tiles, and the pipelines that they come through.
 #[derive(Clone, Copy)]
@@ -27,6 +28,10 @@ pub struct Memory<
     pub keys: Pipeline<STAGES>,
     /// V's, likewise.
     pub values: Pipeline<STAGES>,
+    /// Where the tile is that each stage of Q is of: [`Place::words`](super::schedule::Place::words).
+    pub places: Shared<u32>,
+    /// In which order sequences of different lengths come.
+    pub order: Order,
 }
 
 /// Warps of a warpgroup: of each, one thread releases a stage.
@@ -45,7 +50,9 @@ impl<
     pub const BYTES: u32 = QUERIES * SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES
         + STAGES * (SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + SmemTile::<T, BLOCK_N, HEADDIM_V>::BYTES)
         + Pipeline::<QUERIES>::BYTES
-        + 2 * Pipeline::<STAGES>::BYTES;
+        + 2 * Pipeline::<STAGES>::BYTES
+        + QUERIES * size_of::<[u32; 4]>() as u32
+        + Order::BYTES;
 
     /// The block's dynamic shared memory.
     #[inline(always)]
@@ -56,7 +63,9 @@ impl<
         let queries = Pipeline::at(v.stage(STAGES - 1).end());
         let keys = Pipeline::at(queries.end());
         let values = Pipeline::at(keys.end());
-        Memory { q, k, v, queries, keys, values }
+        let places = values.end().cast();
+        let order = Order::at(places.offset(4 * QUERIES));
+        Memory { q, k, v, queries, keys, values, places, order }
     }
 
     /// For so many warpgroups of consumers. Said by one thread, before a fence and a barrier of the block.

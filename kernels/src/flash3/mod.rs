@@ -30,6 +30,7 @@ use schedule::{Schedule, Tiles};
 
 mod consumer;
 mod memory;
+pub mod order;
 mod producer;
 pub mod schedule;
 
@@ -82,9 +83,9 @@ const fn config<
         min_blocks_per_sm: 1,
         shared_bytes: Memory::<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>::BYTES,
         from_keys: FROM_KEYS,
-        // One at the start, one before the first turn, one after the last, and two a turn: at the first block of the first tile,
+        // Two at the start, one before the first turn, one after the last, and two a turn: at the first block of the first tile,
         // of the others, at blocks that are skipped before either, and at other blocks, which with a causal mask have two loops.
-        barriers: if CAUSAL { 15 } else { 13 },
+        barriers: if CAUSAL { 16 } else { 14 },
     }
 }
 
@@ -155,15 +156,18 @@ pub fn forward<
         memory.init_barriers(GROUPS);
         fence::mbarrier_init();
     }
-    sync_threads();
     let a = p.attention.of::<T>();
-    let tiles = Tiles::<CAUSAL>::new(p.schedule, GROUPS * GROUP_ROWS, BLOCK_N as u32);
+    let block_m = GROUPS * GROUP_ROWS;
+    if !a.cu_seqlens_q.is_null() {
+        memory.order.find::<T, CAUSAL>(&a, block_m);
+    }
+    sync_threads();
+    let tiles = Tiles::<CAUSAL>::new(p.schedule, memory.order, block_m);
     match warpgroup_id() {
         0 => {
             match GROUPS {
                 2 => release_registers::<40>(),
-                3 => release_registers::<32>(),
-                _ => release_registers::<24>(),
+                _ => release_registers::<32>(),
             }
             if thread_idx_x() == 0 {
                 producer::produce::<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, CAUSAL>(

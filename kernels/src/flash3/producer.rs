@@ -1,13 +1,14 @@
 //! Who fetches.
 use super::memory::Memory;
-use super::schedule::{Tile, Tiles};
+use super::schedule::{Place, Tile, Tiles};
 use super::{GROUP_ROWS, Params};
 use crate::attention::Attention;
 use cuda_std::SmemTile;
 use cuda_std::matrix::PackedElement;
+use cuda_std::pipeline;
 use cuda_std::tensor::TensorMapRef;
 
-/// The producer, one thread: Q of each tile, and its blocks of K and V in the order in which they are used.
+/// The producer, one thread: which tile comes next, its Q, and its blocks of K and V in the order in which they are used.
 #[inline(always)]
 #[track_caller]
 pub fn produce<
@@ -31,39 +32,47 @@ pub fn produce<
     v_map.prefetch();
     let mut queries = memory.queries.producer();
     let mut keys = memory.keys.producer();
-    let mut values = memory.values.producer();
-    while let Some(Tile { first_row, head, sequence, blocks }) = tiles.next(a) {
+    while let Some(place) = tiles.next(a) {
+        let block_m = GROUPS * GROUP_ROWS;
+        let Tile { first_row, head, sequence, blocks } = place.tile::<T, CAUSAL>(a, block_m, BLOCK_N as u32);
         let batch = a.batch_of_map(sequence.batch) as i32;
         let (of_q, of_k) = ([head as i32, batch], [a.head_k(head) as i32, batch]);
         let mut load_queries = |group: u32| {
             let slot = queries.acquire();
+            memory.places.store_vector(4 * slot.index, place.words());
             slot.expect(SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES);
             let row = sequence.first_q + first_row + group * GROUP_ROWS;
             q_map.load_tile(memory.q.stage(slot.index), row as i32, of_q, slot.full());
             queries.advance();
         };
         let row_of = |block: u32| (sequence.first_k + block * BLOCK_N as u32) as i32;
-        let mut load_keys = |block: u32| {
+        let load_keys = |keys: &mut pipeline::Producer<STAGES>, block: u32| {
             let slot = keys.acquire();
             slot.expect(SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
             k_map.load_tile(memory.k.stage(slot.index), row_of(block), of_k, slot.full());
             keys.advance();
         };
-        let mut load_values = |block: u32| {
+        let load_values = |values: pipeline::Producer<STAGES>, block: u32| {
             let slot = values.acquire();
             slot.expect(SmemTile::<T, BLOCK_N, HEADDIM_V>::BYTES);
             v_map.load_tile(memory.v.stage(slot.index), row_of(block), of_k, slot.full());
-            values.advance();
         };
         load_queries(0);
-        load_keys(blocks.end - 1);
+        load_keys(&mut keys, blocks.end - 1);
         for group in 1..GROUPS {
             load_queries(group);
         }
         for block in (blocks.begin + 1..blocks.end).rev() {
-            load_keys(block - 1);
-            load_values(block);
+            let values = keys.behind(memory.values);
+            load_keys(&mut keys, block - 1);
+            load_values(values, block);
         }
-        load_values(blocks.begin);
+        load_values(keys.behind(memory.values), blocks.begin);
+    }
+    for _ in 0..GROUPS {
+        let slot = queries.acquire();
+        memory.places.store_vector(4 * slot.index, Place::NOWHERE);
+        slot.fill();
+        queries.advance();
     }
 }

@@ -1,15 +1,29 @@
 //! Which tiles of queries a persistent block of threads takes, and in which order.
 //!
-//! Work comes in units that cost the same: a tile, or under a causal mask two of one head, the last and the first, the
-//! last but one and the second, and so on. Walker b of n, a block of threads, takes the units b, n + b, 2 n + b ...: all
-//! end together, but for a unit. Where units are long, that is much: there the last heads are left to blocks that take one
-//! tile each, the longest first, and that the GPU starts as walkers end.
+//! Work comes in units: a tile, or under a causal mask two of one head, the last and the first, the last but one and the
+//! second, and so on, so that those of a sequence cost the same. Walkers, blocks of threads, are dealt units there and back,
+//! from the first walker to the last and from the last to the first, until there are none: all end together, but for a unit.
+//! Where units are long, that is much: there the last heads are left to blocks that take one tile each, the longest first,
+//! and that the GPU starts as walkers end. Where sequences differ in length, the longest come first ([`Order`]).
 //!
 //! What runs at the same time is of few heads, whose K and V stay in the L2 cache.
+use super::order::Order;
 use crate::attention::{Attention, Sequence, divisor};
 use crate::mask::{Blocks, Mask};
 use crate::schedule::head_of;
+use cuda_std::math::unknown_before;
 use cuda_std::thread::block_idx_x;
+
+/// Where a tile of queries is: what a block of threads needs to know of it, and the rest follows from.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// Its first row.
+    pub first_row: u32,
+    /// The head of Q and O.
+    pub head: u32,
+    /// The sequence.
+    pub batch: u32,
+}
 
 /// A tile of queries, rows of one head of one sequence, and the blocks of keys that they see.
 #[derive(Clone, Copy)]
@@ -22,6 +36,41 @@ pub struct Tile {
     pub sequence: Sequence,
     /// The blocks of keys.
     pub blocks: Blocks,
+}
+
+impl Place {
+    /// Nowhere, in [`words`](Self::of_words).
+    pub const NOWHERE: [u32; 4] = [u32::MAX; 4];
+
+    /// As words.
+    #[inline(always)]
+    pub fn words(self) -> [u32; 4] {
+        [self.first_row, self.head, self.batch, 0]
+    }
+
+    /// The place of these words, if they are one's.
+    #[inline(always)]
+    pub fn of_words([first_row, head, batch, _]: [u32; 4]) -> Option<Self> {
+        (batch != u32::MAX).then_some(Place { first_row, head, batch })
+    }
+
+    /// The same, but what follows from it is found anew once `x` is known, and takes no registers until then.
+    #[inline(always)]
+    pub fn anew(self, x: u32) -> Self {
+        let Place { first_row, head, batch } = self;
+        Place { batch: unknown_before(batch, x), first_row: unknown_before(first_row, x), head }
+    }
+
+    /// The tile of `block_m` rows that is there. If they see no key, it has one block of `block_n` nevertheless, which they
+    /// do not see.
+    #[inline(always)]
+    #[track_caller]
+    pub fn tile<T, const CAUSAL: bool>(self, a: &Attention<T>, block_m: u32, block_n: u32) -> Tile {
+        let Place { first_row, head, batch } = self;
+        let sequence = a.sequence(batch);
+        let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
+        Tile { first_row, head, sequence, blocks: mask.key_blocks(first_row, block_m, block_n).or_one() }
+    }
 }
 
 /// Tiles of a head: `ceil(seqlen_q / block_m)`.
@@ -48,62 +97,87 @@ pub struct Schedule {
 #[derive(Clone, Copy)]
 pub struct Tiles<const CAUSAL: bool> {
     schedule: Schedule,
-    /// The unit that comes next; of a block that is no walker the number of its tile, until it is done.
+    order: Order,
+    /// Which tile of its units comes next, two a unit under a causal mask.
     next: u32,
-    /// Whether it is a unit's second tile that comes next.
-    second: bool,
+    /// The place in the order of the sequence that its last unit was of.
+    rank: u32,
     block_m: u32,
-    block_n: u32,
 }
 
-/// No unit and no tile.
-const DONE: u32 = u32::MAX;
+/// Tiles of a unit.
+const fn tiles_of_unit(causal: bool) -> u32 {
+    if causal { 2 } else { 1 }
+}
 
 impl<const CAUSAL: bool> Tiles<CAUSAL> {
-    /// Those of this block of threads. A tile has `block_m` rows, a block of keys `block_n`.
+    /// Those of this block of threads. A tile has `block_m` rows. The order is that of sequences of different lengths; others
+    /// need none.
     #[inline(always)]
-    pub fn new(schedule: Schedule, block_m: u32, block_n: u32) -> Self {
-        let block = block_idx_x();
-        let next = if block < schedule.walkers { block } else { block - schedule.walkers };
-        Tiles { schedule, next, second: false, block_m, block_n }
+    pub fn new(schedule: Schedule, order: Order, block_m: u32) -> Self {
+        Tiles { schedule, order, next: 0, rank: 0, block_m }
     }
 
-    /// The next tile that has rows. If they see no key, it has one block nevertheless, which they do not see.
+    /// Where the next tile is.
     #[inline(always)]
     #[track_caller]
-    pub fn next<T>(&mut self, a: &Attention<T>) -> Option<Tile> {
-        let Schedule { walkers, walked_heads } = self.schedule;
-        let tiles = tiles_of_head(a.seqlen_q, self.block_m);
-        loop {
-            let (index, head) = if block_idx_x() < walkers {
-                let units = divisor(units_of_head(tiles, CAUSAL));
-                let (head, place) = (self.next / units, self.next % units);
-                if head >= walked_heads {
-                    return None;
-                }
-                // The last rows first.
-                let index = if self.second { place } else { tiles - 1 - place };
-                self.second = CAUSAL && !self.second && index != place;
-                if !self.second {
-                    self.next += walkers;
-                }
-                (index, head)
-            } else {
-                if self.next == DONE {
-                    return None;
-                }
-                let heads = divisor(a.nheads * a.batch - walked_heads);
-                let (rank, head) = (self.next / heads, self.next % heads);
-                self.next = DONE;
-                (tiles - 1 - rank, walked_heads + head)
-            };
-            let (head, batch) = head_of(head, a.nheads);
-            let (first_row, sequence) = (index * self.block_m, a.sequence(batch));
-            if first_row < sequence.seqlen_q {
-                let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
-                let blocks = mask.key_blocks(first_row, self.block_m, self.block_n).or_one();
-                return Some(Tile { first_row, head, sequence, blocks });
+    pub fn next<T>(&mut self, a: &Attention<T>) -> Option<Place> {
+        if block_idx_x() < self.schedule.walkers { self.walk(a) } else { self.single(a) }
+    }
+
+    /// The next tile of a walker.
+    #[inline(always)]
+    #[track_caller]
+    fn walk<T>(&mut self, a: &Attention<T>) -> Option<Place> {
+        let (seqlen_q, batch) = (self.anew(a.seqlen_q), self.anew(a.batch));
+        let (turn, second) = (self.next / tiles_of_unit(CAUSAL), self.next % tiles_of_unit(CAUSAL) == 1);
+        let unit = self.unit(turn);
+        let (tiles, head, index, sequence);
+        if a.cu_seqlens_q.is_null() {
+            tiles = tiles_of_head(seqlen_q, self.block_m);
+            let units = divisor(units_of_head(tiles, CAUSAL));
+            if unit / units >= self.schedule.walked_heads {
+                return None;
             }
+            index = unit % units;
+            (head, sequence) = head_of(unit / units, self.anew(a.nheads));
+        } else {
+            let first;
+            (sequence, first) = self.order.sequence_of(unit, batch, &mut self.rank)?;
+            tiles = tiles_of_head(a.sequence(sequence).seqlen_q, self.block_m);
+            let units = divisor(units_of_head(tiles, CAUSAL));
+            (head, index) = ((unit - first) / units, (unit - first) % units);
         }
+        // The last rows first. Of a unit that is the tile in the middle there is no second one.
+        let from_end = tiles - 1 - index;
+        self.next += if CAUSAL && !second && from_end == index { 2 } else { 1 };
+        Some(Place { first_row: self.block_m * if second { index } else { from_end }, head, batch: sequence })
+    }
+
+    /// What follows from `x` is found anew for each tile, and takes no register of the few that a producer has.
+    #[inline(always)]
+    fn anew(&self, x: u32) -> u32 {
+        unknown_before(x, self.next)
+    }
+
+    /// The unit that a walker is dealt in a turn.
+    #[inline(always)]
+    fn unit(&self, turn: u32) -> u32 {
+        let (walker, walkers) = (self.anew(block_idx_x()), self.schedule.walkers);
+        turn * walkers + if turn.is_multiple_of(2) { walker } else { walkers - 1 - walker }
+    }
+
+    /// The tile of a block that is no walker, if its sequence has so many rows.
+    #[inline(always)]
+    #[track_caller]
+    fn single<T>(&mut self, a: &Attention<T>) -> Option<Place> {
+        let Schedule { walkers, walked_heads } = self.schedule;
+        let (tile, nheads) = (self.anew(block_idx_x()) - walkers, self.anew(a.nheads));
+        let heads = divisor(nheads * a.batch - walked_heads);
+        let (head, batch) = head_of(walked_heads + tile % heads, nheads);
+        let first_row = (tiles_of_head(self.anew(a.seqlen_q), self.block_m) - 1 - tile / heads) * self.block_m;
+        let is_first = self.next == 0;
+        self.next = 1;
+        (is_first && first_row < a.sequence(batch).seqlen_q).then_some(Place { first_row, head, batch })
     }
 }

@@ -1,0 +1,94 @@
+//! In which order sequences of different lengths come.
+//!
+//! Tiles of longer sequences cost more. The units of the sequences that cost the most come first, so that what is dealt out
+//! last, and makes one block of threads end after another, is small. Where sequences end only the GPU knows: each block of
+//! threads finds the order for itself, in shared memory, before it begins.
+use super::schedule::{tiles_of_head, units_of_head};
+use crate::attention::{Attention, Sequence};
+use cuda_std::shared::Shared;
+use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
+
+/// As many sequences can be put into order.
+pub const MAX_SEQUENCES: u32 = 1024;
+
+/// Sequences by their cost.
+#[derive(Clone, Copy)]
+pub struct Order {
+    /// Of each sequence the cost of a unit, in keys, and how many units there are: what the order is found from.
+    costs: Shared<u32>,
+    /// Of each sequence, in their order, the first unit and which sequence it is; behind the last how many units there are.
+    begins: Shared<u32>,
+}
+
+impl Order {
+    /// What it takes in shared memory, in bytes.
+    pub const BYTES: u32 = (4 * MAX_SEQUENCES + 2) * size_of::<u32>() as u32;
+
+    /// At this place, which is aligned to 8 bytes.
+    #[inline(always)]
+    pub fn at(place: Shared<u32>) -> Self {
+        Order { costs: place, begins: place.offset(2 * MAX_SEQUENCES) }
+    }
+
+    /// Finds it. Said by all threads of the block, before a barrier.
+    #[inline(always)]
+    #[track_caller]
+    pub fn find<T, const CAUSAL: bool>(self, a: &Attention<T>, block_m: u32) {
+        let own = || Own { next: thread_idx_x(), end: a.batch };
+        for i in own() {
+            let Sequence { seqlen_q, seqlen_k, .. } = a.sequence(i);
+            let units = a.nheads * units_of_head(tiles_of_head(seqlen_q, block_m), CAUSAL);
+            // The last rows of a sequence see all keys, under a causal mask the first rows `seqlen_q` less.
+            let cost = if CAUSAL { (2 * seqlen_k).saturating_sub(seqlen_q) } else { seqlen_k };
+            self.costs.store_vector(2 * i, [cost, units]);
+        }
+        sync_threads();
+        for i in own() {
+            let [cost, units] = self.costs.load_vector(2 * i);
+            let (mut rank, mut begin) = (0, 0);
+            for j in 0..a.batch {
+                let [other, units] = self.costs.load_vector(2 * j);
+                if other > cost || other == cost && j < i {
+                    rank += 1;
+                    begin += units;
+                }
+            }
+            self.begins.store_vector(2 * rank, [begin, i]);
+            if rank + 1 == a.batch {
+                self.begins.store_vector(2 * a.batch, [begin + units, 0]);
+            }
+        }
+    }
+
+    /// The sequence that a unit is of, and its first unit; `None` behind the last. It is looked for from place `rank` in the
+    /// order on, which becomes its own.
+    #[inline(always)]
+    #[track_caller]
+    pub fn sequence_of(self, unit: u32, sequences: u32, rank: &mut u32) -> Option<(u32, u32)> {
+        if unit >= self.begins.load(2 * sequences) {
+            return None;
+        }
+        while self.begins.load(2 * (*rank + 1)) <= unit {
+            *rank += 1;
+        }
+        let [begin, sequence] = self.begins.load_vector(2 * *rank);
+        Some((sequence, begin))
+    }
+}
+
+/// The sequences that fall to a thread.
+struct Own {
+    next: u32,
+    end: u32,
+}
+
+impl Iterator for Own {
+    type Item = u32;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<u32> {
+        let own = self.next;
+        self.next += block_dim_x();
+        (own < self.end).then_some(own)
+    }
+}

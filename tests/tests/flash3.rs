@@ -72,6 +72,21 @@ fn sequences_of_different_lengths() {
     }
 }
 
+/// Many sequences, which blocks of threads take the longest first; and more than they put into order.
+#[test]
+fn many_sequences() {
+    let lengths = |count: usize, most: usize| (0..count).map(|i| ((7 * i) % most, (5 * i + 3) % most)).collect();
+    for (lengths, causal) in [
+        (lengths(40, 290), false),
+        (lengths(40, 290), true),
+        (lengths(flash3::order::MAX_SEQUENCES as usize + 1, 5), false),
+    ] {
+        let mut combination = Combination { varlen: true, lengths, ..plain(DType::F16, (0, 0), (64, 64)) };
+        combination.options.causal = causal;
+        combination.check_forward(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+    }
+}
+
 /// Tensors with gaps between heads, tokens and batches, which it neither reads nor writes; forward, and backward where
 /// heads of V are as long as those of K.
 #[test]

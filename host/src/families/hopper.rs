@@ -69,8 +69,10 @@ fn schedule(problem: &Problem, config: &Config, multiprocessors: u32) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inputs::Inputs;
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
+    use crate::sequences::Sequences;
     use cuda_std::DType;
     use kernels::flash3::FORWARD;
 
@@ -97,6 +99,24 @@ mod tests {
         // 64 units a head: 198 units are four heads, of 128 tiles each.
         assert_eq!(scheduled([1, 16384, 16, 128], true), (132, 12, 132 + 4 * 128));
         assert_eq!(scheduled([1, 16384, 2, 128], true), (0, 0, 2 * 128));
+    }
+
+    #[test]
+    fn walkers_do_all_sequences_of_different_lengths_that_they_can_put_into_order() {
+        let scheduled = |sequences: usize| {
+            let x = Layout::contiguous(DType::BF16, &[4096, 2, 128]).expect("small");
+            let begins: Vec<_> = (0..=sequences).map(|i| (i * 4096 / sequences) as i32).collect();
+            let cu_seqlens = Layout::contiguous(DType::I32, &[begins.len()]).expect("small");
+            let inputs =
+                Inputs { cu_seqlens_q: Some(&cu_seqlens), cu_seqlens_k: Some(&cu_seqlens), ..Inputs::new(&x, &x, &x) };
+            let sequences = Sequences::new(&begins, 4096, &begins, 4096).expect("they end with the tensor");
+            let problem = Problem::of(&inputs, Some(sequences), &AttentionOptions::new()).expect("valid");
+            let config = Config { block_m: 128, block_n: 128, ..FORWARD[0].config };
+            let (schedule, blocks) = schedule(&problem, &config, 132).expect("small");
+            (schedule.walkers, schedule.walked_heads, blocks)
+        };
+        assert_eq!(scheduled(1024), (132, 2048, 132));
+        assert_eq!(scheduled(2048), (0, 0, 4096));
     }
 
     #[test]

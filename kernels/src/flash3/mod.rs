@@ -158,7 +158,7 @@ pub fn forward<
     }
     let a = p.attention.of::<T>();
     let block_m = GROUPS * GROUP_ROWS;
-    if !a.cu_seqlens_q.is_null() {
+    if !a.cu_seqlens_q.is_null() && p.schedule.walkers > 0 {
         memory.order.find::<T, CAUSAL>(&a, block_m);
     }
     sync_threads();

@@ -114,24 +114,25 @@ impl<
                 block -= 1;
                 self.step(a, &tile, block, false);
             }
-            self.last();
-            if const { QUERIES == GROUPS } {
-                self.store(a, place);
-            }
-            next = self.next();
-            s = match next {
-                Some(next) => {
-                    let s = self.first(a, next);
-                    if const { QUERIES > GROUPS } {
+            next = self.last();
+            s = if const { QUERIES > GROUPS } {
+                match next {
+                    Some(next) => {
+                        let s = self.first(a, next);
                         self.store(a, place);
+                        s.wait()
                     }
-                    s.wait()
+                    None => {
+                        self.store(a, place);
+                        Accumulator::zero()
+                    }
                 }
-                None => {
-                    if const { QUERIES > GROUPS } {
-                        self.store(a, place);
-                    }
-                    Accumulator::zero()
+            } else {
+                self.store(a, place);
+                next = self.next();
+                match next {
+                    Some(next) => self.first(a, next).wait(),
+                    None => Accumulator::zero(),
                 }
             };
         }
@@ -216,15 +217,18 @@ impl<
         rescale.apply_if_any(&mut self.o);
     }
 
-    /// O += P V of the last block.
+    /// O += P V of the last block. The next tile is asked for meanwhile, if its Q has a stage of its own.
     #[inline(always)]
     #[track_caller]
-    fn last(&mut self) {
+    fn last(&mut self) -> Option<Place> {
         release(self.queries.slot());
         self.queries.advance_by(GROUPS);
         let v = self.values().wait();
-        self.o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0)).wait::<0>();
+        let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
+        let next = if const { QUERIES > GROUPS } { self.next() } else { None };
+        self.o = o.wait::<0>();
         release(v);
+        next
     }
 
     /// Writes O and LSE.

@@ -32,7 +32,8 @@ pub fn produce<
     v_map.prefetch();
     let mut queries = memory.queries.producer();
     let mut keys = memory.keys.producer();
-    while let Some(place) = tiles.next(a) {
+    let mut next = tiles.next(a);
+    while let Some(place) = next {
         let block_m = GROUPS * GROUP_ROWS;
         let Tile { first_row, head, sequence, blocks } = place.tile::<T, CAUSAL>(a, block_m, BLOCK_N as u32);
         let batch = a.batch_of_map(sequence.batch) as i32;
@@ -67,6 +68,8 @@ pub fn produce<
             load_keys(&mut keys, block - 1);
             load_values(values, block);
         }
+        // Looked up before it waits for a stage: then the stages are full, and nobody waits for it.
+        next = tiles.next(a);
         load_values(keys.behind(memory.values), blocks.begin);
     }
     for _ in 0..GROUPS {

@@ -5,7 +5,7 @@
 //! A block of threads owns a block of query rows, and walks over the blocks of K and V once. S, P, O and the state of the
 //! softmax live in registers; each warp owns whole rows, so warps exchange nothing. K and V come in asynchronously, one
 //! block ahead, into two stages of shared memory; where two stages are too large, into one, V while S is computed, and the
-//! next K while P V is.
+//! next K while P V is. Q stays in shared memory, or where a warp has but one row block and there is room, in registers.
 //!
 //! A key that a row does not see must not reach it, even if its value is NaN: 0 · NaN is NaN. It does, here; rows that turn
 //! out not to be finite are computed again ([`spoiled_rows`](crate::spoiled_rows)).
@@ -46,6 +46,7 @@ const fn config<
     const BLOCK_M: usize,
     const BLOCK_N: usize,
     const STAGES: u32,
+    const Q_STEPS: usize,
     const M: usize,
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
@@ -53,6 +54,7 @@ const fn config<
     const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V && BLOCK_M.is_multiple_of(16 * M));
+    assert!(Q_STEPS == 0 || (Q_STEPS * T::DEPTH == HEADDIM && STAGES == 2));
     // O's tile takes the place of Q's. Dropout takes 32 keys at a time.
     assert!(HEADDIM_V <= HEADDIM && (!GENERAL || BLOCK_N.is_multiple_of(32)));
     let elements = BLOCK_M * HEADDIM + STAGES as usize * BLOCK_N * (HEADDIM + HEADDIM_V);
@@ -72,7 +74,7 @@ const fn config<
         // 255 registers a thread.
         min_blocks_per_sm: 256 / threads,
         shared_bytes: (elements * size_of::<T>()) as u32,
-        barriers: if STAGES == 1 { 3 } else { 2 },
+        barriers: if STAGES == 1 || Q_STEPS > 0 { 3 } else { 2 },
     }
 }
 
@@ -84,65 +86,69 @@ pub(crate) const fn threads(block: usize, m: usize) -> u32 {
 /// O = softmax(softmax_scale · Q Kᵀ) V and its LSE, for `BLOCK_M` query rows of one head.
 ///
 /// Grid: `ceil(seqlen_q / BLOCK_M) * nheads * batch`. A warp has 16 `M` rows; S is `S_COLUMNS` and O `O_COLUMNS` blocks of
-/// eight columns wide. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`.
+/// eight columns wide. Q is loaded to registers once, in `Q_STEPS` steps; if 0, from shared memory for each block of keys.
+/// Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`.
 #[kernel(
     name = "flash2_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}",
     // Measured on an H100, bf16, 16384 tokens: the speed beside PyTorch's FlashAttention-2, geometric mean of sequences of
-    // 512, 4096 and 16384, not causal and causal.
+    // 512, 4096 and 16384, not causal and causal. Figures in brackets, those of other tiles and those of general kernels were
+    // taken with m raised lazily throughout, which is 2 to 5 % faster.
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
-            // 1.19 and 1.21; with 64 keys a block 1.17 and 1.17, with one stage 1.11 and 1.13.
-            (32, 32, 128, 128, 2, 2, 16, 4),
-            // 1.20 and 1.25; with 96 keys a block 1.15 and 1.22; with 64 keys, or one row block a warp, slower still.
-            (64, 64, 128, 128, 2, 2, 16, 8),
-            // 1.21 and 1.19; with 96 keys a block (spills) 1.11 and 1.12, with one stage 1.09 and 1.10.
-            (96, 96, 128, 64, 2, 2, 8, 12),
-            (192, 128, 128, 64, 2, 1, 8, 16),
-            // 1.06 and 1.17; with 64 keys a block 1.05 and 1.14, with 128 rows and two stages 1.05 and 1.12.
-            (192, 192, 64, 96, 1, 1, 12, 24),
-            // 1.04 and 1.14, and two blocks a multiprocessor; with 128 rows and 96 keys a block 0.97 and 1.04. A tile of
-            // 128 x 32 in two stages was at 0.81.
-            (256, 256, 64, 64, 1, 1, 8, 32),
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
+            // (1.19 and 1.21); with 64 keys a block 1.17 and 1.17, with one stage 1.11 and 1.13.
+            (32, 32, 128, 128, 2, 0, 2, 16, 4),
+            // 1.16 and 1.25 (1.20 and 1.26); with 96 keys a block 1.15 and 1.22; with 64 keys, or one row block a warp, slower
+            // still.
+            (64, 64, 128, 128, 2, 0, 2, 16, 8),
+            // (1.21 and 1.19); with 96 keys a block (spills) 1.11 and 1.12, with one stage 1.09 and 1.10.
+            (96, 96, 128, 64, 2, 0, 2, 8, 12),
+            (192, 128, 128, 64, 2, 0, 1, 8, 16),
+            // 1.09 and 1.18 (1.13 and 1.21); Q in shared memory, with 96 keys a block and one stage, 1.05 and 1.16, with 64
+            // keys 1.05 and 1.14, with 128 rows and two stages 1.05 and 1.12.
+            (192, 192, 64, 48, 2, 12, 1, 6, 24),
+            // 1.08 and 1.17, and two blocks a multiprocessor. Q in shared memory, with 64 keys a block and one stage, 1.04 and
+            // 1.15; with 128 rows and 96 keys a block 0.97 and 1.04. A tile of 128 x 32 in two stages was at 0.81.
+            (256, 256, 64, 32, 2, 16, 1, 4, 32),
         ],
         (CAUSAL, GENERAL) in [(false, false), (true, false)],
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
-            // 1.18; with 48 keys a block 1.12, with one stage 1.13. Spills one register, read once a block.
-            (128, 128, 128, 64, 2, 2, 8, 16),
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
+            // 1.12 (1.17); with 48 keys a block 1.12, with one stage 1.13. Spills one register, read once a block.
+            (128, 128, 128, 64, 2, 0, 2, 8, 16),
         ],
         (CAUSAL, GENERAL) in [(false, false)],
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
-            // 1.26; with 64 keys a block 1.27, but that spills.
-            (128, 128, 128, 48, 2, 2, 6, 16),
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
+            // 1.22 (1.27); with 64 keys a block 1.27, but that spills.
+            (128, 128, 128, 48, 2, 0, 2, 6, 16),
         ],
         (CAUSAL, GENERAL) in [(true, false)],
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
             // 0.89 and 0.88.
-            (32, 32, 128, 64, 2, 2, 8, 4),
+            (32, 32, 128, 64, 2, 0, 2, 8, 4),
             // 0.92 and 0.93.
-            (64, 64, 128, 64, 2, 2, 8, 8),
+            (64, 64, 128, 64, 2, 0, 2, 8, 8),
             // 0.90 and 0.90.
-            (96, 96, 128, 32, 2, 2, 4, 12),
+            (96, 96, 128, 32, 2, 0, 2, 4, 12),
             // 0.97 and 0.98; with 64 x 64 and one row block a warp 0.86 and 0.95.
-            (128, 128, 128, 32, 2, 2, 4, 16),
-            (192, 128, 128, 64, 2, 1, 8, 16),
+            (128, 128, 128, 32, 2, 0, 2, 4, 16),
+            (192, 128, 128, 64, 2, 0, 1, 8, 16),
             // 0.99 and 1.05; with 128 rows and two stages 0.87 and 0.89.
-            (192, 192, 64, 64, 1, 1, 8, 24),
+            (192, 192, 64, 64, 1, 0, 1, 8, 24),
             // 1.03 and 1.08; with 128 x 32 in two stages 0.77 and 0.78.
-            (256, 256, 64, 64, 1, 1, 8, 32),
+            (256, 256, 64, 64, 1, 0, 1, 8, 32),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
-    for (T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, M, S_COLUMNS, O_COLUMNS) in [
-            (f32, 32, 32, 64, 32, 2, 1, 4, 4),
-            (f32, 64, 64, 64, 32, 2, 1, 4, 8),
-            (f32, 128, 128, 64, 32, 2, 1, 4, 16),
-            (f32, 256, 256, 64, 32, 1, 1, 4, 32),
-            (tf32, 32, 32, 128, 64, 2, 2, 8, 4),
-            (tf32, 64, 64, 128, 64, 2, 2, 8, 8),
-            (tf32, 128, 128, 128, 32, 2, 1, 4, 16),
-            (tf32, 256, 256, 64, 32, 1, 1, 4, 32),
+    for (T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
+            (f32, 32, 32, 64, 32, 2, 0, 1, 4, 4),
+            (f32, 64, 64, 64, 32, 2, 0, 1, 4, 8),
+            (f32, 128, 128, 64, 32, 2, 0, 1, 4, 16),
+            (f32, 256, 256, 64, 32, 1, 0, 1, 4, 32),
+            (tf32, 32, 32, 128, 64, 2, 0, 2, 8, 4),
+            (tf32, 64, 64, 128, 64, 2, 0, 2, 8, 8),
+            (tf32, 128, 128, 128, 32, 2, 0, 1, 4, 16),
+            (tf32, 256, 256, 64, 32, 1, 0, 1, 4, 32),
         ],
         (CAUSAL, GENERAL) in [(false, true)],
     config = config,
@@ -155,6 +161,7 @@ pub fn forward<
     const BLOCK_M: usize,
     const BLOCK_N: usize,
     const STAGES: u32,
+    const Q_STEPS: usize,
     const M: usize,
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
@@ -205,6 +212,13 @@ pub fn forward<
     let own_row = warp_id() * 16 * M as u32;
     let mut softmax = RowSoftmax::<M>::EMPTY;
     let mut o = Accumulator::<M, O_COLUMNS>::zero();
+    if Q_STEPS > 0 {
+        // Q is here, and with it the first block of keys.
+        copy::wait::<0>();
+        sync_threads();
+    }
+    let q_fragments: [LeftOperand<T, M>; Q_STEPS] = core::array::from_fn(|step| LeftOperand::load(q, own_row, step));
+    let q_fragment = |step| if Q_STEPS > 0 { q_fragments[step] } else { LeftOperand::load(q, own_row, step) };
     for j in key_blocks.begin..key_blocks.end {
         let (k, v) = (k_tiles.stage(j % STAGES), v_tiles.stage(j % STAGES));
         let (row, key, partial) = (first_row + own_row, j * BLOCK_N as u32, key_blocks.is_partial(j));
@@ -232,7 +246,7 @@ pub fn forward<
             // Without tensor cores a step is long, and as a loop it stays in the instruction cache.
             let steps = (HEADDIM / T::DEPTH) as u32;
             for step in 0..(if const { T::TENSOR_CORES } { steps } else { unknown(steps) }) as usize {
-                s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
+                s.add_product_transposed(&q_fragment(step), k, 0, step);
             }
         } else {
             // A part every second step, so that the products do not wait until all copies have been started.
@@ -240,7 +254,7 @@ pub fn forward<
                 if step % 2 == 1 {
                     copy_part(step / 2, HEADDIM / T::DEPTH / 2);
                 }
-                s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, step), k, 0, step);
+                s.add_product_transposed(&q_fragment(step), k, 0, step);
             }
         }
         copy::commit();
@@ -254,7 +268,7 @@ pub fn forward<
             }
         }
 
-        let p = logits.weights(s, row, key, partial, &mut softmax, &mut o);
+        let p = logits.weights(s, row, key, partial, j - key_blocks.begin, &mut softmax, &mut o);
         for step in 0..BLOCK_N / T::DEPTH {
             o.add_product(&p.operand::<T>(step), v, step, 0);
         }
@@ -307,8 +321,8 @@ impl<T: Element> Logits<T> {
         }
     }
 
-    /// S = Q Kᵀ, which begins at row `first_row` and key `first_key`, becomes P relative to the softmax's maximum so far;
-    /// O is rescaled to that.
+    /// S = Q Kᵀ, which begins at row `first_row` and key `first_key`, becomes P relative to the softmax's m; O is rescaled to
+    /// that. `turn` counts the blocks of keys.
     #[inline(always)]
     #[track_caller]
     fn weights<const M: usize, const S_COLUMNS: usize, const O_COLUMNS: usize>(
@@ -317,6 +331,7 @@ impl<T: Element> Logits<T> {
         first_row: u32,
         first_key: u32,
         partial: bool,
+        turn: u32,
         softmax: &mut RowSoftmax<M>,
         o: &mut Accumulator<M, O_COLUMNS>,
     ) -> Accumulator<M, S_COLUMNS> {
@@ -326,7 +341,7 @@ impl<T: Element> Logits<T> {
         } else if partial {
             self.mask.apply(&mut s, first_row, first_key);
         }
-        softmax.raise_lazily(&s, self.scale).apply_if_any(o);
+        softmax.follow(&s, self.scale, turn, o);
         softmax.weigh(&mut s, self.scale);
         if self.dropout.is_on() {
             self.dropout.apply(&mut s, self.head, first_row, first_key);

@@ -10,7 +10,8 @@ use cuda_std::math::{LN_2, ex2, lg2, max, rcp};
 /// elements of -inf (masked keys) leave it as it is. A NaN or +inf among the elements makes l NaN, as it does the softmax.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OnlineSoftmax {
-    /// The maximum of the elements so far; -inf if there was none above.
+    /// The maximum of the elements so far, or what has taken its place ([`rebase`](Self::rebase)); -inf if there was none
+    /// above.
     pub m: f32,
     /// The sum of the weights 2^(x - m) of the elements so far.
     pub l: f32,
@@ -30,11 +31,24 @@ impl OnlineSoftmax {
     /// with which everything that was weighted by the old m is to be multiplied.
     #[inline(always)]
     pub fn raise(&mut self, block_max: f32) -> f32 {
+        self.rebase(max(self.m, block_max))
+    }
+
+    /// Replaces m, which then need not be the maximum, and rescales l. Returns alpha, as [`raise`](Self::raise) does.
+    #[inline(always)]
+    pub fn rebase(&mut self, m: f32) -> f32 {
         let old = self.m;
-        self.m = max(old, block_max);
+        self.m = m;
         let alpha = ex2(old - self.base());
         self.l *= alpha;
         alpha
+    }
+
+    /// How low m may be set, so that l becomes no larger than 2¹⁴: sums of weights stay far from the largest f32. -inf for
+    /// no elements.
+    #[inline(always)]
+    pub fn lowest(self) -> f32 {
+        self.m + lg2(self.l) - 14.0
     }
 
     /// The weight 2^(x - m) of an element, for an m that [`raise`](Self::raise) has brought to x or more.

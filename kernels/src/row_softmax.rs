@@ -1,7 +1,7 @@
 //! Online softmax of the rows that a warp holds in registers.
 use crate::online_softmax::OnlineSoftmax;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{self, ex2, fma};
+use cuda_std::math::{self, ex2, fma, unknown};
 use cuda_std::warp::{ALL, any, reduce};
 
 /// The states of the rows of an [`Accumulator`] of `M` row blocks: two rows a lane and row block.
@@ -47,6 +47,13 @@ impl<const M: usize> RowSoftmax<M> {
     #[inline(always)]
     #[track_caller]
     pub fn raise_lazily<const N: usize>(&mut self, s: &Accumulator<M, N>, scale: f32) -> Rescale<M> {
+        let exceeded = self.is_exceeded(s, scale);
+        self.raise(s, scale, any(ALL, exceeded))
+    }
+
+    /// Whether one of this lane's scores exceeds m by more than a factor of 2⁸.
+    #[inline(always)]
+    fn is_exceeded<const N: usize>(&self, s: &Accumulator<M, N>, scale: f32) -> bool {
         const SLACK: f32 = 8.0;
         let mut exceeds = false;
         for m in 0..M {
@@ -54,7 +61,40 @@ impl<const M: usize> RowSoftmax<M> {
                 exceeds |= s.fold_row(m, half, math::max) * scale > self.0[m][half].m + SLACK;
             }
         }
-        self.raise(s, scale, any(ALL, exceeds))
+        exceeds
+    }
+
+    /// Brings m to the maximum of a block of scores S, up or down, and rescales O to that, in the blocks of which it is the
+    /// turn; in the others, only if an element exceeds m by more than a factor of 2⁸. `turn` counts the blocks of a row. It
+    /// is the turn of each within the first 128 keys, and then of one within 96 keys: every block, every second or third.
+    ///
+    /// P is rounded to 16 bits, and the largest weights of a row decide how much that costs. Relative to the maximum of its
+    /// own block the largest is 1, which is exact, and those next to it lie just below, where rounding is finest. Relative to
+    /// the maximum of all blocks so far, as in Algorithm 1, that holds only where the maximum grows: so fewer blocks need be
+    /// rescaled for an error that is no larger.
+    #[inline(always)]
+    #[track_caller]
+    pub fn follow<const N: usize, const O_COLUMNS: usize>(
+        &mut self,
+        s: &Accumulator<M, N>,
+        scale: f32,
+        turn: u32,
+        o: &mut Accumulator<M, O_COLUMNS>,
+    ) {
+        let (at_first, every) = const { ((128 / (8 * N)) as u32, 96_usize.div_ceil(8 * N) as u32) };
+        // The very first block exceeds m in any case. Were the others' number known, they would be taken out of the loop.
+        let is_early = at_first > every && turn < unknown(at_first);
+        if is_early || turn % every == every - 1 || any(ALL, self.is_exceeded(s, scale)) {
+            let mut rescale = Rescale { alpha: [[1.0; 2]; M], any: true };
+            for m in 0..M {
+                for half in 0..2 {
+                    let state = &mut self.0[m][half];
+                    let own_max = math::max(s.fold_row(m, half, math::max) * scale, state.lowest());
+                    rescale.alpha[m][half] = state.rebase(reduce::<4, f32>(own_max, math::max));
+                }
+            }
+            rescale.apply_if_any(o);
+        }
     }
 
     /// Raises m for a block of scores S, if that is `wanted`.

@@ -84,6 +84,27 @@ proptest! {
         prop_assert!(((o * state.inverse()) as f64 - expected).abs() <= 1e-5 * expected.abs());
         agrees(state, &x)?;
     }
+
+    #[test]
+    fn following_blocks_up_and_down_keeps_the_sum_and_its_range(
+        x in vec(prop_oneof![3 => -20f32..20.0, 1 => -5000f32..5000.0, 1 => Just(f32::NEG_INFINITY)], 1..200),
+        block in 1usize..20,
+    ) {
+        let mut state = OnlineSoftmax::EMPTY;
+        for block_elements in x.chunks(block) {
+            let block_max = block_elements.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let alpha = state.rebase(block_max.max(state.lowest()));
+            prop_assert!(alpha.is_finite() && state.l <= 16385.0, "l = {}", state.l);
+            for &x in block_elements {
+                prop_assert!(state.weight(x) <= 1.0);
+                state.l += state.weight(x);
+            }
+        }
+        let (_, log_sum) = two_pass(&x);
+        let lse = log_sum * std::f64::consts::LN_2;
+        let close = state.lse() as f64 == lse || (state.lse() as f64 - lse).abs() <= 1e-5 * lse.abs().max(1.0);
+        prop_assert!(close, "LSE {} is not {lse}", state.lse());
+    }
 }
 
 #[test]

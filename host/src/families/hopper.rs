@@ -3,7 +3,8 @@ use cuda_std::Kernel;
 use kernels::Config;
 use kernels::attention::Attention;
 use kernels::flash3::order::MAX_SEQUENCES;
-use kernels::flash3::schedule::{Schedule, tiles_of_head, units_of_head};
+use kernels::flash3::schedule::Schedule;
+use kernels::flash3::units::{tiles_of_head, units_of_head};
 use kernels::flash3::{GROUP_ROWS, Params};
 
 use crate::error::Result;

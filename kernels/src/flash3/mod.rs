@@ -33,6 +33,7 @@ mod memory;
 pub mod order;
 mod producer;
 pub mod schedule;
+pub mod units;
 
 /// Query rows of a consumer warpgroup.
 pub const GROUP_ROWS: u32 = wgmma::ROWS;

@@ -3,7 +3,7 @@
 //! Tiles of longer sequences cost more. The units of the sequences that cost the most come first, so that what is dealt out
 //! last, and makes one block of threads end after another, is small. Where sequences end only the GPU knows: each block of
 //! threads finds the order for itself, in shared memory, before it begins.
-use super::schedule::{tiles_of_head, units_of_head};
+use super::units::{tiles_of_head, units_of_head};
 use crate::attention::{Attention, Sequence};
 use cuda_std::shared::Shared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};

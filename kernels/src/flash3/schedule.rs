@@ -1,13 +1,13 @@
 //! Which tiles of queries a persistent block of threads takes, and in which order.
 //!
-//! Work comes in units: a tile, or under a causal mask two of one head, the last and the first, the last but one and the
-//! second, and so on, so that those of a sequence cost the same. Walkers, blocks of threads, are dealt units there and back,
-//! from the first walker to the last and from the last to the first, until there are none: all end together, but for a unit.
-//! Where units are long, that is much: there the last heads are left to blocks that take one tile each, the longest first,
-//! and that the GPU starts as walkers end. Where sequences differ in length, the longest come first ([`Order`]).
+//! Walkers, blocks of threads, are dealt [units](super::units) of work there and back, from the first walker to the last and
+//! from the last to the first, until there are none: all end together, but for a unit. Where units are long, that is much:
+//! there the last heads are left to blocks that take one tile each, the longest first, and that the GPU starts as walkers end.
+//! Where sequences differ in length, the longest come first ([`Order`]).
 //!
 //! What runs at the same time is of few heads, whose K and V stay in the L2 cache.
 use super::order::Order;
+use super::units::{tiles_of_head, tiles_of_unit, units_of_head};
 use crate::attention::{Attention, Sequence, divisor};
 use crate::mask::{Blocks, Mask};
 use crate::schedule::head_of;
@@ -73,16 +73,6 @@ impl Place {
     }
 }
 
-/// Tiles of a head: `ceil(seqlen_q / block_m)`.
-pub const fn tiles_of_head(seqlen_q: u32, block_m: u32) -> u32 {
-    seqlen_q.div_ceil(block_m)
-}
-
-/// How many units the tiles of a head make.
-pub const fn units_of_head(tiles: u32, causal: bool) -> u32 {
-    if causal { tiles.div_ceil(2) } else { tiles }
-}
-
 /// Who does what: part of a kernel's parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -103,11 +93,6 @@ pub struct Tiles<const CAUSAL: bool> {
     /// The place in the order of the sequence that its last unit was of.
     rank: u32,
     block_m: u32,
-}
-
-/// Tiles of a unit.
-const fn tiles_of_unit(causal: bool) -> u32 {
-    if causal { 2 } else { 1 }
 }
 
 impl<const CAUSAL: bool> Tiles<CAUSAL> {

@@ -46,6 +46,8 @@ def _options(arguments: Tuple[Any, ...]) -> "_core.Options":
     q, rng_state, numbers = arguments[0], arguments[9], arguments[10:]
     if rng_state is None:
         return _core.Options(*numbers)
+    if rng_state.dtype != torch.int64 or rng_state.shape != (2,):
+        refuse("rng_state", f"{rng_state.dtype}, shape {tuple(rng_state.shape)}", "torch.int64, (2,): seed and offset")
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         refuse("dropout_p", numbers[7], "0 in a CUDA graph, which would drop the same elements in every replay")
     seed, offset = rng_state.tolist()

@@ -83,8 +83,10 @@ impl<'a, 'py> Reader<'a, 'py> {
         dtype: DType,
         shape: &[usize],
     ) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
-        let tensor = self.torch.empty(self.first.1, self.device, dtype, shape);
-        self.given(argument, tensor.map_err(|error| naming(self.first.1.py(), argument, error))?)
+        let layout = Layout::contiguous(dtype, shape).map_err(exception)?;
+        let allocated = self.torch.empty(self.first.1, self.device, dtype, shape);
+        let (tensor, address) = allocated.map_err(|error| naming(self.first.1.py(), argument, error))?;
+        Ok((tensor, RawTensor { address, layout }))
     }
 
     /// A tensor that is to be written, and where it is.

@@ -156,7 +156,9 @@ fn check_storage(argument: &'static str, tensor: &Bound<PyAny>, raw: &RawTensor)
         return if is_aligned { Ok(()) } else { Err(exception(Error::Alignment { argument, found, allowed })) };
     }
     let needed = needed.map_or_else(|| "more than an index can count".to_owned(), |needed| needed.to_string());
-    Err(PyValueError::new_err(format!("{argument}: a storage of {found} bytes; allowed: {needed}, which it reaches to")))
+    Err(PyValueError::new_err(format!(
+        "{argument}: a storage of {found} bytes; allowed: {needed}, which it reaches to"
+    )))
 }
 
 /// A tensor, and where it is, as PyTorch says.

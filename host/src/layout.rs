@@ -56,9 +56,9 @@ impl Layout {
         &self.strides
     }
 
-    /// The number of elements: the product of the extents.
+    /// The number of elements: the product of the extents, or as many as an index can count, where that is less.
     pub fn len(&self) -> usize {
-        self.shape.iter().product()
+        self.shape.iter().fold(1, |elements, &extent| elements.saturating_mul(extent))
     }
 
     /// Whether there are no elements.
@@ -78,11 +78,11 @@ impl Layout {
 
     /// Whether the elements lie in row-major order without gaps.
     pub fn is_contiguous(&self) -> bool {
-        let mut needed = 1;
+        let mut needed = 1usize;
         self.is_empty()
             || self.shape.iter().zip(&self.strides).rev().all(|(&extent, &stride)| {
                 let fits = extent == 1 || stride == needed;
-                needed *= extent;
+                needed = needed.saturating_mul(extent);
                 fits
             })
     }

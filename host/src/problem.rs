@@ -247,13 +247,15 @@ impl Problem {
     /// The sequences; none, where only the device knows where they begin.
     pub(crate) fn sequences(&self) -> Vec<Sequence> {
         match &self.varlen {
-            None => {
-                let (seqlen_q, seqlen_k) = (self.seqlen_q, self.seqlen_k);
-                let of = |index| Sequence { index, batch: index, first_q: 0, seqlen_q, first_k: 0, seqlen_k };
-                (0..self.batch).map(of).collect()
-            }
+            None => (0..self.batch).map(|index| self.sequence(index)).collect(),
             Some(varlen) => varlen.sequences.iter().flat_map(Sequences::iter).collect(),
         }
+    }
+
+    /// One of the sequences, all of which are of one length.
+    fn sequence(&self, index: usize) -> Sequence {
+        let Problem { seqlen_q, seqlen_k, .. } = *self;
+        Sequence { index, batch: index, first_q: 0, seqlen_q, first_k: 0, seqlen_k }
     }
 
     /// Where the LSE of one row of one head of a sequence is.
@@ -353,7 +355,10 @@ impl Problem {
         };
         match &self.varlen {
             Some(Varlen { sequences: None, total_q, .. }) => (*total_q as u64).saturating_mul(self.seqlen_k as u64),
-            _ => self.sequences().iter().map(of).fold(0, u64::saturating_add),
+            Some(Varlen { sequences: Some(sequences), .. }) => {
+                sequences.iter().map(|sequence| of(&sequence)).fold(0, u64::saturating_add)
+            }
+            None => of(&self.sequence(0)).saturating_mul(self.batch as u64),
         }
     }
 

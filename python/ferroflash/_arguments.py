@@ -6,9 +6,14 @@ How shapes, strides and numbers go together the Rust side checks, once for every
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, Tuple
 
 import torch
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard
+
+
+# What PyTorch's operators take for a whole number.
+_MOST = 2**63 - 1
 
 
 def refuse(name: str, found: Any, allowed: str) -> NoReturn:
@@ -22,17 +27,45 @@ def refuse_type(name: str, found: Any, allowed: str) -> NoReturn:
 
 
 def check_tensor(name: str, x: Any, rank: Optional[int] = None, dimensions: str = "") -> None:
-    """Checks that this is a tensor, of so many dimensions."""
+    """Checks that this is a tensor with strides, of so many dimensions."""
     if not isinstance(x, torch.Tensor):
         refuse_type(name, x, "a torch.Tensor")
+    if x.layout != torch.strided:
+        refuse(name, f"layout {x.layout}", "torch.strided")
+    if x.is_nested:
+        refuse(name, "a nested tensor", "one tensor, with cu_seqlens for sequences of different lengths")
+    if x.is_quantized:
+        raise TypeError(f"{name}: dtype {x.dtype}; allowed: one that is not quantized")
     if rank is not None and x.dim() != rank:
         refuse(name, f"{x.dim()} dimensions", f"{rank}: {dimensions}")
+    if is_plain(x):
+        _check_storage(name, x)
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether this has memory of its own, and stands for nothing else: no tracer's or transform's tensor."""
+    if is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.device.type not in ("cpu", "cuda"):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _check_storage(name: str, x: torch.Tensor) -> None:
+    """Checks that there is memory for all elements: torch lets storages shrink under their tensors, and does not look."""
+    if x.numel() == 0:
+        return
+    span = sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride())) + 1
+    found, needed = x.untyped_storage().nbytes(), (x.storage_offset() + span) * x.element_size()
+    if found < needed:
+        refuse(name, f"a storage of {found} bytes", f"{needed}, which it reaches to")
 
 
 def check_optional_tensor(name: str, x: Any) -> None:
     """Checks that this is a tensor, or None."""
-    if x is not None and not isinstance(x, torch.Tensor):
+    if x is None:
+        return
+    if not isinstance(x, torch.Tensor):
         refuse_type(name, x, "a torch.Tensor, or None")
+    check_tensor(name, x)
 
 
 def check_device(name: str, x: Optional[torch.Tensor], q: torch.Tensor) -> None:
@@ -51,7 +84,10 @@ def number(name: str, x: Any) -> float:
     """A number that is not a bool."""
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         refuse_type(name, x, "a number")
-    value: float = x if isinstance(x, (float, torch.SymFloat)) else float(x)  # type: ignore[assignment]
+    try:
+        value: float = x if isinstance(x, (float, torch.SymFloat)) else float(x)  # type: ignore[assignment]
+    except OverflowError:
+        refuse(name, "a whole number beyond all floats", "a number that a float holds")
     return value
 
 
@@ -73,6 +109,8 @@ def optional_length(name: str, x: Any) -> Optional[int]:
         refuse_type(name, x, "a whole number, or None")
     if x < 0:
         refuse(name, x, "0 or more")
+    if x > _MOST:
+        refuse(name, "a whole number beyond 64 bits", f"0 to {_MOST}")
     return x
 
 
@@ -83,5 +121,5 @@ def window(name: str, x: Any) -> Tuple[Optional[int], Optional[int]]:
     for side in x:
         if side is not None and not is_int(side):
             refuse_type(name, side, "whole numbers, or None for all keys")
-    left, right = (None if side is None or side < 0 else side for side in x)
+    left, right = (None if side is None or side < 0 or side > _MOST else side for side in x)
     return left, right

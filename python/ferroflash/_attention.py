@@ -185,7 +185,7 @@ def _attend_checked(
         refuse("alibi_slopes", "requires_grad", "a tensor without: ALiBi's slopes have no gradient here")
 
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if bias is not None:

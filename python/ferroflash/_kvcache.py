@@ -11,6 +11,7 @@ from ferroflash._arguments import (
     check_optional_tensor,
     check_tensor,
     is_int,
+    is_plain,
     number,
     refuse,
     refuse_type,
@@ -57,7 +58,8 @@ def flash_attn_with_kvcache(
         v: The values of `k`.
         cache_seqlens: How many keys are in the cache: for all sequences, or int32 of shape (batch). On CUDA nobody
             checks what is in it. None: seqlen_cache, and `k` must be None.
-        cache_batch_idx: Which sequences of the cache belong to those of Q: of shape (batch), whole numbers.
+        cache_batch_idx: Which sequences of the cache belong to those of Q: of shape (batch), whole numbers. On CUDA
+            nobody checks what is in it.
         softmax_scale, causal, window_size, softcap, alibi_slopes: As in `flash_attn_func`.
         num_splits: Not looked at: the kernels choose how to divide the keys. It changes no result.
         return_softmax_lse: Whether to return the LSE too.
@@ -81,6 +83,7 @@ def flash_attn_with_kvcache(
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, x, 4, _CACHE)
         check_device(name, x, q)
+    check_optional_tensor("alibi_slopes", alibi_slopes)
     check_flag("return_softmax_lse", return_softmax_lse)
     if not is_int(num_splits):
         refuse_type("num_splits", num_splits, "a whole number")
@@ -99,6 +102,11 @@ def flash_attn_with_kvcache(
     if k is not None or v is not None:
         if cache_seqlens is None:
             refuse("cache_seqlens", None, "a whole number, or a tensor: where k and v are to be written")
+        for name, x in (("k", k), ("v", v)):
+            check_tensor(name, x, 4, _NEW)
+    _check_values("cache_batch_idx", cache_batch_idx, slots - 1)
+    _check_values("cache_seqlens", cache_seqlens, seqlen_cache if k is None else seqlen_cache - k.shape[1])
+    if k is not None and v is not None:
         seqlens = seqlens + _append(k_cache, v_cache, k, v, seqlens, cache_batch_idx, batch)
     if cache_batch_idx is not None:
         k_cache, v_cache = k_cache.index_select(0, cache_batch_idx), v_cache.index_select(0, cache_batch_idx)
@@ -124,19 +132,25 @@ def _check_indices(name: str, x: Any, q: Tensor, dtypes: Tuple[torch.dtype, ...]
         refuse(name, f"shape {tuple(x.shape)}", f"({q.shape[0]},): one for each sequence of q")
 
 
+def _check_values(name: str, x: Any, most: int) -> None:
+    """Checks whole numbers in a tensor in host memory, which nobody has to wait for."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or not is_plain(x):
+        return
+    for value in x.tolist():
+        if not 0 <= value <= most:
+            refuse(name, value, f"0 to {most}, as the cache has room for so many")
+
+
 def _append(
     k_cache: Tensor,
     v_cache: Tensor,
-    k: Optional[Tensor],
-    v: Optional[Tensor],
+    k: Tensor,
+    v: Tensor,
     seqlens: Union[int, Tensor],
     cache_batch_idx: Optional[Tensor],
     batch: int,
 ) -> int:
     """Writes new keys and values behind those in the cache. How many."""
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(name, x, 4, _NEW)
-    assert k is not None and v is not None
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         check_device(name, x, cache)
         if x.dtype != cache.dtype:

@@ -46,6 +46,8 @@ def _options(arguments: Tuple[Any, ...]) -> "_core.Options":
     q, rng_state, numbers = arguments[0], arguments[9], arguments[10:]
     if rng_state is None:
         return _core.Options(*numbers)
+    if rng_state.dtype != torch.int64 or rng_state.shape != (2,):
+        refuse("rng_state", f"{rng_state.dtype}, shape {tuple(rng_state.shape)}", "torch.int64, (2,): seed and offset")
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         refuse("dropout_p", numbers[7], "0 in a CUDA graph, which would drop the same elements in every replay")
     seed, offset = rng_state.tolist()
@@ -163,11 +165,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        # A graph of the gradients is to hold the operator, which refuses to be differentiated.
-        if not torch.is_grad_enabled() and is_unobserved():
-            gradients = _core.backward(ctx, dout, dlse, are_deterministic_algorithms_enabled())
-            if gradients is not None:
-                return gradients
         (out, softmax_lse), tensors = _core.saved(ctx)
         state = ctx.options.rng_state()
         rng_state = None if state is None else torch.tensor(state)
@@ -177,6 +174,18 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv, dbias, dsinks = _backward_observed(results, inputs, needs)
         return None, dq, dk, dv, dbias, None, None, dsinks, None, None
 
+
+def _apply_backward(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    """What autograd calls: `_Attention.backward`, or the same in one step, without its dispatcher and torch's own frames."""
+    # A graph of the gradients is to hold the operator, which refuses to be differentiated.
+    if not torch.is_grad_enabled() and is_unobserved():
+        gradients = _core.backward(ctx, dout, dlse, are_deterministic_algorithms_enabled())
+        if gradients is not None:
+            return gradients
+    return _Attention.backward(ctx, dout, dlse)
+
+
+_Attention._backward_cls.apply = _apply_backward  # type: ignore[attr-defined]
 
 # `_Attention.apply`, without its question for transforms, of which there are none while `is_unobserved`.
 differentiable = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attention)

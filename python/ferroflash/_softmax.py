@@ -24,6 +24,8 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "online") -> Tensor:
     check_tensor("x", x)
     if not is_int(dim):
         refuse_type("dim", dim, "a whole number")
+    if not isinstance(method, str):
+        refuse_type("method", method, "online, two-pass")
     if method not in ("online", "two-pass"):
         refuse("method", repr(method), "online, two-pass")
     if x.dim() == 0:

@@ -18,6 +18,7 @@ type Tensor = *mut c_void;
 type EmptyStrided = unsafe extern "C" fn(i64, *const i64, *const i64, i32, i32, i32, *mut Tensor) -> i32;
 type Wrap = unsafe extern "C" fn(Tensor) -> *mut ffi::PyObject;
 type Delete = unsafe extern "C" fn(Tensor) -> i32;
+type Address = unsafe extern "C" fn(Tensor, *mut *mut c_void) -> i32;
 type Constant = unsafe extern "C" fn() -> i32;
 
 /// The most dimensions of what is allocated here.
@@ -28,6 +29,7 @@ pub struct Allocator {
     empty_strided: EmptyStrided,
     wrap: Wrap,
     delete: Delete,
+    address: Address,
     f32: i32,
     f16: i32,
     bf16: i32,
@@ -45,13 +47,14 @@ impl Allocator {
             // SAFETY: the functions of torch/csrc/inductor/aoti_torch/c/shim.h that are named so have this type.
             unsafe { torch.get::<Constant>(name.as_bytes()).ok().map(|constant| constant()) }
         };
-        // SAFETY: these are the types of the first and the last in shim.h. The second is
+        // SAFETY: these are the types of all but the second in shim.h. That one is
         // `PyObject* THPVariable_Wrap(const at::TensorBase&)`, whose types are in its name; a reference is an address.
         unsafe {
             Some(Allocator {
                 empty_strided: *torch.get::<EmptyStrided>(b"aoti_torch_empty_strided").ok()?,
                 wrap: *python.get::<Wrap>(b"_Z16THPVariable_WrapRKN2at10TensorBaseE").ok()?,
                 delete: *torch.get::<Delete>(b"aoti_torch_delete_tensor_object").ok()?,
+                address: *torch.get::<Address>(b"aoti_torch_get_data_ptr").ok()?,
                 f32: constant("aoti_torch_dtype_float32")?,
                 f16: constant("aoti_torch_dtype_float16")?,
                 bf16: constant("aoti_torch_dtype_bfloat16")?,
@@ -62,14 +65,14 @@ impl Allocator {
         }
     }
 
-    /// A contiguous tensor, not yet written. None where PyTorch refuses, or for what it is not asked for.
+    /// A contiguous tensor, not yet written, and its address. None where PyTorch refuses, or for what it is not asked for.
     pub fn empty<'py>(
         &self,
         py: Python<'py>,
         dtype: DType,
         device: Device,
         shape: &[usize],
-    ) -> Option<Bound<'py, PyAny>> {
+    ) -> Option<(Bound<'py, PyAny>, u64)> {
         let dtype = match dtype {
             DType::F32 => self.f32,
             DType::F16 => self.f16,
@@ -97,11 +100,14 @@ impl Allocator {
         };
         // It may wait for the driver, and for threads that wait for Python.
         let tensor = py.detach(empty).0?;
+        let mut address = null_mut();
         // SAFETY: the tensor is whole. The object holds it in common with the handle, which is deleted.
         unsafe {
+            let code = (self.address)(tensor, &mut address);
             let object = (self.wrap)(tensor);
             (self.delete)(tensor);
-            Bound::from_owned_ptr_or_err(py, object).ok()
+            let object = Bound::from_owned_ptr_or_err(py, object).ok()?;
+            (code == 0).then(|| (object, address.addr() as u64))
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The numbers of a call.
 use ferroflash::AttentionOptions;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyFloat, PyInt, PyTuple};
 
@@ -25,25 +26,35 @@ impl Options {
     ))]
     #[expect(clippy::too_many_arguments, reason = "as many as the operator has")]
     fn new(
-        max_seqlen_q: Option<usize>,
-        max_seqlen_k: Option<usize>,
+        max_seqlen_q: Option<i64>,
+        max_seqlen_k: Option<i64>,
         softmax_scale: Option<f64>,
         causal: bool,
-        window_left: Option<usize>,
-        window_right: Option<usize>,
+        window_left: Option<i64>,
+        window_right: Option<i64>,
         softcap: Option<f64>,
         dropout_p: f64,
         deterministic: bool,
         allow_tf32: bool,
         rng_state: (i64, i64),
-    ) -> Self {
-        let mut attention = AttentionOptions::new().causal(causal).window_size(window_left, window_right);
-        attention = attention.deterministic(deterministic).allow_tf32(allow_tf32);
-        attention = attention.dropout(dropout_p as f32, rng_state.0 as u64, rng_state.1 as u64);
-        attention.softmax_scale = softmax_scale.map(|scale| scale as f32);
-        attention.softcap = softcap.map(|softcap| softcap as f32);
-        (attention.max_seqlen_q, attention.max_seqlen_k) = (max_seqlen_q, max_seqlen_k);
-        Options { attention, dropout_p }
+    ) -> PyResult<Self> {
+        let count = |argument: &str, found: Option<i64>| {
+            let refuse = |found| PyValueError::new_err(format!("{argument}: {found}; allowed: 0 or more, or None"));
+            found.map(|found| usize::try_from(found).map_err(|_| refuse(found))).transpose()
+        };
+        let numbers = (
+            count("max_seqlen_q", max_seqlen_q)?,
+            count("max_seqlen_k", max_seqlen_k)?,
+            softmax_scale,
+            causal,
+            count("window_left", window_left)?,
+            count("window_right", window_right)?,
+            softcap,
+            dropout_p,
+            deterministic,
+            allow_tf32,
+        );
+        Ok(Options::of(numbers, rng_state))
     }
 
     /// The arguments of the operator that these are made of.
@@ -77,6 +88,17 @@ pub type GivenNumbers<'py> = (
 );
 
 impl Options {
+    fn of(numbers: Numbers, rng_state: (i64, i64)) -> Self {
+        let (max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap, dropout_p, deterministic, tf32) = numbers;
+        let mut attention = AttentionOptions::new().causal(causal).window_size(left, right);
+        attention = attention.deterministic(deterministic).allow_tf32(tf32);
+        attention = attention.dropout(dropout_p as f32, rng_state.0 as u64, rng_state.1 as u64);
+        attention.softmax_scale = scale.map(|scale| scale as f32);
+        attention.softcap = softcap.map(|softcap| softcap as f32);
+        (attention.max_seqlen_q, attention.max_seqlen_k) = (max_seqlen_q, max_seqlen_k);
+        Options { attention, dropout_p }
+    }
+
     /// Those of a call that nothing has to be done for: all arguments are of the types that they should be, numbers are
     /// allowed, there is no dropout, and tensors are PyTorch's own, of the dtypes and shapes that kernels read. None for
     /// every other call.
@@ -87,7 +109,7 @@ impl Options {
         let (max_seqlen_q, max_seqlen_k, scale, causal, window_size, softcap, dropout_p, deterministic, tf32) = numbers;
         let options = || {
             let (left, right) = window(window_size)?;
-            Some(Options::new(
+            let numbers = (
                 optional(max_seqlen_q, length)?,
                 optional(max_seqlen_k, length)?,
                 optional(scale, number)?,
@@ -98,8 +120,8 @@ impl Options {
                 number(dropout_p).filter(|p| *p == 0.0)?,
                 flag(deterministic)?,
                 flag(tf32)?,
-                (0, 0),
-            ))
+            );
+            Some(Options::of(numbers, (0, 0)))
         };
         Ok(options())
     }
@@ -159,7 +181,7 @@ fn number(x: &Bound<PyAny>) -> Option<f64> {
 
 /// A whole number of 0 or more.
 fn length(x: &Bound<PyAny>) -> Option<usize> {
-    if x.is_exact_instance_of::<PyInt>() { x.extract().ok() } else { None }
+    if x.is_exact_instance_of::<PyInt>() { usize::try_from(x.extract::<i64>().ok()?).ok() } else { None }
 }
 
 /// Keys to the left and to the right; a negative number, too, is for all.

@@ -3,9 +3,9 @@ use std::slice;
 
 use cuda_std::DType;
 use ferroflash::raw::RawTensor;
-use ferroflash::{Datum, Layout, TensorMut, TensorRef};
+use ferroflash::{Datum, Error, Layout, TensorMut, TensorRef};
 use half::{bf16, f16};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
@@ -83,7 +83,10 @@ impl<'a, 'py> Reader<'a, 'py> {
         dtype: DType,
         shape: &[usize],
     ) -> PyResult<(Bound<'py, PyAny>, RawTensor)> {
-        self.given(argument, self.torch.empty(self.first.1, self.device, dtype, shape)?)
+        let layout = Layout::contiguous(dtype, shape).map_err(exception)?;
+        let allocated = self.torch.empty(self.first.1, self.device, dtype, shape);
+        let (tensor, address) = allocated.map_err(|error| naming(self.first.1.py(), argument, error))?;
+        Ok((tensor, RawTensor { address, layout }))
     }
 
     /// A tensor that is to be written, and where it is.
@@ -102,15 +105,64 @@ impl<'a, 'py> Reader<'a, 'py> {
         if is_readable(&raw.layout) {
             return Ok(raw);
         }
-        let copy = tensor.call_method0(intern!(tensor.py(), "contiguous"))?;
+        let py = tensor.py();
+        let copy = tensor.call_method0(intern!(py, "contiguous")).map_err(|error| naming(py, argument, error))?;
         let raw = self.tensor(argument, &copy)?;
         self.copies.push(copy);
         Ok(raw)
     }
 }
 
+/// An error of PyTorch's that names no argument, such as one of its allocator's, as one of the same type that does.
+fn naming(py: Python, argument: &str, error: PyErr) -> PyErr {
+    let message = format!("{argument}: {}", error.value(py));
+    match error.get_type(py).call1((message,)) {
+        Ok(named) => {
+            let named = PyErr::from_value(named);
+            named.set_cause(py, Some(error));
+            named
+        }
+        Err(_) => error,
+    }
+}
+
 /// A tensor, and where it is.
 fn read(argument: &'static str, tensor: &Bound<PyAny>, torch: &Torch) -> PyResult<(RawTensor, Device)> {
+    let (raw, device) = described(argument, tensor, torch)?;
+    if device == Device::Cpu || device != Device::Other && raw.address < LOWEST_ADDRESS {
+        check_storage(argument, tensor, &raw)?;
+    }
+    Ok((raw, device))
+}
+
+/// No memory of a CUDA device lies below: such an address is an offset into a storage that has been freed.
+const LOWEST_ADDRESS: u64 = 1 << 32;
+
+/// Checks that there is memory for all elements, and that they are aligned: PyTorch lets storages shrink under their
+/// tensors, and takes buffers of others at any address.
+fn check_storage(argument: &'static str, tensor: &Bound<PyAny>, raw: &RawTensor) -> PyResult<()> {
+    let py = tensor.py();
+    if raw.layout.is_empty() {
+        return Ok(());
+    }
+    let storage = tensor.call_method0(intern!(py, "untyped_storage"))?;
+    let found: u64 = storage.call_method0(intern!(py, "nbytes"))?.extract()?;
+    let offset: u64 = tensor.call_method0(intern!(py, "storage_offset"))?.extract()?;
+    let end = raw.layout.span().and_then(|span| (span as u64).checked_add(offset));
+    let needed = end.and_then(|end| end.checked_mul(raw.layout.dtype().bytes() as u64));
+    if needed.is_some_and(|needed| needed <= found) {
+        let (found, allowed) = (raw.address, raw.layout.dtype().bytes());
+        let is_aligned = found.is_multiple_of(allowed as u64);
+        return if is_aligned { Ok(()) } else { Err(exception(Error::Alignment { argument, found, allowed })) };
+    }
+    let needed = needed.map_or_else(|| "more than an index can count".to_owned(), |needed| needed.to_string());
+    Err(PyValueError::new_err(format!(
+        "{argument}: a storage of {found} bytes; allowed: {needed}, which it reaches to"
+    )))
+}
+
+/// A tensor, and where it is, as PyTorch says.
+fn described(argument: &'static str, tensor: &Bound<PyAny>, torch: &Torch) -> PyResult<(RawTensor, Device)> {
     if let Some(exchange) = torch.exchange.as_ref().filter(|_| torch.is_own_tensor(tensor)) {
         // What DLPack does not describe may be described below, or refused in better words.
         if let Ok(described) = exchange.describe(tensor)
@@ -123,7 +175,10 @@ fn read(argument: &'static str, tensor: &Bound<PyAny>, torch: &Torch) -> PyResul
         }
     }
     let py = tensor.py();
-    let device = tensor.getattr(intern!(py, "device"))?;
+    let Ok(device) = tensor.getattr(intern!(py, "device")) else {
+        let found = tensor.get_type();
+        return Err(PyTypeError::new_err(format!("{argument}: {}; allowed: a torch.Tensor", found.name()?)));
+    };
     let kind = device.getattr(intern!(py, "type"))?;
     let device = match kind.extract::<PyBackedStr>()?.as_ref() {
         "cpu" => Device::Cpu,

@@ -87,18 +87,18 @@ impl Torch {
         }
     }
 
-    /// A contiguous tensor, not yet written, on the device of `x`, which is this one.
+    /// A contiguous tensor, not yet written, on the device of `x`, which is this one; and its address.
     pub fn empty<'py>(
         &self,
         x: &Bound<'py, PyAny>,
         device: Device,
         dtype: DType,
         shape: &[usize],
-    ) -> PyResult<Bound<'py, PyAny>> {
+    ) -> PyResult<(Bound<'py, PyAny>, u64)> {
         let py = x.py();
         let allocated = self.allocator.as_ref().and_then(|allocator| allocator.empty(py, dtype, device, shape));
-        if let Some(tensor) = allocated {
-            return Ok(tensor);
+        if let Some(allocated) = allocated {
+            return Ok(allocated);
         }
         // Also if there was no memory: this raises the error that PyTorch has for it.
         let strides = (0..shape.len()).map(|i| shape[i + 1..].iter().map(|&extent| extent.max(1)).product::<usize>());
@@ -107,7 +107,9 @@ impl Torch {
         let of_dtype = self.dtypes.iter().find(|(_, known)| *known == dtype).map(|(name, _)| name);
         options.set_item(intern!(py, "dtype"), of_dtype)?;
         options.set_item(intern!(py, "device"), x.getattr(intern!(py, "device"))?)?;
-        self.empty_strided.bind(py).call((PyTuple::new(py, shape)?, strides), Some(&options))
+        let tensor = self.empty_strided.bind(py).call((PyTuple::new(py, shape)?, strides), Some(&options))?;
+        let address = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        Ok((tensor, address))
     }
 
     /// Zeros, like `x`.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ferroflash import attention, softmax
+from ferroflash import attention, flash_attn_with_kvcache, softmax
 
 NAN = math.nan
 
@@ -166,3 +166,34 @@ def test_nonsense_is_never_a_crash():
             assert str(error)
             outcomes.add(type(error).__name__)
     assert outcomes == {"result", "ValueError", "TypeError"}
+
+
+def freed(x):
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def test_memory_that_is_gone_is_named(device):
+    q = torch.randn(1, 4, 2, 16, device=device, requires_grad=True)
+    gone = "a storage of 0 bytes; allowed: [0-9]+, which it reaches to|address 0x0; allowed"
+    for name in ("q", "k", "v"):
+        tensors = {"q": q, "k": q, "v": q, name: freed(torch.randn_like(q.detach()))}
+        with pytest.raises(ValueError, match=f"^{name}: ({gone})"):
+            attention(**tensors)
+    out = attention(q, q, q)
+    with pytest.raises(ValueError, match=f"^dout: ({gone})"):
+        torch.autograd.grad(out, q, freed(torch.randn_like(out)))
+    k = q.detach().clone()
+    out = attention(q, k, k)
+    freed(k)
+    with pytest.raises(ValueError, match=f"^k: ({gone})"):
+        torch.autograd.grad(out, q, torch.randn_like(out))
+    cache = torch.randn(1, 8, 2, 16, device=device)
+    with pytest.raises(ValueError, match=f"^k: ({gone})"):
+        flash_attn_with_kvcache(q, cache, cache.clone(), freed(q.detach().clone()), q.detach(), cache_seqlens=2)
+
+
+def test_more_sequences_than_memory_lists_are_no_crash():
+    q, k = torch.randn(1, 0, 1, 8).expand(2**31 - 1, 0, 1, 8), torch.randn(1, 3, 1, 8).expand(2**31 - 1, 3, 1, 8)
+    for keys in (q, k):
+        assert attention(q, keys, keys).shape == q.shape

@@ -78,6 +78,8 @@ def options(device):
     }
 
 
+# PyTorch 2.10 and newer describe their tensors in C. Where they do not, no call is fast.
+IS_READ_IN_C = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 SLOW = ("wide bias", "bias of another dtype", "sinks of another dtype", "window in a list")
 
 
@@ -93,7 +95,7 @@ def test_results_are_those_of_the_operators(device, calls, name):
         return [out, lse, *torch.autograd.grad(out.sin().sum() + lse.cos().sum(), wanted)]
 
     fast = run()
-    assert calls["forward"] == (name not in SLOW)
+    assert calls["forward"] == (name not in SLOW and IS_READ_IN_C)
     assert len(calls["backward"]) == 1
     with Listening() as listening:
         heard = run()
@@ -107,7 +109,7 @@ def test_results_are_those_of_the_operators(device, calls, name):
 
 def test_flash_attn_func_is_fast_too(device, calls):
     flash_attn_func(*leaves(device, dtype=torch.bfloat16), causal=True).sum().backward()
-    assert calls["forward"] == 1 and len(calls["backward"]) == 1
+    assert calls["forward"] == IS_READ_IN_C and len(calls["backward"]) == 1
 
 
 def test_deterministic_algorithms_are_asked_for_when_it_is_time(device, calls, monkeypatch):

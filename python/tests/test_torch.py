@@ -314,11 +314,14 @@ def test_cuda_works_on_the_current_stream(cuda):
             assert torch.allclose(x.float(), y.float(), atol=3e-2)
 
 
+@pytest.mark.filterwarnings("error")
 def test_cuda_graphs_capture_forward_and_backward(cuda):
-    q, k, v = leaves(cuda, torch.bfloat16, (256, 256), (4, 4), 64)
+    inputs = [x.detach() for x in leaves(cuda, torch.bfloat16, (256, 256), (4, 4), 64)]
 
     def step():
-        return gradients(lambda *x: attention(*x, causal=True, deterministic=True), (q, k, v))
+        # Fresh leaves, that autograd remembers no stream of.
+        own = [x.detach().requires_grad_() for x in inputs]
+        return [x.detach() for x in gradients(lambda *x: attention(*x, causal=True, deterministic=True), own)]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -327,21 +330,29 @@ def test_cuda_graphs_capture_forward_and_backward(cuda):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = step()
+    earlier = None
     for seed in (1, 2):
         torch.manual_seed(seed)
-        with torch.no_grad():
-            for x in (q, k, v):
-                x.copy_(torch.randn_like(x))
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+        # What is found afterwards the replay has written, from these inputs.
+        for x in captured:
+            x.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
-        found = [x.clone() for x in captured]
-        for x, y in zip(found, step()):
+        found, expected = [x.clone() for x in captured], step()
+        for x, y in zip(found, expected):
             assert torch.equal(x, y)
+        if earlier is not None:
+            assert not any(torch.equal(x, y) for x, y in zip(found, earlier))
+        earlier = found
     refused = pytest.raises(ValueError, match="^dropout_p: 0.5; allowed: 0 in a CUDA graph")
-    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
-        attention(q, k, v, dropout_p=0.5)
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        # A graph without any node is worth a warning to PyTorch.
+        inputs[0].add(1)
+        attention(*inputs, dropout_p=0.5)
 
 
 def test_cuda_graphs_of_the_compiler(cuda):

@@ -1,14 +1,15 @@
 """Time, memory and accuracy of one implementation on one problem."""
 
+import math
 import statistics
 import time
-from typing import Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from ferroflash._reference import reference
-from ferroflash.bench.peers import Attention
+from ferroflash.bench.peers import Attention, Sequences
 
 # The chip is power-capped: back to back, the order of the implementations would decide.
 IDLE_SECONDS = 0.1
@@ -17,18 +18,22 @@ SLEEP_CYCLES = 10_000_000
 
 
 def call(
-    attention: Attention, tensors: Tuple[Tensor, Tensor, Tensor], causal: bool, backward: bool
+    attention: Attention,
+    tensors: Tuple[Tensor, Tensor, Tensor],
+    causal: bool,
+    sequences: Optional[Sequences],
+    backward: bool,
 ) -> Callable[[], object]:
     """What is measured: a forward pass, or the backward pass of one."""
     if not backward:
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return attention(*tensors, causal)
+                return attention(*tensors, causal, sequences)
 
         return forward
     q, k, v = leaves = [x.detach().requires_grad_() for x in tensors]
-    out = attention(q, k, v, causal)
+    out = attention(q, k, v, causal, sequences)
     dout = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
@@ -67,16 +72,62 @@ def megabytes(run: Callable[[], object], device: str) -> Optional[float]:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def relative_error(attention: Attention, headdim: int, causal: bool, dtype: torch.dtype, device: str) -> float:
-    """|O - reference| / |reference|, of 509 tokens."""
+def relative_errors(
+    attention: Attention,
+    problem: Dict[str, Any],
+    causal: bool,
+    dtype: torch.dtype,
+    device: str,
+    backward: bool,
+) -> Dict[str, float]:
+    """|x - reference| / |reference| of O, or of dQ, dK and dV, of 509 tokens, in as many heads as share one of K and V."""
     generator = torch.Generator(device=device).manual_seed(0)
-    q, k, v = (torch.randn(1, 509, 2, headdim, device=device, generator=generator).to(dtype) for _ in range(3))
-    with torch.no_grad():
-        exact, _ = reference(q, k, v, causal=causal)
-        return ((attention(q, k, v, causal).double() - exact).norm() / exact.norm()).item()
+    group = problem["nheads"] // problem["nheads_k"]
+    shapes = [(509, heads, problem["headdim"]) for heads in (2 * group, 2, 2, 2 * group)]
+    q, k, v, dout = (torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes)
+    lengths = [200, 309] if problem["lengths"] else [509]
+    sequences = Sequences.of(lengths, device) if problem["lengths"] else None
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths))
+        return torch.cat([reference(q[None], k[None], v[None], causal=causal)[0][0] for q, k, v in parts])
+
+    def found(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if sequences is not None:
+            return attention(q, k, v, causal, sequences)
+        return attention(q[None], k[None], v[None], causal, None)[0]
+
+    def results(function: Callable[..., Tensor], to: torch.dtype) -> Dict[str, Tensor]:
+        leaves = [x.to(to, copy=True).requires_grad_(backward) for x in (q, k, v)]
+        out = function(*leaves)
+        if not backward:
+            return {"o": out}
+        return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout.to(out.dtype))))
+
+    reached, wanted = results(found, dtype), results(exact, torch.float64)
+    return {name: ((reached[name].double() - x).norm() / x.norm()).item() for name, x in wanted.items()}
 
 
-def flops(problem: Dict[str, int], causal: bool, backward: bool) -> float:
-    """Forward 4 b h s² d, half of it when causal; backward 2.5 times that."""
-    batch, seqlen, nheads, headdim = (problem[name] for name in ("batch", "seqlen", "nheads", "headdim"))
-    return 4 * batch * nheads * seqlen**2 * headdim * (0.5 if causal else 1) * (2.5 if backward else 1)
+def lognormal(tokens: int, mean: int) -> List[int]:
+    """Lengths of sequences, of so many tokens in all: as lengths of texts, their logarithms are normal, with a deviation
+    of 1. The same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    lengths: List[int] = []
+    while tokens > 0:
+        length = mean * math.exp(torch.randn((), generator=generator).item() - 0.5)
+        lengths.append(min(max(1, round(length)), tokens))
+        tokens -= lengths[-1]
+    return lengths
+
+
+def flops(problem: Dict[str, Any], causal: bool, backward: bool) -> float:
+    """Forward 4 h d Σ s² over the sequences, half of it when causal; backward 2.5 times that."""
+    squares = sum(length**2 for length in problem["lengths"] or [problem["seqlen"]] * problem["batch"])
+    return 4 * problem["nheads"] * squares * problem["headdim"] * (0.5 if causal else 1) * (2.5 if backward else 1)
+
+
+def ceiling(dtype: torch.dtype, device: str, repetitions: int) -> float:
+    """TFLOP/s of a matrix product that suits the machine: 8192 x 8192 x 8192, on the CPU 1024 x 1024 x 1024."""
+    n = 1024 if device == "cpu" else 8192
+    x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / milliseconds(lambda: x @ y, device, repetitions) / 1e9

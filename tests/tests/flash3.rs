@@ -75,7 +75,7 @@ fn sequences_of_different_lengths() {
 /// Many sequences, which blocks of threads take the longest first; and more than they put into order.
 #[test]
 fn many_sequences() {
-    let lengths = |count: usize, most: usize| (0..count).map(|i| ((7 * i) % most, (5 * i + 3) % most)).collect();
+    let lengths = |count, most| (0..count).map(|i| ((7 * i) % most, (5 * i + 3) % most)).collect::<Vec<_>>();
     for (lengths, causal) in [
         (lengths(40, 290), false),
         (lengths(40, 290), true),

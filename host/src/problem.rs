@@ -464,6 +464,9 @@ fn longest(varlen: &Varlen, options: &AttentionOptions) -> Result<(usize, usize)
             (Some(said), Some(known)) if said < known => {
                 return Err(argument(name, said, format!("{known} or more: the longest sequence")));
             }
+            (Some(0), None) if total > 0 => {
+                return Err(argument(name, 0, format!("1 or more: there are {total} tokens")));
+            }
             (said, known) => known.or(said),
         };
         match found {
@@ -628,6 +631,8 @@ mod tests {
         assert_eq!(problem.lse_index(&problem.sequences()[1], 2, 1), 2 * 7 + 3 + 1);
         let unknown = Problem::of(&inputs, None, &options).expect_err("no lengths").to_string();
         assert_eq!(unknown, "max_seqlen_q: none; allowed: a number: cu_seqlens is in device memory");
-        assert!(Problem::of(&inputs, None, &options.max_seqlens(4, 4)).is_ok());
+        assert!(Problem::of(&inputs, None, &options.clone().max_seqlens(4, 4)).is_ok());
+        let of_none = Problem::of(&inputs, None, &options.max_seqlens(4, 0)).expect_err("no keys").to_string();
+        assert_eq!(of_none, "max_seqlen_k: 0; allowed: 1 or more: there are 7 tokens");
     }
 }

@@ -91,35 +91,34 @@ pub(crate) const fn threads(block: usize, m: usize) -> u32 {
 #[kernel(
     name = "flash2_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}",
     // Measured on an H100, bf16, 16384 tokens: the speed beside PyTorch's FlashAttention-2, geometric mean of sequences of
-    // 512, 4096 and 16384, not causal and causal. Figures in brackets, those of other tiles and those of general kernels were
-    // taken with m raised lazily throughout, which is 2 to 5 % faster.
+    // 512, 4096 and 16384, not causal and causal. Figures of other tiles and those of general kernels were taken with m raised
+    // lazily throughout, which is 2 to 5 % faster.
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
-            // (1.19 and 1.21); with 64 keys a block 1.17 and 1.17, with one stage 1.11 and 1.13.
+            // 1.16 and 1.21; with 64 keys a block 1.17 and 1.17, with one stage 1.11 and 1.13.
             (32, 32, 128, 128, 2, 0, 2, 16, 4),
-            // 1.16 and 1.25 (1.20 and 1.26); with 96 keys a block 1.15 and 1.22; with 64 keys, or one row block a warp, slower
-            // still.
+            // 1.17 and 1.25; with 96 keys a block 1.15 and 1.22; with 64 keys, or one row block a warp, slower still.
             (64, 64, 128, 128, 2, 0, 2, 16, 8),
-            // (1.21 and 1.19); with 96 keys a block (spills) 1.11 and 1.12, with one stage 1.09 and 1.10.
+            // 1.15 and 1.14; with 96 keys a block (spills) 1.11 and 1.12, with one stage 1.09 and 1.10.
             (96, 96, 128, 64, 2, 0, 2, 8, 12),
             (192, 128, 128, 64, 2, 0, 1, 8, 16),
-            // 1.09 and 1.18 (1.13 and 1.21); Q in shared memory, with 96 keys a block and one stage, 1.05 and 1.16, with 64
-            // keys 1.05 and 1.14, with 128 rows and two stages 1.05 and 1.12.
+            // 1.10 and 1.17; Q in shared memory, with 96 keys a block and one stage, 1.05 and 1.16, with 64 keys 1.05 and 1.14,
+            // with 128 rows and two stages 1.05 and 1.12.
             (192, 192, 64, 48, 2, 12, 1, 6, 24),
-            // 1.08 and 1.17, and two blocks a multiprocessor. Q in shared memory, with 64 keys a block and one stage, 1.04 and
+            // 1.07 and 1.15, and two blocks a multiprocessor. Q in shared memory, with 64 keys a block and one stage, 1.04 and
             // 1.15; with 128 rows and 96 keys a block 0.97 and 1.04. A tile of 128 x 32 in two stages was at 0.81.
             (256, 256, 64, 32, 2, 16, 1, 4, 32),
         ],
         (CAUSAL, GENERAL) in [(false, false), (true, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
-            // 1.12 (1.17); with 48 keys a block 1.12, with one stage 1.13. Spills one register, read once a block.
+            // 1.12; with 48 keys a block 1.12, with one stage 1.13. Spills one register, read once a block.
             (128, 128, 128, 64, 2, 0, 2, 8, 16),
         ],
         (CAUSAL, GENERAL) in [(false, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
-            // 1.22 (1.27); with 64 keys a block 1.27, but that spills.
+            // 1.21; with 64 keys a block 1.27, but that spills.
             (128, 128, 128, 48, 2, 0, 2, 6, 16),
         ],
         (CAUSAL, GENERAL) in [(true, false)],

@@ -267,7 +267,7 @@ pub fn forward<
             }
         }
 
-        let p = logits.weights(s, row, key, partial, j - key_blocks.begin, &mut softmax, &mut o);
+        let p = logits.weights(s, (row, key), partial, j - key_blocks.begin, &mut softmax, &mut o);
         for step in 0..BLOCK_N / T::DEPTH {
             o.add_product(&p.operand::<T>(step), v, step, 0);
         }
@@ -320,15 +320,14 @@ impl<T: Element> Logits<T> {
         }
     }
 
-    /// S = Q Kᵀ, which begins at row `first_row` and key `first_key`, becomes P relative to the softmax's m; O is rescaled to
-    /// that. `turn` counts the blocks of keys.
+    /// S = Q Kᵀ, which begins at this row and key, becomes P relative to the softmax's m; O is rescaled to that. `turn` counts
+    /// the blocks of keys.
     #[inline(always)]
     #[track_caller]
     fn weights<const M: usize, const S_COLUMNS: usize, const O_COLUMNS: usize>(
         &self,
         mut s: Accumulator<M, S_COLUMNS>,
-        first_row: u32,
-        first_key: u32,
+        (first_row, first_key): (u32, u32),
         partial: bool,
         turn: u32,
         softmax: &mut RowSoftmax<M>,

@@ -1,6 +1,7 @@
 //! The configurations to try.
 use anyhow::{Context, Result, ensure};
 use kernels::flash3::GROUP_ROWS;
+use kernels::flash3::order::Order;
 use std::fmt;
 use std::str::FromStr;
 
@@ -8,9 +9,10 @@ use std::str::FromStr;
 const WARPGROUP: u32 = 128;
 /// Columns that one product of P and V takes from P.
 const STEP: u32 = 16;
-/// Bytes of an element of f16 or bf16, and of a barrier in shared memory.
+/// Bytes of an element of f16 or bf16, of a barrier in shared memory, and of the words that say where a tile of Q is.
 const ELEMENT: u32 = 2;
 const BARRIER: u32 = 8;
+const PLACE: u32 = 16;
 /// The most shared memory that a block may have on Hopper.
 const SHARED_BYTES: u32 = 227 * 1024;
 
@@ -120,11 +122,13 @@ fn product<'a, A, B, C>(a: &'a [A], b: &'a [B], c: &'a [C]) -> impl Iterator<Ite
 }
 
 impl Variant {
-    /// Shared memory of a block: the stages of Q, K and V, and of each the barriers that say that it is full or empty.
+    /// Shared memory of a block: the stages of Q, K and V, of each the barriers that say that it is full or empty, where each
+    /// stage's Q is, and the order of sequences.
     pub fn shared_bytes(&self) -> u32 {
         let Headdims { headdim, headdim_v } = self.headdims;
         let stage = |rows: u32, columns: u32| rows * columns * ELEMENT + 2 * BARRIER;
-        self.queries * stage(GROUP_ROWS, headdim)
+        self.queries * (stage(GROUP_ROWS, headdim) + PLACE)
+            + Order::BYTES
             + self.stages * (stage(self.block_n, headdim) + stage(self.block_n, headdim_v))
     }
 

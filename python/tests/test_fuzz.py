@@ -22,6 +22,7 @@ import torch
 
 import ferroflash
 from ferroflash import _ops  # noqa: F401 (registers the operators)
+from operators import OPERATOR_NUMBERS
 
 CALLS = 1500
 # What PyTorch itself says, of a whole call: before it gets here, or of copies and of autograd.
@@ -285,16 +286,10 @@ class Drawn:
         return {
             **{name: tensors.get(name) for name in names},
             "rng_state": None,
+            **OPERATOR_NUMBERS,
             "max_seqlen_q": tensors.get("max_seqlen_q"),
             "max_seqlen_k": tensors.get("max_seqlen_k"),
-            "softmax_scale": None,
             "causal": True,
-            "window_left": None,
-            "window_right": None,
-            "softcap": None,
-            "dropout_p": 0.0,
-            "deterministic": False,
-            "allow_tf32": False,
         }
 
     def operator_backward(self):

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ferroflash
 from ferroflash import attention, flash_attn_func, flash_attn_varlen_func, softmax
+from operators import OPERATOR_NUMBERS
 
 
 def leaves(device, dtype=torch.float32, seqlens=(24, 40), nheads=(4, 2), headdim=32):
@@ -74,20 +75,9 @@ def operator_arguments(device, **options):
         "cu_seqlens_k": None,
         "rng_state": torch.tensor([3, 5]),
     }
-    numbers = {
-        "max_seqlen_q": None,
-        "max_seqlen_k": None,
-        "softmax_scale": None,
-        "causal": False,
-        "window_left": None,
-        "window_right": None,
-        "softcap": None,
-        "dropout_p": 0.0,
-        "deterministic": False,
-        "allow_tf32": False,
-    }
     chosen = [x if options.get(name) else None for name, x in tensors.items()]
-    return (q, k, v, *chosen, *{**numbers, **{n: x for n, x in options.items() if n in numbers}}.values())
+    numbers = {name: options.get(name, x) for name, x in OPERATOR_NUMBERS.items()}
+    return (q, k, v, *chosen, *numbers.values())
 
 
 @pytest.mark.parametrize("options", OPERATOR_OPTIONS)

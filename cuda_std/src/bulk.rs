@@ -16,6 +16,16 @@ pub fn load<T: Scalar>(to: Shared<T>, from: Global<T>, elements: u32, barrier: M
     machine::bulk_load(to.address(), from.address(), elements * size_of::<T>() as u32, barrier.address());
 }
 
+/// Copies `elements` from shared memory to that of block `rank` of the cluster, and tells the barrier that this has at the
+/// place of `barrier` of their bytes: `to` and `barrier` are as that block has them. What threads wrote is copied only
+/// after [`fence::proxy_async`](crate::fence::proxy_async). As for [`load`]. PTX ISA: `mapa`,
+/// `cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes`.
+#[inline(always)]
+#[track_caller]
+pub fn send<T: Scalar>(to: Shared<T>, from: Shared<T>, elements: u32, barrier: Mbarrier, rank: u32) {
+    machine::bulk_send(to.address(), from.address(), elements * size_of::<T>() as u32, barrier.address(), rank);
+}
+
 /// Copies `elements` from shared to global memory. As for [`load`]. PTX ISA:
 /// `cp.async.bulk.global.shared::cta.bulk_group`.
 #[inline(always)]

@@ -128,6 +128,15 @@ impl<const STAGES: u32> Producer<STAGES> {
         Producer { pipeline, at: self.at }
     }
 
+    /// The state of a thread that is one stage ahead of this one. What it acquires is empty when what was filled last, of
+    /// two stages, has been emptied: for what has barriers of two stages and memory of one.
+    #[inline(always)]
+    pub fn ahead(&self) -> Self {
+        let mut ahead = *self;
+        ahead.advance();
+        ahead
+    }
+
     /// As [`Consumer::behind`], for pipelines that are filled in turn.
     #[inline(always)]
     pub fn behind(&self, pipeline: Pipeline<STAGES>) -> Self {

@@ -95,8 +95,14 @@ pub fn keys_of_head<T>(a: &Attention<T>, first_key: u32) -> KeyBlock {
 #[inline(always)]
 #[track_caller]
 pub fn key_block<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
+    key_block_at(a, block_n, block_idx_x())
+}
+
+/// Key block `number` of these, where it is not that of the block of threads.
+#[inline(always)]
+pub fn key_block_at<T>(a: &Attention<T>, block_n: u32, number: u32) -> KeyBlock {
     let blocks = divisor(a.seqlen_k.div_ceil(block_n));
-    let (index, pair) = (block_idx_x() % blocks, block_idx_x() / blocks);
+    let (index, pair) = (number % blocks, number / blocks);
     let (head_k, batch) = head_of(pair, a.nheads_k);
     KeyBlock { first_key: index * block_n, head_k, sequence: a.sequence(batch) }
 }
@@ -106,10 +112,16 @@ pub fn key_block<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
 #[inline(always)]
 #[track_caller]
 pub fn key_block_in_turn<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32) -> KeyBlock {
+    key_block_in_turn_at(a, block_n, heads_in_turn, block_idx_x())
+}
+
+/// As [`key_block_at`].
+#[inline(always)]
+pub fn key_block_in_turn_at<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32, number: u32) -> KeyBlock {
     let group = divisor(heads_in_turn * a.seqlen_k.div_ceil(block_n));
-    let first = block_idx_x() / group * heads_in_turn;
+    let first = number / group * heads_in_turn;
     let pairs = divisor((a.nheads_k * a.batch - first).min(heads_in_turn));
-    let (index, pair) = (block_idx_x() % group / pairs, first + block_idx_x() % group % pairs);
+    let (index, pair) = (number % group / pairs, first + number % group % pairs);
     let (head_k, batch) = head_of(pair, a.nheads_k);
     KeyBlock { first_key: index * block_n, head_k, sequence: a.sequence(batch) }
 }

@@ -1,7 +1,7 @@
 //! FlashAttention-3's backward kernels on the simulated GPU, against gradients in f64. The simulator fails a run for
 //! any race, missing fence, uninitialised read or access out of bounds.
 use cuda_std::element::{bf16, f16};
-use cuda_std::sim::{Buffer, Launch, Memory, Options, launch};
+use cuda_std::sim::{Buffer, Launch, Memory, Options, launch_clusters};
 use cuda_std::tensor::{TensorMap, TensorMapDescription};
 use cuda_std::{DType, Element, Global, Kernel};
 use kernels::attention::{Attention, Tensor};
@@ -108,7 +108,8 @@ fn kernels_of<P>(
 fn run<P: Copy + Send + Sync>(kernel: &Kernel<P, Config>, blocks: usize, seed: u64, memory: &Memory, p: P) {
     let Config { threads, shared_bytes, .. } = kernel.config;
     let described = Launch { kernel: kernel.name, grid: [blocks as u32, 1, 1], block: [threads, 1, 1], shared_bytes };
-    let report = launch(&described, memory, &Options { seed, ..Options::default() }, || (kernel.run)(p));
+    let options = Options { seed, ..Options::default() };
+    let report = launch_clusters(&described, kernel.cluster, memory, &options, || (kernel.run)(p));
     assert!(report.findings.is_empty(), "{}", report.findings[0]);
 }
 
@@ -286,7 +287,8 @@ fn check_pass<T: Element>(
         heads_in_turn: 2,
     };
     let query_blocks = seqlen_q.div_ceil(block_m as usize) * nheads * batch;
-    let blocks_of_head = if whole_heads { 1 } else { seqlen_k.div_ceil(block_n as usize) };
+    let cluster = pass.cluster as usize;
+    let blocks_of_head = if whole_heads { 1 } else { seqlen_k.div_ceil(block_n as usize * cluster) * cluster };
     let key_blocks = blocks_of_head * nheads_k * batch;
     run(prepare, query_blocks, order, &memory, parameters.backward);
     run(pass, key_blocks, order, &memory, parameters);

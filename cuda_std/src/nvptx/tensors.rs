@@ -142,6 +142,16 @@ pub fn bulk_load(to: u32, from: u64, bytes: u32, barrier: u32) {
 }
 
 #[inline(always)]
+pub fn bulk_send(to: u32, from: u32, bytes: u32, barrier: u32, rank: u32) {
+    // SAFETY: as above, in another block of the cluster.
+    unsafe {
+        asm!("{{ .reg .b32 there, told; mapa.shared::cluster.u32 there, {0}, {4}; mapa.shared::cluster.u32 told, {3}, {4};",
+            "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [{1}], {2}, [told]; }}",
+            in(reg32) to, in(reg32) from, in(reg32) bytes, in(reg32) barrier, in(reg32) rank, options(nostack))
+    }
+}
+
+#[inline(always)]
 pub fn bulk_store(to: u64, from: u32, bytes: u32) {
     // SAFETY: as above.
     unsafe {

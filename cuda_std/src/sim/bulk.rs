@@ -47,7 +47,7 @@ impl Block {
         self.check_engine_use(from, &to, site)?;
         let is_of_floats = match &to {
             Source::Box { map, .. } => map.dtype == crate::DType::F32,
-            Source::Stretch { .. } => true,
+            Source::Stretch { .. } | Source::Shared { .. } => true,
         };
         if way == Way::Add && !is_of_floats {
             let message = "adds to a tensor that is not of f32".to_owned();

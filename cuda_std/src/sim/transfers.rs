@@ -26,13 +26,15 @@ pub(super) enum Source {
     Box { map: TensorMapDescription, at: [i32; MOST_RANK] },
     /// So many bytes from an address on.
     Stretch { address: u64, bytes: u32 },
+    /// The same in the shared memory of block `rank`, which issues the copy.
+    Shared { rank: u32, address: u32, bytes: u32 },
 }
 
 impl Source {
     pub fn bytes(&self) -> u32 {
         match self {
             Source::Box { map, .. } => map.tile_bytes(),
-            Source::Stretch { bytes, .. } => *bytes,
+            Source::Stretch { bytes, .. } | Source::Shared { bytes, .. } => *bytes,
         }
     }
 
@@ -44,6 +46,11 @@ impl Source {
                 let chunk = |offset| Chunk { shared: base + offset, global: address + offset as u64, inside: 0..16 };
                 (0..*bytes).step_by(GRANULE).map(chunk).collect()
             }
+            // Nothing of it is in global memory.
+            Source::Shared { bytes, .. } => {
+                let chunk = |offset| Chunk { shared: base + offset, global: 0, inside: 0..0 };
+                (0..*bytes).step_by(GRANULE).map(chunk).collect()
+            }
         }
     }
 
@@ -51,7 +58,7 @@ impl Source {
     pub fn element(&self) -> u32 {
         match self {
             Source::Box { map, .. } => map.dtype.bytes() as u32,
-            Source::Stretch { .. } => 4,
+            Source::Stretch { .. } | Source::Shared { .. } => 4,
         }
     }
 }
@@ -70,6 +77,11 @@ impl Block {
         self.read_globally(&chunks, &from, site)?;
         self.count_chunks(&chunks, Way::Load);
         let issuer = self.actor(self.current, site);
+        if let Source::Shared { address, bytes, .. } = from {
+            for offset in (0..bytes).step_by(GRANULE) {
+                self.read_shared_async(self.current, issuer, address + offset)?;
+            }
+        }
         for rank in (0..16).filter(|rank| blocks >> rank & 1 == 1) {
             self.check_rank(rank, site)?;
             let index = self.find_visible_mbarrier(rank, barrier, site)?;
@@ -110,8 +122,11 @@ impl Block {
         if self.context.race_detector {
             self.clocks.employ(agent, issuer.thread());
         }
-        for chunk in from.chunks(*to) {
-            let data = self.read_chunk(&chunk, from.element());
+        for (i, chunk) in from.chunks(*to).into_iter().enumerate() {
+            let data = match *from {
+                Source::Shared { rank, address, .. } => self.read_sent(rank, address + (i * GRANULE) as u32, actor),
+                _ => self.read_chunk(&chunk, from.element()),
+            };
             let Some(granule) = self.shared.granule(chunk.shared, GRANULE as u32) else { continue };
             if self.context.race_detector {
                 self.shared.shadow.deliver(granule, actor, &self.clocks);
@@ -135,6 +150,11 @@ impl Block {
                 let all = [shared as u64, *address, *bytes as u64];
                 let is_odd = all.iter().any(|number| !number.is_multiple_of(16));
                 let what = || format!("{bytes} bytes between shared {shared:#x} and global {address:#x}");
+                is_odd.then(|| format!("a bulk copy of {}: all three are to be multiples of 16", what()))
+            }
+            Source::Shared { address, bytes, .. } => {
+                let is_odd = [shared, *address, *bytes].iter().any(|number| !number.is_multiple_of(16));
+                let what = || format!("{bytes} bytes from shared {address:#x} to shared {shared:#x}");
                 is_odd.then(|| format!("a bulk copy of {}: all three are to be multiples of 16", what()))
             }
         };
@@ -179,6 +199,23 @@ impl Block {
                     _ => data[at] = u8::load(from),
                 }
             }
+        }
+        data
+    }
+
+    /// 16 bytes of the shared memory of block `rank`, whose copy ends: read for the second time, as they may not have
+    /// been written since it began.
+    fn read_sent(&mut self, rank: u32, address: u32, actor: Actor) -> [u8; GRANULE] {
+        let detects = self.context.race_detector;
+        let block: *mut Block = self.cluster[rank as usize];
+        // SAFETY: a block of the cluster that runs (`Block::peer`), this one or another; its clocks are not used.
+        let shared = unsafe { &mut (*block).shared };
+        let Some(granule) = shared.granule(address, GRANULE as u32) else { return [0; GRANULE] };
+        let wrong = if detects { shared.shadow.read_async(granule, actor, &self.clocks) } else { None };
+        // SAFETY: the granule lies in shared memory.
+        let data = unsafe { shared.data(address).cast::<[u8; GRANULE]>().read_unaligned() };
+        if let Some(wrong) = wrong {
+            self.wrong_shared(self.current, address, GRANULE as u32, Use::Read, actor.site(), wrong);
         }
         data
     }

@@ -90,6 +90,14 @@ impl Entry {
             Entry::Mapped(kernel) => kernel.config,
         }
     }
+
+    /// Blocks of threads that share the rows and keys of as many.
+    fn cluster(self) -> u32 {
+        match self {
+            Entry::Plain(kernel) => kernel.cluster,
+            Entry::Mapped(kernel) => kernel.cluster,
+        }
+    }
 }
 
 impl fmt::Debug for Entry {
@@ -383,7 +391,10 @@ impl Step {
         match self.grid {
             Grid::Rows => blocks(problem.rows(), block_m),
             Grid::Queries => product([nheads, batch], blocks(seqlen_q, block_m)),
-            Grid::Keys => product([nheads_k, batch], blocks(seqlen_k, block_n)),
+            Grid::Keys => {
+                let cluster = self.kernel.cluster();
+                product([nheads_k, batch], blocks(seqlen_k, block_n * cluster).saturating_mul(u64::from(cluster)))
+            }
             Grid::KeyHeads => product([nheads_k, batch], 1),
             Grid::Bias => {
                 let [batch, heads, rows, keys] = problem.bias.unwrap_or_default();

@@ -13,7 +13,7 @@ pub(super) struct Inputs<T, const HEADDIM: usize, const BLOCK_M: usize, const BL
     pub v: SmemTile<T, BLOCK_N, HEADDIM>,
     /// Blocks of Q.
     pub q: SmemTile<T, BLOCK_M, HEADDIM>,
-    /// Blocks of dO.
+    /// Blocks of dO: [`D_O_TILES`](Self::D_O_TILES).
     pub d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// What the exponents of a block of queries subtract, a stage after the other; then their D.
     statistics: Shared<f32>,
@@ -33,9 +33,12 @@ const WARPS: u32 = 4;
 impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
     Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>
 {
+    /// Tiles of dO: where heads are wide there is no room for one a stage.
+    pub const D_O_TILES: u32 = if HEADDIM > 128 { 1 } else { STAGES };
+
     /// What the tiles take.
-    pub const TILE_BYTES: u32 =
-        2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + 2 * STAGES * SmemTile::<T, BLOCK_M, HEADDIM>::BYTES;
+    pub const TILE_BYTES: u32 = 2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES
+        + (STAGES + Self::D_O_TILES) * SmemTile::<T, BLOCK_M, HEADDIM>::BYTES;
 
     /// What the statistics and the barriers take.
     pub const OTHER_BYTES: u32 =

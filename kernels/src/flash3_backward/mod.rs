@@ -128,11 +128,17 @@ struct Work {
 impl Work {
     #[inline(always)]
     #[track_caller]
-    fn of_block<T, const CAUSAL: bool>(a: &Attention<T>, block_m: u32, block_n: u32, heads_in_turn: u32) -> Self {
+    fn of_block<T, const CAUSAL: bool>(
+        a: &Attention<T>,
+        block_m: u32,
+        block_n: u32,
+        heads_in_turn: u32,
+        number: u32,
+    ) -> Self {
         let block = if CAUSAL {
-            schedule::key_block_in_turn(a, block_n, heads_in_turn)
+            schedule::key_block_in_turn_at(a, block_n, heads_in_turn, number)
         } else {
-            schedule::key_block(a, block_n)
+            schedule::key_block_at(a, block_n, number)
         };
         Self::of::<T, CAUSAL>(a, block, block_m, block_n)
     }

@@ -1,15 +1,14 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, Work};
+use super::{GROUPS, Params, STAGES, Work};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
-use cuda_std::bulk;
 use cuda_std::matrix::PackedElement;
 use cuda_std::tensor::TensorMapRef;
-use cuda_std::{Global, SmemTile};
+use cuda_std::{Global, SmemTile, bulk, cluster};
 
 /// K and V, then Q and dO of each step with their statistics; of all blocks of keys of a head, if the block of threads
-/// takes whole `HEADS`.
+/// takes whole `HEADS`. Of `CLUSTER` blocks of threads that have as many blocks of keys, each takes one.
 #[inline(always)]
 #[track_caller]
 pub(super) fn load<
@@ -17,6 +16,7 @@ pub(super) fn load<
     const HEADDIM: usize,
     const BLOCK_M: usize,
     const BLOCK_N: usize,
+    const CLUSTER: u32,
     const CAUSAL: bool,
     const HEADS: bool,
 >(
@@ -31,8 +31,9 @@ pub(super) fn load<
     loop {
         let batch = a.batch_of_map(block.sequence.batch) as i32;
         let of_keys = [block.head_k as i32, batch];
-        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
-        let key = (block.sequence.first_k + block.first_key) as i32;
+        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, CLUSTER * BLOCK_N as u32);
+        let rank = if CLUSTER > 1 { cluster::block_rank() } else { 0 };
+        let key = (block.sequence.first_k + block.first_key + BLOCK_N as u32 * rank) as i32;
         let keys_slot = keys.acquire();
         if HEADS {
             inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
@@ -56,9 +57,14 @@ pub(super) fn load<
                 is_first = false;
             }
 
-            let slot = queries.beside(inputs.d_outputs).acquire();
+            let d_outputs = queries.beside(inputs.d_outputs);
+            if const { Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::D_O_TILES < STAGES } {
+                d_outputs.ahead().acquire();
+            }
+            let slot = d_outputs.acquire();
             slot.expect(bytes);
-            map(&p.d_o).load_tile(inputs.d_o.stage(slot.index), row, matrix, slot.full());
+            let d_o = inputs.d_o.stage(slot.index % Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::D_O_TILES);
+            map(&p.d_o).load_tile(d_o, row, matrix, slot.full());
             bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
             queries.advance();
         }

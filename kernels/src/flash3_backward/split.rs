@@ -1,8 +1,12 @@
 //! The pass for wide heads: of each block of queries one warpgroup computes P and sums dV, the other computes dS and
 //! sums dK. One runs ahead of the other, so that one multiplies while the other computes.
+//!
+//! A block of threads has so few keys that additions to dQ, at the rate of the L2 cache, would take longer than all
+//! products. So two blocks of threads are a cluster: each has keys of its own, and sends its dS to the other. Of dQ each
+//! finds half of the columns, for the keys of both, and halves the additions.
 use super::memory::Inputs;
 use super::producer::load;
-use super::{GROUP_ROWS, GROUPS, Params, Walk, Work, config_of, release};
+use super::{GROUP_ROWS, GROUPS, Params, STAGES, Work, config_of, release};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -11,39 +15,71 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::{LOG2_E, ex2, fma, unknown};
 use cuda_std::matrix::PackedElement;
+use cuda_std::pipeline::{Consumer, Pipeline};
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{sync_threads, thread_idx_x};
+use cuda_std::tensor::TensorMapRef;
+use cuda_std::thread::{block_idx_x, lane_id, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
-use cuda_std::{Global, GlobalMatrix, SmemTile, fence, grid, kernel};
+use cuda_std::{Global, GlobalMatrix, SmemTile, bulk, cluster, fence, grid, kernel};
 
-/// What a block of threads keeps in shared memory.
+/// Blocks of threads that share their queries.
+const CLUSTER: u32 = 2;
+
+/// What a block of threads keeps in shared memory. `HALF` are the columns of dQ that it finds.
 #[derive(Clone, Copy)]
-struct Memory<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
+struct Memory<T, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
     inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
+    /// K of the other block's keys, in the columns of dQ that this one finds.
+    other_k: SmemTile<T, BLOCK_N, HALF>,
     /// dS of the present step, and of the one before: a row a query.
     d_s: SmemTile<T, BLOCK_M, BLOCK_N>,
+    /// The same of the other block's keys.
+    other_d_s: SmemTile<T, BLOCK_M, BLOCK_N>,
     /// Pᵀ, from one warpgroup to the other. In f16, which is exacter than bf16 for what is at most 1.
     p: SmemTile<f16, BLOCK_N, BLOCK_M>,
+    /// Of `other_k`.
+    other_keys: Pipeline<1>,
+    /// Of dS: a stage is full when the other block's has come, and empty when that has read what came from here.
+    exchange: Pipeline<STAGES>,
 }
 
-impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
-    Memory<T, HEADDIM, BLOCK_M, BLOCK_N>
+impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
+    Memory<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>
 {
     const TILE_BYTES: u32 = Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::TILE_BYTES;
     const BYTES: u32 = Self::TILE_BYTES
-        + 2 * SmemTile::<T, BLOCK_M, BLOCK_N>::BYTES
+        + SmemTile::<T, BLOCK_N, HALF>::BYTES
+        + 2 * STAGES * SmemTile::<T, BLOCK_M, BLOCK_N>::BYTES
         + SmemTile::<f16, BLOCK_N, BLOCK_M>::BYTES
-        + Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::OTHER_BYTES;
+        + Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::OTHER_BYTES
+        + Pipeline::<1>::BYTES
+        + Pipeline::<STAGES>::BYTES;
 
     #[inline(always)]
     fn of_block() -> Self {
         let bytes = dynamic_shared::<u8>();
-        let d_s = SmemTile::at(bytes.offset(Self::TILE_BYTES).cast());
-        let p = SmemTile::at(d_s.stage(1).end());
-        Memory { inputs: Inputs::at(bytes.cast(), p.end()), d_s, p }
+        let other_k = SmemTile::at(bytes.offset(Self::TILE_BYTES).cast());
+        let d_s = SmemTile::at(other_k.end());
+        let other_d_s = SmemTile::at(d_s.stage(STAGES - 1).end());
+        let p = SmemTile::at(other_d_s.stage(STAGES - 1).end());
+        let inputs = Inputs::at(bytes.cast(), p.end());
+        let other_keys = Pipeline::at(inputs.end());
+        Memory { inputs, other_k, d_s, other_d_s, p, other_keys, exchange: Pipeline::at(other_keys.end()) }
+    }
+
+    /// As [`Inputs::init_barriers`].
+    #[inline(always)]
+    #[track_caller]
+    fn init_barriers(self) {
+        self.inputs.init_barriers();
+        self.other_keys.init(1, 1);
+        self.exchange.init(1, WARPS);
     }
 }
+
+/// Warps that multiply.
+const WARPS: u32 = GROUPS * WARPGROUP / 32;
 
 /// Threads of both warpgroups.
 const BOTH: u32 = GROUPS * WARPGROUP;
@@ -60,6 +96,7 @@ const D_S_WRITTEN: NamedBarrier<5, WARPGROUP> = NamedBarrier;
 const fn config<
     T: PackedElement,
     const HEADDIM: usize,
+    const HALF: usize,
     const BLOCK_M: usize,
     const BLOCK_N: usize,
     const STEPS: usize,
@@ -69,33 +106,34 @@ const fn config<
     const CAUSAL: bool,
 >() -> Config {
     assert!(
-        16 * STEPS == BLOCK_M && 8 * S_COLUMNS == BLOCK_M && 8 * D_COLUMNS == HEADDIM && 2 * Q_COLUMNS == D_COLUMNS
+        16 * STEPS == BLOCK_M && 8 * S_COLUMNS == BLOCK_M && 8 * D_COLUMNS == HEADDIM && 4 * Q_COLUMNS == D_COLUMNS
     );
-    assert!(BLOCK_N == GROUP_ROWS as usize && BLOCK_M == GROUP_ROWS as usize);
+    assert!(BLOCK_N == GROUP_ROWS as usize && BLOCK_M == GROUP_ROWS as usize && 2 * HALF == HEADDIM);
     Config {
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
-        shared_bytes: Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::BYTES,
+        shared_bytes: Memory::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>::BYTES,
         barriers: 11,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
     }
 }
 
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can
-/// have the sums of only one of them. Grid: `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`.
+/// have the sums of only one of them. Grid: `2 ceil(seqlen_k / 2 BLOCK_N) * nheads_k * batch`.
 ///
-/// Sᵀ is `S_COLUMNS`, dK and dV are `D_COLUMNS` and a warpgroup's half of dQ `Q_COLUMNS` blocks of eight columns wide,
-/// Pᵀ `STEPS` of sixteen. Each warpgroup adds its half of dQ from its registers: shared memory has no room for it.
+/// Sᵀ is `S_COLUMNS`, dK and dV are `D_COLUMNS` and a warpgroup's quarter of dQ `Q_COLUMNS` blocks of eight columns wide,
+/// Pᵀ `STEPS` of sixteen. Each warpgroup adds its quarter of dQ from its registers: shared memory has no room for it.
 /// Tensors may have fewer columns than `HEADDIM`.
 #[kernel(
     name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
+    cluster = CLUSTER,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
+        (HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
             // As in the table of narrow heads: 255, 411, 469, 476 (217, 350, 372, 373); causal 157, 321, 437, 466
             // (156, 312, 416, 415).
-            (256, 64, 64, 4, 8, 32, 16),
+            (256, 128, 64, 64, 4, 8, 32, 8),
         ],
         CAUSAL in [false, true],
     config = config,
@@ -104,6 +142,7 @@ const fn config<
 pub fn split<
     T: PackedElement,
     const HEADDIM: usize,
+    const HALF: usize,
     const BLOCK_M: usize,
     const BLOCK_N: usize,
     const STEPS: usize,
@@ -115,52 +154,89 @@ pub fn split<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let work = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn);
+    let number = block_idx_x() / CLUSTER;
+    let work = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number);
     if work.block.rows() == 0 {
         return;
     }
-    let memory = Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::of_block();
+    let memory = Memory::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>::of_block();
     if thread_idx_x() == 0 {
-        memory.inputs.init_barriers();
+        memory.init_barriers();
         fence::mbarrier_init();
     }
-    sync_threads();
+    cluster::sync();
     grid::wait_for_prerequisites();
     grid::launch_dependents();
     let consumer = SplitConsumer { p: &p, a: &a, memory, work };
     match warpgroup_id() {
         0 => {
-            release_registers::<24>();
-            if work.steps() > 0 && thread_idx_x() == 0 {
-                load::<_, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, false>(&p, &a, memory.inputs, work.block);
+            release_registers::<40>();
+            if work.steps() > 0 {
+                match thread_idx_x() {
+                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, false>(
+                        &p,
+                        &a,
+                        memory.inputs,
+                        work.block,
+                    ),
+                    32 => consumer.load_other_keys(),
+                    _ => {}
+                }
             }
         }
         1 => {
-            claim_registers::<240>();
+            claim_registers::<232>();
             let d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL>();
+            cluster::arrive();
             d_v.store_rows(consumer.own_rows(p.backward.d_v, a.headdim_v));
+            cluster::wait();
         }
         _ => {
-            claim_registers::<240>();
+            claim_registers::<232>();
             let mut d_k = consumer.keys::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS>();
+            cluster::arrive();
             d_k.map(|_, _, d_k| d_k * a.softmax_scale);
             d_k.store_rows(consumer.own_rows(p.backward.d_k, a.headdim));
+            cluster::wait();
         }
     }
 }
 
 /// A warpgroup that multiplies.
 #[derive(Clone, Copy)]
-struct SplitConsumer<'a, T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
+struct SplitConsumer<'a, T, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
     p: &'a Params,
     a: &'a Attention<T>,
-    memory: Memory<T, HEADDIM, BLOCK_M, BLOCK_N>,
+    memory: Memory<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>,
     work: Work,
 }
 
-impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
-    SplitConsumer<'_, T, HEADDIM, BLOCK_M, BLOCK_N>
+impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
+    SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N>
 {
+    /// The first key of a block of the cluster, in its sequence.
+    #[inline(always)]
+    fn first_key(&self, rank: u32) -> u32 {
+        self.work.block.first_key + BLOCK_N as u32 * rank
+    }
+
+    /// K of the other block's keys, in the columns of dQ that this one finds.
+    #[inline(always)]
+    #[track_caller]
+    fn load_other_keys(self) {
+        let Self { p, a, memory: Memory { other_k, other_keys, .. }, work: Work { block, .. } } = self;
+        let rank = cluster::block_rank();
+        let key = (block.sequence.first_k + self.first_key(1 - rank)) as i32;
+        let batch = a.batch_of_map(block.sequence.batch) as i32;
+        let slot = other_keys.producer().acquire();
+        slot.expect(SmemTile::<T, BLOCK_N, HALF>::BYTES);
+        for panel in 0..SmemTile::<T, BLOCK_N, HALF>::PANELS {
+            let column = HALF as u32 * rank + SmemTile::<T, BLOCK_N, HALF>::PANEL_COLUMNS * panel;
+            let at = [column as i32, key, block.head_k as i32, batch];
+            TensorMapRef::of(p, &p.k).load(other_k.panel(panel), at, slot.full());
+        }
+    }
+
     /// dV, as the sum of Pᵀ dO.
     #[inline(always)]
     #[track_caller]
@@ -177,21 +253,22 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         let mask = Mask::of::<T, CAUSAL, false>(a, &work.block.sequence);
         let scale = a.softmax_scale * LOG2_E;
         let own_key = 16 * warp_in_group();
+        let first_key = self.first_key(cluster::block_rank()) + own_key;
         let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
         if work.steps() == 0 {
             return d_v;
         }
-        let mut d_q = HalfOfQueries::new(&self, 0);
+        let d_q = QuarterOfQueries::new(&self, 0);
         let mut queries = inputs.queries.consumer();
         inputs.keys.consumer().wait();
-        let first = first_step();
-        let mut block = work.blocks.begin;
-        for step in 0..work.steps() {
+        let mut before = no_place();
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        while let Some(step) = walk.next() {
             let slot = queries.wait();
             let s = wgmma::product(inputs.k.rows(0), inputs.q.stage(slot.index).rows(0));
             let mut p: Accumulator<1, S_COLUMNS> = s.wait::<0>();
-            if block < work.masked {
-                mask.apply_transposed(&mut p, work.block.first_key + own_key, block * BLOCK_M as u32);
+            if step.first_row / (BLOCK_M as u32) < work.masked {
+                mask.apply_transposed(&mut p, first_key, step.first_row);
             }
             p.zip_shared_columns(inputs.bases(slot.index), |s, base| ex2(fma(s, scale, -base)));
             P_EMPTY.sync();
@@ -199,24 +276,24 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
             P_FULL.arrive();
             let d_o_slot = queries.beside(inputs.d_outputs).wait();
             let rounded = Registers::<T, STEPS>::of(&p);
-            let d_v_in_flight = wgmma::add_product(d_v, rounded, inputs.d_o.stage(slot.index).columns(0));
             release(slot);
-            if step > first {
+            if before != NO_PLACE {
                 D_S_FULL.sync(1 - slot.index);
-                d_q.add::<Q_COLUMNS>(1 - slot.index);
+                let d_q_in_flight = d_q.product::<Q_COLUMNS>(&queries);
+                let d_v_in_flight = wgmma::add_product(d_v, rounded, inputs.d_o.columns(0));
+                d_q.add(&queries, before, d_q_in_flight.wait::<1>());
+                d_v = d_v_in_flight.wait::<0>();
+            } else {
+                d_v = wgmma::add_product(d_v, rounded, inputs.d_o.columns(0)).wait::<0>();
             }
-            d_v = d_v_in_flight.wait::<0>();
             release(d_o_slot);
             queries.advance();
-            block += 1;
-            if block == work.blocks.end {
-                block = work.blocks.begin;
-            }
+            before = step.place;
         }
         P_EMPTY.sync();
-        let last = (work.steps() % 2) ^ 1;
-        D_S_FULL.sync(last);
-        d_q.add::<Q_COLUMNS>(last);
+        D_S_FULL.sync(1 - queries.slot().index);
+        let last = d_q.product::<Q_COLUMNS>(&queries);
+        d_q.add(&queries, before, last.wait::<0>());
         d_v
     }
 
@@ -226,42 +303,58 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
     fn keys<const STEPS: usize, const S_COLUMNS: usize, const D_COLUMNS: usize, const Q_COLUMNS: usize>(
         self,
     ) -> Accumulator<1, D_COLUMNS> {
-        let Self { memory: Memory { p: p_tile, d_s: d_s_tiles, inputs }, work, .. } = self;
+        let Self { a, memory: Memory { p: p_tile, d_s: d_s_tiles, other_d_s, inputs, exchange, .. }, work, .. } = self;
         let own_key = 16 * warp_in_group();
         let own_d_s = TransposedRows::of(d_s_tiles, own_key);
+        let other = 1 - cluster::block_rank();
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
         if work.steps() == 0 {
             return d_k;
         }
-        let mut d_q = HalfOfQueries::new(&self, 1);
+        let d_q = QuarterOfQueries::new(&self, 1);
         let mut queries = inputs.queries.consumer();
         inputs.keys.consumer().wait();
-        let first = first_step();
+        let mut before = no_place();
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        let mut sent = exchange.producer();
         P_EMPTY.arrive();
-        for step in 0..work.steps() {
+        while let Some(step) = walk.next() {
             let slot = queries.beside(inputs.d_outputs).wait();
-            let d_p = wgmma::product(inputs.v.rows(0), inputs.d_o.stage(slot.index).rows(0));
+            let d_p = wgmma::product(inputs.v.rows(0), inputs.d_o.rows(0));
             let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
             d_s.zip_shared_columns(inputs.sums(slot.index), |d_p, sum| d_p - sum);
             P_FULL.sync();
             d_s.zip_tile(p_tile, own_key, 0, |d_p, p| d_p * p);
             P_EMPTY.arrive();
             let rounded = Registers::<T, STEPS>::of(&d_s);
+            let exchanged = sent.acquire();
             rounded.store_transposed(own_d_s.stage(slot.index));
             release(slot);
             fence::proxy_async();
             D_S_FULL.arrive(slot.index);
-            let q_slot = queries.wait();
-            let d_k_in_flight = wgmma::add_product(d_k, rounded, inputs.q.stage(slot.index).columns(0));
-            if step > first {
-                d_q.add::<Q_COLUMNS>(1 - slot.index);
+            D_S_WRITTEN.sync();
+            if thread_idx_x() == GROUPS * WARPGROUP {
+                let stage = exchanged.index;
+                exchanged.expect(SmemTile::<T, BLOCK_M, BLOCK_N>::BYTES);
+                let (to, from) = (other_d_s.stage(stage).start::<T>(), d_s_tiles.stage(stage).start());
+                bulk::send(to, from, (BLOCK_M * BLOCK_N) as u32, exchanged.full(), other);
             }
-            d_k = d_k_in_flight.wait::<0>();
+            sent.advance();
+            let q_slot = queries.wait();
+            if before != NO_PLACE {
+                let d_q_in_flight = d_q.product::<Q_COLUMNS>(&queries);
+                let d_k_in_flight = wgmma::add_product(d_k, rounded, inputs.q.stage(slot.index).columns(0));
+                d_q.add(&queries, before, d_q_in_flight.wait::<1>());
+                d_k = d_k_in_flight.wait::<0>();
+            } else {
+                d_k = wgmma::add_product(d_k, rounded, inputs.q.stage(slot.index).columns(0)).wait::<0>();
+            }
             release(q_slot);
             queries.advance();
+            before = step.place;
         }
-        D_S_WRITTEN.sync();
-        d_q.add::<Q_COLUMNS>((work.steps() % 2) ^ 1);
+        let last = d_q.product::<Q_COLUMNS>(&queries);
+        d_q.add(&queries, before, last.wait::<0>());
         d_k
     }
 
@@ -269,46 +362,63 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
     #[inline(always)]
     fn own_rows(self, tensor: Tensor<Untyped>, columns: u32) -> GlobalMatrix<T> {
         let keys = self.work.block;
-        let row = keys.first_key + 16 * warp_in_group();
+        let row = self.first_key(cluster::block_rank()) + 16 * warp_in_group();
         keys.sequence.key_matrix(&tensor.cast(), keys.head_k, row, columns, true)
     }
 }
 
-/// 0, which the compiler does not know: it would have the first step, in which there is no dQ yet, as a copy of its
-/// own, with the barriers in it.
+/// The place of the step before the first.
+const NO_PLACE: u32 = u32::MAX;
+
+/// [`NO_PLACE`], which the compiler does not know: it would have the first step, in which there is no dQ yet, as a copy
+/// of its own, with the barriers in it.
 #[inline(always)]
-fn first_step() -> u32 {
-    unknown(0)
+fn no_place() -> u32 {
+    unknown(NO_PLACE)
 }
 
-/// What a warpgroup adds to dQ: half of its columns, a step after the other.
-struct HalfOfQueries<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
-    k: SmemTile<T, BLOCK_N, HEADDIM>,
-    d_s: SmemTile<T, BLOCK_M, BLOCK_N>,
-    half: u32,
+/// What a warpgroup adds to dQ: a quarter of its columns, a step after the other.
+struct QuarterOfQueries<T, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
+    memory: Memory<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>,
+    rank: u32,
+    group: u32,
     /// The sums of all rows.
     sums: Global<f32>,
-    walk: Walk,
 }
 
-impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
-    HalfOfQueries<T, HEADDIM, BLOCK_M, BLOCK_N>
+impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
+    QuarterOfQueries<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>
 {
-    #[inline(always)]
-    fn new(consumer: &SplitConsumer<'_, T, HEADDIM, BLOCK_M, BLOCK_N>, half: u32) -> Self {
-        let Memory { d_s, inputs, .. } = consumer.memory;
-        let walk = consumer.work.walk(consumer.a, BLOCK_M as u32);
-        HalfOfQueries { k: inputs.k, d_s, half, sums: consumer.p.backward.d_q_sums, walk }
-    }
-
-    /// Adds dS K of the next step, whose dS is in tile `stage`, once all products of this warpgroup have ended.
+    /// Waits for K of the other block's keys.
     #[inline(always)]
     #[track_caller]
-    fn add<const Q_COLUMNS: usize>(&mut self, stage: u32) {
-        let Some(step) = self.walk.next() else { return };
-        let columns = self.k.columns(self.half * 8 * Q_COLUMNS as u32);
-        let d_q: InFlight<Q_COLUMNS> = wgmma::product(self.d_s.stage(stage).rows(0), columns);
-        let part = (4 * self.half + warp_in_group()) as usize * Accumulator::<1, Q_COLUMNS>::ELEMENTS;
-        d_q.wait::<0>().add_to(self.sums.offset(step.place as usize * HEADDIM + part));
+    fn new(consumer: &SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N>, group: u32) -> Self {
+        let memory = consumer.memory;
+        memory.other_keys.consumer().wait();
+        QuarterOfQueries { memory, rank: cluster::block_rank(), group, sums: consumer.p.backward.d_q_sums }
+    }
+
+    /// dS K of the step before that which `queries` is at, over the keys of both blocks, once this block's dS is there.
+    #[inline(always)]
+    #[track_caller]
+    fn product<const Q_COLUMNS: usize>(&self, queries: &Consumer<STAGES>) -> InFlight<Q_COLUMNS> {
+        let Memory { inputs, other_k, d_s, other_d_s, .. } = self.memory;
+        let column = 8 * Q_COLUMNS as u32 * self.group;
+        let own = inputs.k.columns(HALF as u32 * self.rank + column);
+        let stage = queries.behind(self.memory.exchange).wait().index;
+        wgmma::product(d_s.stage(stage).rows(0), own).add_product(other_d_s.stage(stage).rows(0), other_k.columns(column))
+    }
+
+    /// Adds what that product was, to the sums of its rows.
+    #[inline(always)]
+    #[track_caller]
+    fn add<const Q_COLUMNS: usize>(&self, queries: &Consumer<STAGES>, place: u32, d_q: Accumulator<1, Q_COLUMNS>) {
+        if lane_id() == 0 {
+            queries.behind(self.memory.exchange).slot().release_at(1 - self.rank);
+        }
+        // As half of the columns of a row block lie in the registers of one warp, where dQ is finished.
+        let quarter = Accumulator::<1, Q_COLUMNS>::ELEMENTS;
+        let part = (4 * self.rank + warp_in_group()) as usize * GROUPS as usize + self.group as usize;
+        d_q.add_to(self.sums.offset(place as usize * HEADDIM + part * quarter));
     }
 }

@@ -16,7 +16,7 @@ use cuda_std::math::{LOG2_E, ex2, fma, unknown, unknown_before};
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Producer;
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{lane_id, pause, sync_threads, thread_idx_x, warp_id};
+use cuda_std::thread::{block_idx_x, lane_id, pause, sync_threads, thread_idx_x, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
@@ -133,7 +133,7 @@ pub fn whole<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn).block;
+    let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn, block_idx_x()).block;
     pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, false>(
         &p,
         &a,
@@ -233,7 +233,7 @@ fn pass<
             let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
             if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
-                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, HEADS>(p, a, memory.inputs, block),
+                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, HEADS>(p, a, memory.inputs, block),
                     thread @ (32 | 64) if HEADS => {
                         sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
                     }

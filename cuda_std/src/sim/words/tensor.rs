@@ -92,6 +92,15 @@ pub(crate) fn bulk_load(to: u32, from: u64, bytes: u32, barrier: u32) {
 
 #[inline(always)]
 #[track_caller]
+pub(crate) fn bulk_send(to: u32, from: u32, bytes: u32, barrier: u32, rank: u32) {
+    let site = here();
+    unless_stopped(with(|block| {
+        block.begin_transfer(to, Source::Shared { rank: block.rank, address: from, bytes }, barrier, 1 << rank, site)
+    }));
+}
+
+#[inline(always)]
+#[track_caller]
 pub(crate) fn bulk_store(to: u64, from: u32, bytes: u32) {
     let site = here();
     unless_stopped(with(|block| block.begin_store(from, Source::Stretch { address: to, bytes }, Way::Store, site)));

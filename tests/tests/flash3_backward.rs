@@ -329,7 +329,7 @@ fn tails_and_narrow_heads() {
 #[test]
 fn wide_heads() {
     for causal in [false, true] {
-        check::<bf16>(Problem { lengths: &[(150, 210)], headdim: 256, causal, ..FIXED }, 9);
+        check::<bf16>(Problem { lengths: &[(150, 330)], headdim: 256, causal, ..FIXED }, 9);
         check::<f16>(Problem { lengths: &[(130, 70)], headdim: 192, nheads_k: 1, causal, ..FIXED }, 10);
     }
 }
@@ -347,5 +347,6 @@ fn packed_sequences() {
         let lengths = &[(100, 40), (0, 130), (1, 1), (190, 210)];
         check::<bf16>(Problem { lengths, packed: true, nheads_k: 1, causal, ..FIXED }, 7);
         check::<f16>(Problem { lengths, packed: true, headdim: 64, causal, ..FIXED }, 8);
+        check::<bf16>(Problem { lengths, packed: true, headdim: 256, nheads_k: 1, causal, ..FIXED }, 11);
     }
 }

@@ -567,6 +567,63 @@ fn shared_memory_of_a_block_that_is_not_ready() {
 }
 
 #[test]
+fn what_is_sent_is_written_before_it_has_come() {
+    let kernel = |right: bool| {
+        let (tile, end) = places();
+        let full = barrier(end);
+        let other = 1 - cluster::block_rank();
+        tile.start::<u32>().store(thread_idx_x(), 7);
+        fence::proxy_async();
+        cluster::sync();
+        if thread_idx_x() == 0 {
+            full.arrive_expect(Tile::BYTES / 64);
+            let (to, from) = (tile.stage(1).start::<u32>(), tile.start::<u32>());
+            bulk::send(to, from, Tile::BYTES / 64 / 4, full, other); // sends
+        }
+        if right {
+            Phases::of(full).wait();
+            assert!(tile.stage(1).start::<u32>().load(thread_idx_x()) == 7);
+            // What this block has sent has come as well.
+            cluster::sync();
+        }
+        tile.start::<u32>().store(thread_idx_x(), 8); // writes again
+        if !right {
+            Phases::of(full).wait();
+        }
+        cluster::sync();
+    };
+    expect_clean(&run_clusters(2, 32, &Memory::new(), || kernel(true)));
+    let report = run_clusters(2, 32, &Memory::new(), || kernel(false));
+    assert!(!report.findings.is_empty());
+    assert!(report.findings.iter().all(|finding| finding.kind == FindingKind::Race), "{}", report.findings[0]);
+    assert!(report.findings.iter().any(|finding| finding.location.line() == line("writes again")));
+}
+
+#[test]
+fn what_is_sent_without_a_fence() {
+    let kernel = |right: bool| {
+        let (tile, end) = places();
+        let full = barrier(end);
+        let other = 1 - cluster::block_rank();
+        tile.start::<u32>().store(thread_idx_x(), 7); // fills
+        if right {
+            fence::proxy_async();
+        }
+        cluster::sync();
+        if thread_idx_x() == 0 {
+            full.arrive_expect(128);
+            bulk::send(tile.stage(1).start::<u32>(), tile.start(), 32, full, other); // is sent
+        }
+        Phases::of(full).wait();
+        cluster::sync();
+    };
+    expect_clean(&run_clusters(2, 32, &Memory::new(), || kernel(true)));
+    let report = run_clusters(2, 32, &Memory::new(), || kernel(false));
+    assert!(!report.findings.is_empty());
+    assert!(report.findings.iter().all(|finding| finding.location.line() == line("is sent")), "{}", report.findings[0]);
+}
+
+#[test]
 fn copies_to_blocks_that_are_not_there() {
     let (memory, map) = tensor();
     let kernel = |count: u32| {

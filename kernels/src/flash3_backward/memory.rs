@@ -64,13 +64,14 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         self.d_outputs.end().offset(1)
     }
 
-    /// Said by one thread, before a fence and a barrier of the block.
+    /// Said by one thread, before a fence and a barrier of the block, or of the `cluster` of blocks that have the same
+    /// queries.
     #[inline(always)]
     #[track_caller]
-    pub fn init_barriers(self) {
+    pub fn init_barriers(self, cluster: u32) {
         self.keys.init(1, WARPS * GROUPS);
-        self.queries.init(1, WARPS * GROUPS);
-        self.d_outputs.init(1, WARPS * GROUPS);
+        self.queries.init(1, cluster * WARPS * GROUPS);
+        self.d_outputs.init(1, cluster * WARPS * GROUPS);
     }
 
     /// What the exponents of the queries of a stage subtract.

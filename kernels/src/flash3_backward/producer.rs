@@ -3,7 +3,9 @@ use super::memory::{Destination, Inputs, Outgoing};
 use super::{GROUPS, Params, STAGES, Work};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
+use cuda_std::cluster::Blocks;
 use cuda_std::matrix::PackedElement;
+use cuda_std::mbarrier::Mbarrier;
 use cuda_std::tensor::TensorMapRef;
 use cuda_std::{Global, SmemTile, bulk, cluster};
 
@@ -50,7 +52,7 @@ pub(super) fn load<
 
             let slot = queries.acquire();
             slot.expect(bytes);
-            map(&p.q).load_tile(inputs.q.stage(slot.index), row, matrix, slot.full());
+            load_queries::<_, _, _, CLUSTER>(map(&p.q), inputs.q.stage(slot.index), row, matrix, slot.full());
             bulk::load(inputs.bases(slot.index), statistics, BLOCK_M as u32, slot.full());
             if is_first {
                 map(&p.v).load_tile(inputs.v, key, of_keys, keys_slot.full());
@@ -64,7 +66,7 @@ pub(super) fn load<
             let slot = d_outputs.acquire();
             slot.expect(bytes);
             let d_o = inputs.d_o.stage(slot.index % Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::D_O_TILES);
-            map(&p.d_o).load_tile(d_o, row, matrix, slot.full());
+            load_queries::<_, _, _, CLUSTER>(map(&p.d_o), d_o, row, matrix, slot.full());
             bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
             queries.advance();
         }
@@ -73,6 +75,29 @@ pub(super) fn load<
         }
         block = schedule::keys_of_head(a, block.first_key);
         keys.advance();
+    }
+}
+
+/// Loads a tile of the queries. Of a cluster, whose blocks have the same queries, each loads some of the columns for all.
+#[inline(always)]
+#[track_caller]
+fn load_queries<T: PackedElement, const R: usize, const C: usize, const CLUSTER: u32>(
+    map: TensorMapRef,
+    to: SmemTile<T, R, C>,
+    row: i32,
+    matrix: [i32; 2],
+    barrier: Mbarrier,
+) {
+    if CLUSTER == 1 {
+        map.load_tile(to, row, matrix, barrier);
+        return;
+    }
+    let panels = const { SmemTile::<T, R, C>::PANELS / CLUSTER };
+    for panel in 0..panels {
+        let panel = panels * cluster::block_rank() + panel;
+        let column = SmemTile::<T, R, C>::PANEL_COLUMNS * panel;
+        let at = [column as i32, row, matrix[0], matrix[1]];
+        map.load_multicast(to.panel(panel), at, barrier, Blocks::first(CLUSTER));
     }
 }
 

@@ -1,12 +1,13 @@
 //! The pass for wide heads: of each block of queries one warpgroup computes P and sums dV, the other computes dS and
 //! sums dK. One runs ahead of the other, so that one multiplies while the other computes.
 //!
-//! A block of threads has so few keys that additions to dQ, at the rate of the L2 cache, would take longer than all
-//! products. So two blocks of threads are a cluster: each has keys of its own, and sends its dS to the other. Of dQ each
-//! finds half of the columns, for the keys of both, and halves the additions.
+//! A block of threads has so few keys that what it adds to dQ would take longer than all its products, at the rate at
+//! which the L2 cache adds. So two blocks of threads are a cluster: each has keys of its own, and sends its dS to the other.
+//! Of dQ each finds half of the columns, over the keys of both, which halves the additions; of Q and dO each fetches half,
+//! for both.
 use super::memory::Inputs;
 use super::producer::load;
-use super::{GROUP_ROWS, GROUPS, Params, STAGES, Work, config_of, release};
+use super::{GROUP_ROWS, GROUPS, Params, STAGES, Walk, Work, config_of};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -15,7 +16,7 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::{LOG2_E, ex2, fma, unknown};
 use cuda_std::matrix::PackedElement;
-use cuda_std::pipeline::{Consumer, Pipeline};
+use cuda_std::pipeline::{Consumer, Pipeline, Slot};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::tensor::TensorMapRef;
 use cuda_std::thread::{block_idx_x, lane_id, thread_idx_x};
@@ -23,7 +24,7 @@ use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
 use cuda_std::{Global, GlobalMatrix, SmemTile, bulk, cluster, fence, grid, kernel};
 
-/// Blocks of threads that share their queries.
+/// Blocks of threads that have the same queries.
 const CLUSTER: u32 = 2;
 
 /// What a block of threads keeps in shared memory. `HALF` are the columns of dQ that it finds.
@@ -72,7 +73,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
     #[inline(always)]
     #[track_caller]
     fn init_barriers(self) {
-        self.inputs.init_barriers();
+        self.inputs.init_barriers(CLUSTER);
         self.other_keys.init(1, 1);
         self.exchange.init(1, WARPS);
     }
@@ -114,7 +115,7 @@ const fn config<
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
         shared_bytes: Memory::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>::BYTES,
-        barriers: 11,
+        barriers: 10,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
     }
 }
@@ -122,7 +123,7 @@ const fn config<
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can
 /// have the sums of only one of them. Grid: `2 ceil(seqlen_k / 2 BLOCK_N) * nheads_k * batch`.
 ///
-/// Sᵀ is `S_COLUMNS`, dK and dV are `D_COLUMNS` and a warpgroup's quarter of dQ `Q_COLUMNS` blocks of eight columns wide,
+/// A block of threads finds the dQ of `HALF` columns. Sᵀ is `S_COLUMNS`, dK and dV are `D_COLUMNS` and a warpgroup's quarter of dQ `Q_COLUMNS` blocks of eight columns wide,
 /// Pᵀ `STEPS` of sixteen. Each warpgroup adds its quarter of dQ from its registers: shared memory has no room for it.
 /// Tensors may have fewer columns than `HEADDIM`.
 #[kernel(
@@ -131,8 +132,8 @@ const fn config<
     cluster = CLUSTER,
     for T in [f16, bf16],
         (HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
-            // As in the table of narrow heads: 255, 411, 469, 476 (217, 350, 372, 373); causal 157, 321, 437, 466
-            // (156, 312, 416, 415).
+            // As in the table of narrow heads: 294, 525, 627, 642 (218, 348, 368, 367); causal 167, 404, 607, 650
+            // (155, 312, 416, 406).
             (256, 128, 64, 64, 4, 8, 32, 8),
         ],
         CAUSAL in [false, true],
@@ -173,12 +174,9 @@ pub fn split<
             release_registers::<40>();
             if work.steps() > 0 {
                 match thread_idx_x() {
-                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, false>(
-                        &p,
-                        &a,
-                        memory.inputs,
-                        work.block,
-                    ),
+                    0 => {
+                        load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, false>(&p, &a, memory.inputs, work.block)
+                    }
                     32 => consumer.load_other_keys(),
                     _ => {}
                 }
@@ -187,6 +185,7 @@ pub fn split<
         1 => {
             claim_registers::<232>();
             let d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL>();
+            // What the blocks tell each other finds them until both have ended.
             cluster::arrive();
             d_v.store_rows(consumer.own_rows(p.backward.d_v, a.headdim_v));
             cluster::wait();
@@ -258,17 +257,17 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         if work.steps() == 0 {
             return d_v;
         }
-        let d_q = QuarterOfQueries::new(&self, 0);
+        let mut d_q = QuarterOfQueries::new(&self, 0);
         let mut queries = inputs.queries.consumer();
         inputs.keys.consumer().wait();
-        let mut before = no_place();
-        let mut walk = work.walk(a, BLOCK_M as u32);
-        while let Some(step) = walk.next() {
+        let first = first_step();
+        let mut block = work.blocks.begin;
+        for step in 0..work.steps() {
             let slot = queries.wait();
             let s = wgmma::product(inputs.k.rows(0), inputs.q.stage(slot.index).rows(0));
             let mut p: Accumulator<1, S_COLUMNS> = s.wait::<0>();
-            if step.first_row / (BLOCK_M as u32) < work.masked {
-                mask.apply_transposed(&mut p, first_key, step.first_row);
+            if block < work.masked {
+                mask.apply_transposed(&mut p, first_key, block * BLOCK_M as u32);
             }
             p.zip_shared_columns(inputs.bases(slot.index), |s, base| ex2(fma(s, scale, -base)));
             P_EMPTY.sync();
@@ -277,23 +276,26 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
             let d_o_slot = queries.beside(inputs.d_outputs).wait();
             let rounded = Registers::<T, STEPS>::of(&p);
             release(slot);
-            if before != NO_PLACE {
+            if step > first {
                 D_S_FULL.sync(1 - slot.index);
-                let d_q_in_flight = d_q.product::<Q_COLUMNS>(&queries);
+                let d_q_in_flight = d_q.product::<Q_COLUMNS>();
                 let d_v_in_flight = wgmma::add_product(d_v, rounded, inputs.d_o.columns(0));
-                d_q.add(&queries, before, d_q_in_flight.wait::<1>());
+                d_q.add(d_q_in_flight.wait::<1>());
                 d_v = d_v_in_flight.wait::<0>();
             } else {
                 d_v = wgmma::add_product(d_v, rounded, inputs.d_o.columns(0)).wait::<0>();
             }
             release(d_o_slot);
             queries.advance();
-            before = step.place;
+            block += 1;
+            if block == work.blocks.end {
+                block = work.blocks.begin;
+            }
         }
         P_EMPTY.sync();
         D_S_FULL.sync(1 - queries.slot().index);
-        let last = d_q.product::<Q_COLUMNS>(&queries);
-        d_q.add(&queries, before, last.wait::<0>());
+        let last = d_q.product::<Q_COLUMNS>();
+        d_q.add(last.wait::<0>());
         d_v
     }
 
@@ -303,7 +305,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
     fn keys<const STEPS: usize, const S_COLUMNS: usize, const D_COLUMNS: usize, const Q_COLUMNS: usize>(
         self,
     ) -> Accumulator<1, D_COLUMNS> {
-        let Self { a, memory: Memory { p: p_tile, d_s: d_s_tiles, other_d_s, inputs, exchange, .. }, work, .. } = self;
+        let Self { memory: Memory { p: p_tile, d_s: d_s_tiles, other_d_s, inputs, exchange, .. }, work, .. } = self;
         let own_key = 16 * warp_in_group();
         let own_d_s = TransposedRows::of(d_s_tiles, own_key);
         let other = 1 - cluster::block_rank();
@@ -311,14 +313,13 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         if work.steps() == 0 {
             return d_k;
         }
-        let d_q = QuarterOfQueries::new(&self, 1);
+        let mut d_q = QuarterOfQueries::new(&self, 1);
         let mut queries = inputs.queries.consumer();
         inputs.keys.consumer().wait();
-        let mut before = no_place();
-        let mut walk = work.walk(a, BLOCK_M as u32);
+        let first = first_step();
         let mut sent = exchange.producer();
         P_EMPTY.arrive();
-        while let Some(step) = walk.next() {
+        for step in 0..work.steps() {
             let slot = queries.beside(inputs.d_outputs).wait();
             let d_p = wgmma::product(inputs.v.rows(0), inputs.d_o.rows(0));
             let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
@@ -341,20 +342,19 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
             }
             sent.advance();
             let q_slot = queries.wait();
-            if before != NO_PLACE {
-                let d_q_in_flight = d_q.product::<Q_COLUMNS>(&queries);
+            if step > first {
+                let d_q_in_flight = d_q.product::<Q_COLUMNS>();
                 let d_k_in_flight = wgmma::add_product(d_k, rounded, inputs.q.stage(slot.index).columns(0));
-                d_q.add(&queries, before, d_q_in_flight.wait::<1>());
+                d_q.add(d_q_in_flight.wait::<1>());
                 d_k = d_k_in_flight.wait::<0>();
             } else {
                 d_k = wgmma::add_product(d_k, rounded, inputs.q.stage(slot.index).columns(0)).wait::<0>();
             }
             release(q_slot);
             queries.advance();
-            before = step.place;
         }
-        let last = d_q.product::<Q_COLUMNS>(&queries);
-        d_q.add(&queries, before, last.wait::<0>());
+        let last = d_q.product::<Q_COLUMNS>();
+        d_q.add(last.wait::<0>());
         d_k
     }
 
@@ -367,14 +367,22 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
     }
 }
 
-/// The place of the step before the first.
-const NO_PLACE: u32 = u32::MAX;
-
-/// [`NO_PLACE`], which the compiler does not know: it would have the first step, in which there is no dQ yet, as a copy
-/// of its own, with the barriers in it.
+/// This warp needs a stage no more, which both blocks fill.
 #[inline(always)]
-fn no_place() -> u32 {
-    unknown(NO_PLACE)
+#[track_caller]
+fn release(slot: Slot<STAGES>) {
+    if lane_id() == 0 {
+        for rank in 0..CLUSTER {
+            slot.release_at(rank);
+        }
+    }
+}
+
+/// 0, which the compiler does not know: it would have the first step, in which there is no dQ yet, as a copy of its
+/// own, with the barriers in it.
+#[inline(always)]
+fn first_step() -> u32 {
+    unknown(0)
 }
 
 /// What a warpgroup adds to dQ: a quarter of its columns, a step after the other.
@@ -384,6 +392,11 @@ struct QuarterOfQueries<T, const HEADDIM: usize, const HALF: usize, const BLOCK_
     group: u32,
     /// The sums of all rows.
     sums: Global<f32>,
+    /// One step behind that which is computed, as is `received`. Found from that one's place they would be on the way from
+    /// its products to the next one's: it takes a twentieth longer.
+    walk: Walk,
+    /// dS of the other block's keys.
+    received: Consumer<STAGES>,
 }
 
 impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
@@ -395,30 +408,40 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
     fn new(consumer: &SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N>, group: u32) -> Self {
         let memory = consumer.memory;
         memory.other_keys.consumer().wait();
-        QuarterOfQueries { memory, rank: cluster::block_rank(), group, sums: consumer.p.backward.d_q_sums }
+        QuarterOfQueries {
+            memory,
+            rank: cluster::block_rank(),
+            group,
+            sums: consumer.p.backward.d_q_sums,
+            walk: consumer.work.walk(consumer.a, BLOCK_M as u32),
+            received: memory.exchange.consumer(),
+        }
     }
 
-    /// dS K of the step before that which `queries` is at, over the keys of both blocks, once this block's dS is there.
+    /// dS K of the next step, over the keys of both blocks, once this block's dS is there.
     #[inline(always)]
     #[track_caller]
-    fn product<const Q_COLUMNS: usize>(&self, queries: &Consumer<STAGES>) -> InFlight<Q_COLUMNS> {
+    fn product<const Q_COLUMNS: usize>(&self) -> InFlight<Q_COLUMNS> {
         let Memory { inputs, other_k, d_s, other_d_s, .. } = self.memory;
         let column = 8 * Q_COLUMNS as u32 * self.group;
         let own = inputs.k.columns(HALF as u32 * self.rank + column);
-        let stage = queries.behind(self.memory.exchange).wait().index;
-        wgmma::product(d_s.stage(stage).rows(0), own).add_product(other_d_s.stage(stage).rows(0), other_k.columns(column))
+        let stage = self.received.wait().index;
+        wgmma::product(d_s.stage(stage).rows(0), own)
+            .add_product(other_d_s.stage(stage).rows(0), other_k.columns(column))
     }
 
-    /// Adds what that product was, to the sums of its rows.
+    /// Adds what that product was to the sums of its rows.
     #[inline(always)]
     #[track_caller]
-    fn add<const Q_COLUMNS: usize>(&self, queries: &Consumer<STAGES>, place: u32, d_q: Accumulator<1, Q_COLUMNS>) {
+    fn add<const Q_COLUMNS: usize>(&mut self, d_q: Accumulator<1, Q_COLUMNS>) {
         if lane_id() == 0 {
-            queries.behind(self.memory.exchange).slot().release_at(1 - self.rank);
+            self.received.slot().release_at(1 - self.rank);
         }
-        // As half of the columns of a row block lie in the registers of one warp, where dQ is finished.
+        self.received.advance();
+        let Some(step) = self.walk.next() else { return };
+        // Where dQ is finished, a warp has the columns of both groups.
         let quarter = Accumulator::<1, Q_COLUMNS>::ELEMENTS;
         let part = (4 * self.rank + warp_in_group()) as usize * GROUPS as usize + self.group as usize;
-        d_q.add_to(self.sums.offset(place as usize * HEADDIM + part * quarter));
+        d_q.add_to(self.sums.offset(step.place as usize * HEADDIM + part * quarter));
     }
 }

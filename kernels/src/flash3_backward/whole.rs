@@ -215,7 +215,7 @@ fn pass<
     }
     let memory = Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::of_block();
     if thread_idx_x() == 0 {
-        memory.inputs.init_barriers();
+        memory.inputs.init_barriers(1);
         memory.outgoing.init();
         fence::mbarrier_init();
     }

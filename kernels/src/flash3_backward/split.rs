@@ -393,7 +393,7 @@ struct QuarterOfQueries<T, const HEADDIM: usize, const HALF: usize, const BLOCK_
     /// The sums of all rows.
     sums: Global<f32>,
     /// One step behind that which is computed, as is `received`. Found from that one's place they would be on the way from
-    /// its products to the next one's: it takes a twentieth longer.
+    /// its products to the next one's: the pass takes 3 % longer.
     walk: Walk,
     /// dS of the other block's keys.
     received: Consumer<STAGES>,

@@ -68,6 +68,21 @@ pub fn takes_whole_heads(problem: &Problem, config: &Config) -> bool {
     heads > 0 && are_enough && met.saturating_mul(MULTIPROCESSORS) <= USED_AGAIN
 }
 
+/// Up to so many keys blocks of threads take units of keys, one after the other.
+const UNITS_UP_TO: usize = 4096;
+
+/// Whether blocks of threads take units of keys, rather than one block of keys each: where the units cost the same.
+pub fn takes_units(problem: &Problem, config: &Config) -> bool {
+    let is_even = problem.seqlen_k.div_ceil(config.block_n as usize).is_multiple_of(2);
+    problem.varlen.is_none() && problem.seqlen_k <= UNITS_UP_TO && (is_even || !problem.is_causal())
+}
+
+/// Units of `block_n` keys of a head of K, or under a causal mask of twice as many.
+pub fn units_of_head(problem: &Problem, block_n: u32) -> u64 {
+    let blocks = (problem.seqlen_k as u64).div_ceil(block_n.into());
+    if problem.is_causal() { blocks.div_ceil(2) } else { blocks }
+}
+
 /// What the queries of a head of K have of Q, dO and the sums of dQ, in bytes.
 fn of_head(problem: &Problem, config: &Config) -> u64 {
     // Two bytes each of Q and dO, four of the sums.

@@ -20,6 +20,8 @@
 //! block of keys of its head after the other, and has dQ to itself. The first keys store what they have of it, the last
 //! finish it. Nothing is cleared or read again, and dQ too is the same bits in every run.
 //!
+//! [`units()`] is [`whole()`] by blocks of threads that stay, and take one block of keys after the other, of any head.
+//!
 //! Warps are specialised: a thread keeps copies of Q and dO in flight, and two warpgroups multiply. dQ of a step is
 //! multiplied in the next one, so that no group waits for the other's dS. By the count of bytes it is the bandwidth of
 //! shared memory, where most products read both factors, that bounds the pass.

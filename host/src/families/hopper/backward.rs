@@ -68,7 +68,8 @@ pub fn takes_whole_heads(problem: &Problem, config: &Config) -> bool {
     heads > 0 && are_enough && met.saturating_mul(MULTIPROCESSORS) <= USED_AGAIN
 }
 
-/// Up to so many keys blocks of threads take units of keys, one after the other.
+/// Up to so many keys blocks of threads take units of keys, one after the other. Where there are more, a block of keys takes so
+/// long that its beginning and its end do not matter, and the GPU balances blocks of one each better.
 const UNITS_UP_TO: usize = 4096;
 
 /// Whether blocks of threads take units of keys, rather than one block of keys each: where the units cost the same.
@@ -110,6 +111,19 @@ mod tests {
         assert!(!takes(32, 512, 16, 128, false) && !takes(16, 1024, 16, 128, true));
         // A machine's worth of heads, and a few too many.
         assert!(takes(1, 256, 132, 64, false) && !takes(1, 256, 140, 64, false) && !takes(1, 256, 16, 64, false));
+    }
+
+    #[test]
+    fn units_cost_the_same() {
+        let of = |seqlen, causal| {
+            let of = Layout::contiguous(DType::BF16, &[2, seqlen, 4, 128]).expect("small");
+            let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
+            (takes_units(&problem, &WHOLE[0].config), units_of_head(&problem, 128))
+        };
+        assert_eq!((of(1024, false), of(1024, true)), ((true, 8), (true, 4)));
+        // Of nine blocks of keys under a causal mask one would be alone.
+        assert_eq!((of(1100, false), of(1100, true)), ((true, 9), (false, 5)));
+        assert!(!of(UNITS_UP_TO + 1, false).0);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, Work};
+use super::{GROUPS, Params, Work, next_keys, walk};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::bulk;
@@ -18,7 +18,7 @@ pub(super) fn load<
     const BLOCK_M: usize,
     const BLOCK_N: usize,
     const CAUSAL: bool,
-    const HEADS: bool,
+    const WALK: u32,
 >(
     p: &Params,
     a: &Attention<T>,
@@ -28,13 +28,14 @@ pub(super) fn load<
     let map = |map| TensorMapRef::of(p, map);
     let mut queries = inputs.queries.producer();
     let mut keys = inputs.keys.producer();
+    let mut number = 0;
     loop {
         let batch = a.batch_of_map(block.sequence.batch) as i32;
         let of_keys = [block.head_k as i32, batch];
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
         let key = (block.sequence.first_k + block.first_key) as i32;
         let keys_slot = keys.acquire();
-        if HEADS {
+        if WALK != walk::ONE {
             inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
         }
         keys_slot.expect(2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
@@ -62,10 +63,8 @@ pub(super) fn load<
             bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
             queries.advance();
         }
-        if !HEADS || !block.advance(BLOCK_N as u32) {
-            break;
-        }
-        block = schedule::keys_of_head(a, block.first_key);
+        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, block, BLOCK_N as u32, &mut number) else { break };
+        block = next;
         keys.advance();
     }
 }
@@ -73,34 +72,46 @@ pub(super) fn load<
 /// Adds what the warpgroups have of dQ to its sums.
 #[inline(always)]
 #[track_caller]
-pub(super) fn add_queries<T, const HEADDIM: usize, const BLOCK_M: usize>(
+pub(super) fn add_queries<
+    T,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CAUSAL: bool,
+    const WALK: u32,
+>(
     p: &Params,
     a: &Attention<T>,
     outgoing: Outgoing<HEADDIM, BLOCK_M>,
-    work: Work,
+    mut block: KeyBlock,
 ) {
     let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
     let mut parts = outgoing.parts.consumer();
-    // The step before the first: nothing to add.
-    for _ in 0..GROUPS {
-        parts.wait().release();
-        parts.advance();
-    }
-    let mut walk = work.walk(a, BLOCK_M as u32);
-    while let Some(step) = walk.next() {
-        let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
-        let mut add = || {
-            let slot = parts.wait();
-            bulk::add(sums.offset((slot.index * part) as usize), outgoing.part(slot.index), part);
-            bulk::commit();
+    let mut number = 0;
+    loop {
+        let mut walk = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32).walk(a, BLOCK_M as u32);
+        // The step before the first: nothing to add.
+        for _ in 0..GROUPS {
+            parts.wait().release();
             parts.advance();
-            slot
-        };
-        let (first, second) = (add(), add());
-        bulk::wait_read::<1>();
-        first.release();
-        bulk::wait_read::<0>();
-        second.release();
+        }
+        while let Some(step) = walk.next() {
+            let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
+            let mut add = || {
+                let slot = parts.wait();
+                bulk::add(sums.offset((slot.index * part) as usize), outgoing.part(slot.index), part);
+                bulk::commit();
+                parts.advance();
+                slot
+            };
+            let (first, second) = (add(), add());
+            bulk::wait_read::<1>();
+            first.release();
+            bulk::wait_read::<0>();
+            second.release();
+        }
+        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, block, BLOCK_N as u32, &mut number) else { break };
+        block = next;
     }
 }
 

@@ -2,7 +2,7 @@
 //! sums dK. One runs ahead of the other, so that one multiplies while the other computes.
 use super::memory::Inputs;
 use super::producer::load;
-use super::{GROUP_ROWS, GROUPS, Params, Walk, Work, config_of, release};
+use super::{GROUP_ROWS, GROUPS, Params, Walk, Work, config_of, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -132,7 +132,7 @@ pub fn split<
         0 => {
             release_registers::<24>();
             if work.steps() > 0 && thread_idx_x() == 0 {
-                load::<_, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, false>(&p, &a, memory.inputs, work.block);
+                load::<_, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, { walk::ONE }>(&p, &a, memory.inputs, work.block);
             }
         }
         1 => {

@@ -17,7 +17,7 @@ pub(super) struct Inputs<T, const HEADDIM: usize, const BLOCK_M: usize, const BL
     pub d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// What the exponents of a block of queries subtract, a stage after the other; then their D.
     statistics: Shared<f32>,
-    /// Of K and V.
+    /// Of K and V: when they may be loaded. They come with the first Q and dO, and their products wait for these.
     pub keys: Pipeline<1>,
     /// Of Q, with what its exponents subtract.
     pub queries: Pipeline<STAGES>,

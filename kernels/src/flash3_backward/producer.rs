@@ -8,8 +8,8 @@ use cuda_std::matrix::PackedElement;
 use cuda_std::tensor::TensorMapRef;
 use cuda_std::{Global, SmemTile};
 
-/// K and V, then Q and dO of each step with their statistics; of all blocks of keys of a head, if the block of threads
-/// takes whole `HEADS`.
+/// Q and dO of each step with their statistics, K with the first Q and V with the first dO: the first products wait for no
+/// more than they need. Of all blocks of keys that the block of threads takes.
 #[inline(always)]
 #[track_caller]
 pub(super) fn load<
@@ -34,12 +34,11 @@ pub(super) fn load<
         let of_keys = [block.head_k as i32, batch];
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
         let key = (block.sequence.first_k + block.first_key) as i32;
-        let keys_slot = keys.acquire();
+        keys.acquire();
         if WALK != walk::ONE {
             inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
         }
-        keys_slot.expect(2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
-        map(&p.k).load_tile(inputs.k, key, of_keys, keys_slot.full());
+        let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
         let mut is_first = true;
         let mut walk = work.walk(a, BLOCK_M as u32);
         while let Some(step) = walk.next() {
@@ -49,16 +48,19 @@ pub(super) fn load<
             let bytes = SmemTile::<T, BLOCK_M, HEADDIM>::BYTES + 4 * BLOCK_M as u32;
 
             let slot = queries.acquire();
-            slot.expect(bytes);
+            slot.expect(bytes + if is_first { of_tile } else { 0 });
+            if is_first {
+                map(&p.k).load_tile(inputs.k, key, of_keys, slot.full());
+            }
             map(&p.q).load_tile(inputs.q.stage(slot.index), row, matrix, slot.full());
             bulk::load(inputs.bases(slot.index), statistics, BLOCK_M as u32, slot.full());
-            if is_first {
-                map(&p.v).load_tile(inputs.v, key, of_keys, keys_slot.full());
-                is_first = false;
-            }
 
             let slot = queries.beside(inputs.d_outputs).acquire();
-            slot.expect(bytes);
+            slot.expect(bytes + if is_first { of_tile } else { 0 });
+            if is_first {
+                map(&p.v).load_tile(inputs.v, key, of_keys, slot.full());
+                is_first = false;
+            }
             map(&p.d_o).load_tile(inputs.d_o.stage(slot.index), row, matrix, slot.full());
             bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
             queries.advance();

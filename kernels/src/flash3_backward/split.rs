@@ -183,7 +183,6 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         }
         let mut d_q = HalfOfQueries::new(&self, 0);
         let mut queries = inputs.queries.consumer();
-        inputs.keys.consumer().wait();
         let first = first_step();
         let mut block = work.blocks.begin;
         for step in 0..work.steps() {
@@ -235,7 +234,6 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         }
         let mut d_q = HalfOfQueries::new(&self, 1);
         let mut queries = inputs.queries.consumer();
-        inputs.keys.consumer().wait();
         let first = first_step();
         P_EMPTY.arrive();
         for step in 0..work.steps() {

@@ -6,6 +6,7 @@ use std::fmt;
 
 use cuda_std::{DType, Global, Kernel};
 use kernels::attention::{Attention, Untyped};
+use kernels::flash3::packing::Packing;
 use kernels::{Config, flash1, flash2, flash3, standard};
 
 use crate::error::Result;
@@ -197,6 +198,18 @@ impl Family {
             Family::Flash2(kernel) => kernel.config.general,
             Family::Flash3(kernel) => kernel.config.general,
         }
+    }
+
+    /// How it runs this problem, where there is a choice.
+    pub fn how(&self, problem: &Problem) -> Option<String> {
+        let Family::Flash3(kernel) = self else { return None };
+        let packing = hopper::packing(problem, &kernel.config);
+        let tiles = |packing| hopper::tiles(problem, packing, &kernel.config);
+        let (packed, plain) = (tiles(packing), tiles(Packing::default()));
+        (packing != Packing::default()).then(|| {
+            let heads = packing.heads();
+            format!("{heads} heads that share K and V are packed into tiles: {packed} of them instead of {plain}")
+        })
     }
 
     /// The memory that it needs besides Q, K, V, O and LSE.

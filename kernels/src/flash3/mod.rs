@@ -26,11 +26,13 @@ use cuda_std::thread::{sync_threads, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warpgroup_id};
 use cuda_std::{fence, kernel, wgmma};
 use memory::Memory;
+use packing::Packing;
 use schedule::{Schedule, Tiles};
 
 mod consumer;
 mod memory;
 pub mod order;
+pub mod packing;
 mod producer;
 pub mod schedule;
 pub mod units;
@@ -42,8 +44,8 @@ pub const GROUP_ROWS: u32 = wgmma::ROWS;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Params {
-    /// Q: tiles of [`GROUP_ROWS`] rows and `headdim` columns of the configuration; heads and batches are its outer
-    /// dimensions.
+    /// Q: tiles of [`GROUP_ROWS`] rows and `headdim` columns of the configuration. Its dimensions are columns, heads, queries
+    /// and batches, and a tile has the heads of a pack, and so many queries.
     pub q: TensorMap,
     /// K: tiles of `block_n` rows and `headdim` columns.
     pub k: TensorMap,
@@ -51,6 +53,8 @@ pub struct Params {
     pub v: TensorMap,
     /// The problem.
     pub attention: Attention,
+    /// Which heads lie in a tile together.
+    pub packing: Packing,
     /// Who does what.
     pub schedule: Schedule,
 }
@@ -160,10 +164,10 @@ pub fn forward<
     let a = p.attention.of::<T>();
     let block_m = GROUPS * GROUP_ROWS;
     if !a.cu_seqlens_q.is_null() && p.schedule.walkers > 0 {
-        memory.order.find::<T, CAUSAL>(&a, block_m);
+        memory.order.find::<T, CAUSAL>(&a, p.packing, block_m);
     }
     sync_threads();
-    let tiles = Tiles::<CAUSAL>::new(p.schedule, memory.order, block_m);
+    let tiles = Tiles::<CAUSAL>::new(p.schedule, p.packing, memory.order, block_m);
     match warpgroup_id() {
         0 => {
             match GROUPS {
@@ -194,7 +198,7 @@ pub fn forward<
                 S_COLUMNS,
                 O_COLUMNS,
                 CAUSAL,
-            >::new(memory, group - 1, a.softmax_scale);
+            >::new(memory, group - 1, a.softmax_scale, p.packing);
             consumer.run(&a, tiles);
         }
     }

@@ -14,7 +14,7 @@ use kernels::Config;
 use kernels::flash3::packing::Packing;
 use kernels::mask::{Blocks, Mask, UNBOUNDED};
 
-use crate::families::hopper;
+use crate::families::hopper::packing::packing;
 use crate::features::Feature;
 use crate::options::Kernel;
 use crate::parameters::Access;
@@ -174,7 +174,7 @@ pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
 /// nevertheless. Where heads are packed, all of a pack load K and V together. `None` where [`formula`] has none.
 pub fn flash3(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash3::FORWARD, problem)?;
-    Some(tile_by_tile(problem, config, hopper::packing(problem, &config), Blocks::or_one))
+    Some(tile_by_tile(problem, config, packing(problem, &config), Blocks::or_one))
 }
 
 /// Each tile of queries loads the blocks of keys that `needed` makes of those that it sees.

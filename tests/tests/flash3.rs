@@ -41,7 +41,7 @@ fn many_keys() {
     for kernel in chosen.filter(|kernel| kernel.config.dtype == DType::BF16) {
         let Config { headdim, headdim_v, causal, from_keys, .. } = kernel.config;
         let headdims = (headdim as usize, headdim_v as usize);
-        let mut combination = plain(DType::BF16, (100, from_keys as usize + 13), headdims);
+        let mut combination = plain(DType::BF16, (180, from_keys as usize + 13), headdims);
         combination.options.causal = causal == Some(true);
         let tensors = combination.tensors();
         let forward = combination.forward(&session(), &tensors).unwrap_or_else(|reason| panic!("{reason}"));

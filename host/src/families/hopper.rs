@@ -5,17 +5,19 @@ use kernels::attention::Attention;
 use kernels::flash3::order::MAX_SEQUENCES;
 use kernels::flash3::packing::Packing;
 use kernels::flash3::schedule::Schedule;
-use kernels::flash3::units::{tiles_of_head, units_of_head};
+use kernels::flash3::units::{tiles_of_pack, units_of_pack};
 use kernels::flash3::{GROUP_ROWS, Params};
 
 use crate::error::Result;
 use crate::launch::Launch;
-use crate::problem::{MOST, Problem};
+use crate::problem::Problem;
 use crate::target::Resources;
 use maps::{Extents, map, map_of_packs};
+use packing::packing;
 
 pub(crate) mod backward;
 mod maps;
+pub(crate) mod packing;
 
 /// The launch for a problem with rows and keys.
 pub(super) fn launch(
@@ -37,49 +39,33 @@ pub(super) fn launch(
         k: (machine.tensor_map)(&k)?,
         v: (machine.tensor_map)(&v)?,
         attention,
-        packing,
         schedule,
     };
     Launch::new(kernel, blocks, parameters)
 }
 
-/// Which heads of Q, of those that share K and V, lie in a tile together: as many as can, where there are fewer tiles then.
-pub(crate) fn packing(problem: &Problem, config: &Config) -> Packing {
-    let group = (problem.nheads / problem.nheads_k) as u32;
-    let packed = Packing::of_group(group, GROUP_ROWS);
-    let plain = Packing::default();
-    let are_counted = (problem.seqlen_q as u64).saturating_mul(packed.heads().into()) <= MOST as u64;
-    let are_fewer = tiles(problem, packed, config) < tiles(problem, plain, config);
-    if are_counted && are_fewer { packed } else { plain }
-}
-
-/// How many tiles there are, of all heads and sequences: where the lengths of these differ, as if all had the mean.
-pub(crate) fn tiles(problem: &Problem, packing: Packing, config: &Config) -> u64 {
-    let queries = match &problem.varlen {
-        None => problem.seqlen_q,
-        Some(varlen) => varlen.total_q.div_ceil(problem.batch.max(1)),
-    };
-    let tiles = (queries as u64).saturating_mul(packing.heads().into()).div_ceil(config.block_m.into());
-    let packs = packing.packs(problem.nheads as u32) as u64;
-    (problem.batch as u64).saturating_mul(packs).saturating_mul(tiles)
-}
-
-/// From so many keys on the last heads of a causal problem are left to blocks of one tile: on an H100 that gains 1 % to 5 %,
-/// and loses as much where sequences are shorter, unless the units of a head differ.
+/// From so many keys on the last packs of a causal problem are left to blocks of one tile: on an H100 that gains 1 % to 5 %,
+/// and loses as much where sequences are shorter, unless the units of a pack differ.
 const LONG: usize = 4096;
+
+/// With so many keys a query the tiles of a causal problem cost the same, and are not paired: those of a pack run side by side
+/// then, and read K and V from HBM once. On an H100, in µs, paired and not, 16 sequences of 64 queries of four packed heads of
+/// 128: 4096 keys 184, 109; 16384 keys 693, 403. 4 sequences of 512 queries, not packed: 193, 185; 760, 739.
+const KEYS_A_QUERY: usize = 16;
 
 /// Who does what, and how many blocks of threads that takes. There are no more than there are tiles.
 fn schedule(problem: &Problem, packing: Packing, config: &Config, multiprocessors: u32) -> Result<(Schedule, u64)> {
-    let tiles = tiles_of_head(packing.rows(problem.seqlen_q as u32), config.block_m);
+    let tiles = tiles_of_pack(packing.rows(problem.seqlen_q as u32), config.block_m);
     let packs = (problem.batch as u64).saturating_mul(packing.packs(problem.nheads as u32).into());
     Launch::check_blocks(packs.saturating_mul(u64::from(tiles)))?;
     let packs = packs as u32;
-    let units = units_of_head(tiles, problem.is_causal());
+    let is_paired = problem.is_causal() && problem.seqlen_q.saturating_mul(KEYS_A_QUERY) > problem.seqlen_k;
+    let units = units_of_pack(tiles, is_paired);
     let is_long = problem.seqlen_k >= LONG || !tiles.is_multiple_of(2);
     let walked_packs = if problem.varlen.is_some() {
         // More sequences than walkers can put into order: each tile is left to a block.
         if problem.batch > MAX_SEQUENCES as usize { 0 } else { packs }
-    } else if problem.is_causal() && is_long {
+    } else if is_paired && is_long {
         // The units that are left over when all walkers end, and as many as half of them do meanwhile.
         let unwalked = (u64::from(multiprocessors) * 3).div_ceil(2 * u64::from(units));
         u64::from(packs).saturating_sub(unwalked) as u32
@@ -88,7 +74,7 @@ fn schedule(problem: &Problem, packing: Packing, config: &Config, multiprocessor
     };
     let walkers = u64::from(multiprocessors).min(u64::from(walked_packs) * u64::from(units)) as u32;
     let blocks = u64::from(packs - walked_packs) * u64::from(tiles) + u64::from(walkers);
-    Ok((Schedule { walkers, walked_packs }, blocks))
+    Ok((Schedule { walkers, walked_packs, packing, paired: is_paired.into() }, blocks))
 }
 
 #[cfg(test)]
@@ -143,6 +129,24 @@ mod tests {
         };
         assert_eq!(scheduled(1024), (132, 2048, 132));
         assert_eq!(scheduled(2048), (0, 0, 4096));
+    }
+
+    #[test]
+    fn tiles_are_paired_where_they_differ() {
+        let layout = |seqlen, nheads| Layout::contiguous(DType::BF16, &[1, seqlen, nheads, 128]).expect("small");
+        let scheduled = |seqlen_q: usize, causal| {
+            let k = layout(4096, 4);
+            let options = AttentionOptions::new().causal(causal);
+            let problem = Problem::new(&layout(seqlen_q, 16), &k, &k, &options).expect("valid");
+            let config = Config { block_m: 128, block_n: 128, ..FORWARD[0].config };
+            let (schedule, blocks) = schedule(&problem, packing(&problem, &config), &config, 132).expect("small");
+            (schedule.packing.heads(), schedule.paired, schedule.walkers, blocks)
+        };
+        // Tiles of four packed heads, and of one.
+        assert_eq!(scheduled(64, true), (4, 0, 8, 8));
+        assert_eq!(scheduled(256, true), (1, 0, 32, 32));
+        assert_eq!(scheduled(512, true), (1, 1, 0, 64));
+        assert_eq!(scheduled(512, false), (1, 0, 64, 64));
     }
 
     #[test]

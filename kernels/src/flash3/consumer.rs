@@ -304,10 +304,10 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
     fn hide<T, const N: usize>(self, a: &Attention<T>, tile: &Tile, block: u32, s: &mut Accumulator<1, N>) {
         if self.blocks(a, tile).is_partial(block) {
             let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
-            let (first_row, first_key) = (self.of_warp(tile), block * self.block_n);
+            let (first_query, first_key) = (self.of_warp(tile).first_row, block * self.block_n);
             s.map(|row, key, s| {
-                let query = self.packing.query(first_row + row);
-                if mask.sees(query, first_key + key) { s } else { f32::NEG_INFINITY }
+                let sees = mask.sees(first_query + self.packing.query(row), first_key + key);
+                if sees { s } else { f32::NEG_INFINITY }
             });
         }
     }
@@ -323,16 +323,21 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         softmax: RowSoftmax<1>,
         o: &mut Accumulator<1, O_COLUMNS>,
     ) -> bool {
-        let sequence = tile.sequence;
+        let block = self.of_warp(tile);
+        let QueryBlock { first_row, head, sequence } = block;
+        let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
         softmax.finish(o, f32::NEG_INFINITY, |row, state| {
-            let (head, query) = self.place(tile, row);
-            if lane_id().is_multiple_of(4) && query < sequence.seqlen_q {
-                a.softmax_lse.store(a.first_row(&sequence, head) + query as usize, state.lse());
+            let (head, query) = (self.packing.head(row), self.packing.query(row));
+            // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.
+            let index = head * a.lse_head_stride as u32 + query;
+            if lane_id().is_multiple_of(4) && query < block.rows() {
+                lse.store(index as usize, state.lse());
             }
         });
-        o.store_rows_at(a.headdim_v, |row| {
-            let (head, query) = self.place(tile, row);
-            (sequence.queries(&a.o, head, query), query < sequence.seqlen_q)
+        let first = sequence.queries(&a.o, head, first_row);
+        o.store_rows_at(first, a.headdim_v, |row| {
+            let (head, query) = (self.packing.head(row) as u64, self.packing.query(row));
+            (head * a.o.head_stride + query as u64 * a.o.row_stride, query < block.rows())
         });
         // Where all keys are seen, and what lies behind them is loaded as zeros, nothing spoils a row.
         (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite())
@@ -346,10 +351,10 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         a: &Attention<T>,
         tile: &Tile,
     ) {
-        let sequence = tile.sequence;
+        let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
         let (mask, scale) = (Mask::of::<T, CAUSAL, false>(a, &sequence), a.softmax_scale * LOG2_E);
         for row in 0..unknown(16) {
-            let (head, query) = self.place(tile, row);
+            let (head, query) = (head + self.packing.head(row), first_row + self.packing.query(row));
             let row = QueryBlock { first_row: query, head, sequence };
             let o_row = sequence.query_matrix(&a.o, head, query, a.headdim_v, true);
             let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
@@ -357,17 +362,14 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         }
     }
 
-    /// The head and the query that row `row` of this warp is of.
+    /// The query and the head of the first row of this warp, which has 16. A pack begins with the first, or has more heads
+    /// than that: row r is [`head`](Packing::head) r heads and [`query`](Packing::query) r queries further on.
     #[inline(always)]
-    fn place(self, tile: &Tile, row: u32) -> (u32, u32) {
-        let row = self.of_warp(tile) + row;
-        (self.packing.head(tile.pack, row), self.packing.query(row))
-    }
-
-    /// The first row of this warp.
-    #[inline(always)]
-    fn of_warp(self, tile: &Tile) -> u32 {
-        tile.first_row + self.first + 16 * warp_in_group()
+    fn of_warp(self, tile: &Tile) -> QueryBlock {
+        let Tile { first_row, pack, sequence, .. } = *tile;
+        let row = first_row + self.first + 16 * warp_in_group();
+        let head = self.packing.first_head(pack) + self.packing.head(row);
+        QueryBlock { first_row: self.packing.query(row), head, sequence }
     }
 }
 

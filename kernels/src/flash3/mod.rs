@@ -26,7 +26,6 @@ use cuda_std::thread::{sync_threads, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warpgroup_id};
 use cuda_std::{fence, kernel, wgmma};
 use memory::Memory;
-use packing::Packing;
 use schedule::{Schedule, Tiles};
 
 mod consumer;
@@ -53,8 +52,6 @@ pub struct Params {
     pub v: TensorMap,
     /// The problem.
     pub attention: Attention,
-    /// Which heads lie in a tile together.
-    pub packing: Packing,
     /// Who does what.
     pub schedule: Schedule,
 }
@@ -164,10 +161,10 @@ pub fn forward<
     let a = p.attention.of::<T>();
     let block_m = GROUPS * GROUP_ROWS;
     if !a.cu_seqlens_q.is_null() && p.schedule.walkers > 0 {
-        memory.order.find::<T, CAUSAL>(&a, p.packing, block_m);
+        memory.order.find::<T, CAUSAL>(&a, p.schedule, block_m);
     }
     sync_threads();
-    let tiles = Tiles::<CAUSAL>::new(p.schedule, p.packing, memory.order, block_m);
+    let tiles = Tiles::<CAUSAL>::new(p.schedule, memory.order, block_m);
     match warpgroup_id() {
         0 => {
             match GROUPS {
@@ -198,7 +195,7 @@ pub fn forward<
                 S_COLUMNS,
                 O_COLUMNS,
                 CAUSAL,
-            >::new(memory, group - 1, a.softmax_scale, p.packing);
+            >::new(memory, group - 1, a.softmax_scale, p.schedule.packing);
             consumer.run(&a, tiles);
         }
     }

@@ -43,13 +43,13 @@ impl Packing {
         row >> self.log2()
     }
 
-    /// The head of Q and O that a row of a pack is of.
+    /// Which head of its pack a row is of.
     #[inline(always)]
-    pub fn head(self, pack: u32, row: u32) -> u32 {
-        self.first_head(pack) + (row & ((1 << self.log2()) - 1))
+    pub fn head(self, row: u32) -> u32 {
+        row & ((1 << self.log2()) - 1)
     }
 
-    /// The first head of a pack.
+    /// The first head of a pack, among those of Q and O.
     #[inline(always)]
     pub fn first_head(self, pack: u32) -> u32 {
         pack << self.log2()

@@ -35,7 +35,7 @@ pub fn produce<
     let mut next = tiles.next(a);
     while let Some(place) = next {
         let block_m = GROUPS * GROUP_ROWS;
-        let packing = p.packing;
+        let packing = p.schedule.packing;
         let Tile { first_row, pack, sequence, blocks } = place.tile::<T, CAUSAL>(a, packing, block_m, BLOCK_N as u32);
         let batch = a.batch_of_map(sequence.batch) as i32;
         let head = packing.first_head(pack);

@@ -8,7 +8,7 @@
 //! What runs at the same time is of few heads, whose K and V stay in the L2 cache.
 use super::order::Order;
 use super::packing::Packing;
-use super::units::{tiles_of_head, tiles_of_unit, units_of_head};
+use super::units::{tiles_of_pack, units_of_pack};
 use crate::attention::{Attention, Sequence, divisor};
 use crate::mask::{Blocks, Mask};
 use crate::schedule::head_of;
@@ -83,15 +83,26 @@ pub struct Schedule {
     pub walkers: u32,
     /// The packs of heads, counted over all batches, that the walkers do: the first ones.
     pub walked_packs: u32,
+    /// Which heads of Q are packed.
+    pub packing: Packing,
+    /// 1 if a unit is two tiles, else 0. Only under a causal mask it may be.
+    pub paired: u32,
+}
+
+impl Schedule {
+    /// Whether a unit is two tiles.
+    #[inline(always)]
+    pub fn is_paired<const CAUSAL: bool>(&self) -> bool {
+        CAUSAL && self.paired != 0
+    }
 }
 
 /// The tiles of a block of threads.
 #[derive(Clone, Copy)]
 pub struct Tiles<const CAUSAL: bool> {
     schedule: Schedule,
-    packing: Packing,
     order: Order,
-    /// Which tile of its units comes next, two a unit under a causal mask.
+    /// Which tile of its units comes next, as many a unit as may be.
     next: u32,
     /// The place in the order of the sequence that its last unit was of.
     rank: u32,
@@ -102,8 +113,8 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
     /// Those of this block of threads. A tile has `block_m` rows. The order is that of sequences of different lengths; others
     /// need none.
     #[inline(always)]
-    pub fn new(schedule: Schedule, packing: Packing, order: Order, block_m: u32) -> Self {
-        Tiles { schedule, packing, order, next: 0, rank: 0, block_m }
+    pub fn new(schedule: Schedule, order: Order, block_m: u32) -> Self {
+        Tiles { schedule, order, next: 0, rank: 0, block_m }
     }
 
     /// Where the next tile is.
@@ -118,28 +129,30 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
     #[track_caller]
     fn walk<T>(&mut self, a: &Attention<T>) -> Option<Place> {
         let (seqlen_q, batch) = (self.anew(a.seqlen_q), self.anew(a.batch));
-        let (turn, second) = (self.next / tiles_of_unit(CAUSAL), self.next % tiles_of_unit(CAUSAL) == 1);
+        let (packing, is_paired) = (self.schedule.packing, self.schedule.is_paired::<CAUSAL>());
+        let turn = if is_paired { self.next / 2 } else { self.next };
+        let is_second = is_paired && self.next % 2 == 1;
         let unit = self.unit(turn);
         let (tiles, pack, index, sequence);
         if a.cu_seqlens_q.is_null() {
-            tiles = tiles_of_head(self.packing.rows(seqlen_q), self.block_m);
-            let units = divisor(units_of_head(tiles, CAUSAL));
+            tiles = tiles_of_pack(packing.rows(seqlen_q), self.block_m);
+            let units = divisor(units_of_pack(tiles, is_paired));
             if unit / units >= self.schedule.walked_packs {
                 return None;
             }
             index = unit % units;
-            (pack, sequence) = head_of(unit / units, self.anew(self.packing.packs(a.nheads)));
+            (pack, sequence) = head_of(unit / units, self.anew(packing.packs(a.nheads)));
         } else {
             let first;
             (sequence, first) = self.order.sequence_of(unit, batch, &mut self.rank)?;
-            tiles = tiles_of_head(self.packing.rows(a.sequence(sequence).seqlen_q), self.block_m);
-            let units = divisor(units_of_head(tiles, CAUSAL));
+            tiles = tiles_of_pack(packing.rows(a.sequence(sequence).seqlen_q), self.block_m);
+            let units = divisor(units_of_pack(tiles, is_paired));
             (pack, index) = ((unit - first) / units, (unit - first) % units);
         }
         // The last rows first. Of a unit that is the tile in the middle there is no second one.
         let from_end = tiles - 1 - index;
-        self.next += if CAUSAL && !second && from_end == index { 2 } else { 1 };
-        Some(Place { first_row: self.block_m * if second { index } else { from_end }, pack, batch: sequence })
+        self.next += if is_paired && !is_second && from_end == index { 2 } else { 1 };
+        Some(Place { first_row: self.block_m * if is_second { index } else { from_end }, pack, batch: sequence })
     }
 
     /// What follows from `x` is found anew for each tile, and takes no register of the few that a producer has.
@@ -159,15 +172,15 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
     #[inline(always)]
     #[track_caller]
     fn single<T>(&mut self, a: &Attention<T>) -> Option<Place> {
-        let Schedule { walkers, walked_packs } = self.schedule;
-        let (tile, all) = (self.anew(block_idx_x()) - walkers, self.anew(self.packing.packs(a.nheads)));
+        let Schedule { walkers, walked_packs, packing, .. } = self.schedule;
+        let (tile, all) = (self.anew(block_idx_x()) - walkers, self.anew(packing.packs(a.nheads)));
         let packs = divisor(all * a.batch - walked_packs);
         let (pack, batch) = head_of(walked_packs + tile % packs, all);
-        let tiles = tiles_of_head(self.packing.rows(self.anew(a.seqlen_q)), self.block_m);
+        let tiles = tiles_of_pack(packing.rows(self.anew(a.seqlen_q)), self.block_m);
         let first_row = (tiles - 1 - tile / packs) * self.block_m;
         let is_first = self.next == 0;
         self.next = 1;
-        let is_there = self.packing.query(first_row) < a.sequence(batch).seqlen_q;
+        let is_there = packing.query(first_row) < a.sequence(batch).seqlen_q;
         (is_first && is_there).then_some(Place { first_row, pack, batch })
     }
 }

@@ -40,6 +40,8 @@ pub(crate) struct Plan {
     asked: Kernel,
     /// What stands against newer families, each with its name.
     pub refused: Vec<String>,
+    /// How its kernels run this problem, where there is a choice.
+    how: Option<String>,
     /// The memory that it needs besides Q, K, V, O and LSE.
     pub workspace: Vec<Workspace>,
 }
@@ -65,7 +67,8 @@ impl Plan {
         };
         let unsupported = |reasons| Error::Unsupported { kernel, backend: target.backend, reasons };
         let (family, refused) = first_able(families).map_err(unsupported)?;
-        Ok(Plan { family, asked: kernel, refused, workspace: family.workspace(problem) })
+        let (how, workspace) = (family.how(problem), family.workspace(problem));
+        Ok(Plan { family, asked: kernel, refused, how, workspace })
     }
 
     /// The same with one entry point of FlashAttention-3, which need not be in its table.
@@ -82,12 +85,14 @@ impl Plan {
         let family = runs().and_then(|()| Family::flash3_of(&wanted, std::slice::from_ref(variant.kernel)));
         let unsupported = |reason| Error::Unsupported { kernel: asked, backend: target.backend, reasons: vec![reason] };
         let family = family.map_err(unsupported)?;
-        Ok(Plan { family, asked, refused: Vec::new(), workspace: family.workspace(problem) })
+        let (how, workspace) = (family.how(problem), family.workspace(problem));
+        Ok(Plan { family, asked, refused: Vec::new(), how, workspace })
     }
 
-    /// Why this family.
+    /// Why this family, and how it runs the problem.
     pub fn reason(&self) -> String {
-        why(self.family.name(), self.asked, &self.refused)
+        let why = why(self.family.name(), self.asked, &self.refused);
+        self.how.iter().fold(why, |why, how| format!("{why}; {how}"))
     }
 
     /// The name of the family.

@@ -47,6 +47,15 @@ impl<P> Table<'_, P> {
     /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
     /// of several tiles the one for sequences of this length.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
+        self.find_filled(wanted, |_| true)
+    }
+
+    /// The same, but of several tiles rather one that this problem fills.
+    pub fn find_filled(
+        &self,
+        wanted: &Wanted,
+        is_filled: impl Fn(&Config) -> bool,
+    ) -> Result<&'static Kernel<P, Config>, String> {
         let Wanted { problem, features } = wanted;
         let Problem { headdim, headdim_v, .. } = **problem;
         let all = || self.kernels.iter().copied().flatten();
@@ -82,7 +91,8 @@ impl<P> Table<'_, P> {
         });
         let size = |config: &Config| (config.headdim == 0, config.headdim, config.headdim_v);
         let best = able.min_by_key(|Kernel { config, .. }| {
-            (config.tf32 != problem.allow_tf32, config.general, size(config), Reverse(config.from_keys))
+            let is_unfilled = config.from_keys > 0 && !is_filled(config);
+            (config.tf32 != problem.allow_tf32, config.general, size(config), is_unfilled, Reverse(config.from_keys))
         });
         best.ok_or_else(|| {
             let unknown = |feature: &&Feature| !fitting().any(|kernel| knows(&kernel.config, feature));
@@ -163,7 +173,8 @@ impl Family {
     /// FlashAttention-3 with one of these entry points for this problem, or why there is none.
     pub fn flash3_of(wanted: &Wanted, kernels: &'static [Kernel<flash3::Params, Config>]) -> Result<Self, String> {
         let table = Table { name: "flash3", kernels: &[kernels], plain: Feature::OF_HOPPER, pads: true };
-        table.find(wanted).map(Family::Flash3)
+        let is_filled = |config: &_| hopper::packing::fills_tiles(wanted.problem, config);
+        table.find_filled(wanted, is_filled).map(Family::Flash3)
     }
 
     /// Its name in reports.
@@ -196,6 +207,14 @@ impl Family {
             Family::Flash1(kernel) => kernel.config.general,
             Family::Flash2(kernel) => kernel.config.general,
             Family::Flash3(kernel) => kernel.config.general,
+        }
+    }
+
+    /// How it runs this problem, where there is a choice.
+    pub fn how(&self, problem: &Problem) -> Option<String> {
+        match self {
+            Family::Flash3(kernel) => hopper::packing::in_words(problem, &kernel.config),
+            _ => None,
         }
     }
 

@@ -7,11 +7,14 @@
 //!
 //! In the derivations below: N_q and N_k are the lengths of Q and of K and V, d is the head dimension, e the bytes of an
 //! element of Q, T_r and T_c the numbers of blocks that N_q and N_k fall into. All is for one head of one sequence; there are
-//! `batch * nheads` of them. Grouped heads save memory, not traffic: each head of Q loads its K and V.
+//! `batch * nheads` of them. Grouped heads save memory, not traffic: each head of Q loads its K and V, unless it is packed
+//! into tiles with others.
 use cuda_std::Kernel as EntryPoint;
 use kernels::Config;
+use kernels::flash3::packing::Packing;
 use kernels::mask::{Blocks, Mask, UNBOUNDED};
 
+use crate::families::hopper::packing::packing;
 use crate::features::Feature;
 use crate::options::Kernel;
 use crate::parameters::Access;
@@ -164,25 +167,28 @@ pub fn flash1(problem: &Problem) -> Vec<Step> {
 /// fewer under a causal mask. `None` where [`formula`] has none.
 pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash2::FORWARD, problem)?;
-    Some(tile_by_tile(problem, config, |blocks| blocks))
+    Some(tile_by_tile(problem, config, Packing::default(), |blocks| blocks))
 }
 
 /// FlashAttention-3: what FlashAttention-2 moves with its tiles, but that a tile whose rows see no key loads a block of keys
-/// nevertheless. `None` where [`formula`] has none.
+/// nevertheless. Where heads are packed, all of a pack load K and V together. `None` where [`formula`] has none.
 pub fn flash3(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash3::FORWARD, problem)?;
-    Some(tile_by_tile(problem, config, Blocks::or_one))
+    Some(tile_by_tile(problem, config, packing(problem, &config), Blocks::or_one))
 }
 
 /// Each tile of queries loads the blocks of keys that `needed` makes of those that it sees.
-fn tile_by_tile(problem: &Problem, config: Config, needed: impl Fn(Blocks) -> Blocks) -> Vec<Step> {
+fn tile_by_tile(problem: &Problem, config: Config, packing: Packing, needed: impl Fn(Blocks) -> Blocks) -> Vec<Step> {
     let Config { block_m, block_n, .. } = config;
     let Head { q, rows, element, mask, .. } = Head::of(problem);
-    let end = |first_row| needed(mask.key_blocks(first_row, block_m, block_n)).end;
-    let keys_of = |(first_row, _)| u64::from((end(first_row) * block_n).min(mask.seqlen_k));
-    let k = query_blocks(mask, block_m).map(keys_of).sum::<u64>() * element * problem.headdim as u64;
-    let tensors = vec![load("Q", q), load("K", k), load("V", k), store("O", q), store("LSE", 4 * rows)];
-    for_all_heads(problem, [(FUSED, tensors)])
+    let end = |first: u32| needed(mask.key_blocks(packing.query(first), packing.query(block_m), block_n)).end;
+    let keys_of = |first| u64::from((end(first) * block_n).min(mask.seqlen_k));
+    let tiles = (0..packing.rows(mask.seqlen_q)).step_by(block_m as usize);
+    let k = tiles.map(keys_of).sum::<u64>() * element * problem.headdim as u64;
+    let heads = u64::from(packing.heads());
+    let (q, lse) = (heads * q, heads * 4 * rows);
+    let tensors = vec![load("Q", q), load("K", k), load("V", k), store("O", q), store("LSE", lse)];
+    for_all(problem.batch as u64 * u64::from(packing.packs(problem.nheads as u32)), [(FUSED, tensors)])
 }
 
 /// All bytes of all steps, loaded and stored.
@@ -225,8 +231,12 @@ fn query_blocks(mask: Mask, block: u32) -> impl Iterator<Item = (u32, u64)> {
 
 /// The steps of the whole problem, from those of one head.
 fn for_all_heads<const N: usize>(problem: &Problem, steps: [(&'static str, Vec<Moved>); N]) -> Vec<Step> {
-    let heads = problem.batch as u64 * problem.nheads as u64;
-    let all = |m: Moved| Moved { loaded: heads * m.loaded, stored: heads * m.stored, ..m };
+    for_all(problem.batch as u64 * problem.nheads as u64, steps)
+}
+
+/// The steps of the whole problem, from those of one of so many parts.
+fn for_all<const N: usize>(count: u64, steps: [(&'static str, Vec<Moved>); N]) -> Vec<Step> {
+    let all = |m: Moved| Moved { loaded: count * m.loaded, stored: count * m.stored, ..m };
     let is_moved = |m: &Moved| m.loaded + m.stored > 0;
     steps.map(|(name, tensors)| Step { name, tensors: tensors.into_iter().map(all).filter(is_moved).collect() }).into()
 }

@@ -546,6 +546,11 @@ fn info_explains_which_kernels_would_run() {
         ),
     };
     assert_eq!(explained(&["--arch=sm_90"])[2], format!("forward       {plain}"));
+    // A step of decoding.
+    let packed = "; 4 heads that share K and V are packed into tiles, 4 of them instead of 16";
+    let packed = format!("forward       {plain}{}", if is_built { packed } else { "" });
+    let step = ["info", "--explain-dispatch", "--arch=sm_90", "--seqlen=1", "--seqlen-k=512", "--nheads-k=4"];
+    assert_eq!(succeeds(step).lines().nth(2), Some(&*packed));
     let expected = format!("forward       flash2: flash2 is the newest kernel that can: flash3: {capped}");
     assert_eq!(explained(&["--arch=sm_90", "--softcap=30"])[2], expected);
 

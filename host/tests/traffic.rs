@@ -2,10 +2,11 @@
 use ferroflash::{AttentionOptions, Backend, DType, Kernel, Problem, Session, Tensor, traffic};
 
 /// (batch, seqlen_q, seqlen_k, nheads, nheads_k): around the edges of tiles, unequal lengths, shared heads.
-const SHAPES: [(usize, usize, usize, usize, usize); 7] = [
+const SHAPES: [(usize, usize, usize, usize, usize); 8] = [
     (1, 1, 1, 1, 1),
     (1, 64, 64, 1, 1),
     (1, 65, 65, 2, 1),
+    (1, 70, 300, 12, 3),
     (1, 130, 130, 1, 1),
     (2, 17, 129, 1, 1),
     (1, 129, 17, 1, 1),

@@ -8,6 +8,7 @@ use ferroflash_tests::features::{FEATURES, plain};
 use ferroflash_tests::grid::DTYPES;
 use ferroflash_tests::guarded::Gaps;
 use ferroflash_tests::pointers::Machine;
+use rayon::prelude::*;
 
 /// Runs a problem by plain pointers, its gradients in one order of additions and in any.
 fn check(machine: Machine, problem: &Combination, gaps: Gaps) {
@@ -79,8 +80,7 @@ fn of_the_elders_on_the_gpu() {
 #[test]
 fn of_everything_on_the_gpu() {
     let Some(machine) = gpu("of_everything_on_the_gpu") else { return };
-    let mut done = 0;
-    for headdims in [
+    let headdims = [
         (8, 8),
         (32, 32),
         (40, 40),
@@ -92,18 +92,18 @@ fn of_everything_on_the_gpu() {
         (192, 128),
         (192, 192),
         (256, 256),
-    ] {
-        for (dtype, allow_tf32) in [(DType::F32, false), (DType::F32, true), (DType::F16, false), (DType::BF16, false)]
-        {
-            for (_, feature) in FEATURES {
-                let mut problem = plain(dtype, (113, 203), headdims);
-                feature(&mut problem);
-                problem.options.allow_tf32 = allow_tf32;
-                check(machine, &problem, Gaps::OF_TOKENS[done % 3]);
-                done += 1;
-            }
-        }
-    }
+    ];
+    let dtypes = [(DType::F32, false), (DType::F32, true), (DType::F16, false), (DType::BF16, false)];
+    let all = headdims.iter().flat_map(|headdims| dtypes.iter().map(move |dtype| (headdims, dtype)));
+    let all = all.flat_map(|of| FEATURES.iter().map(move |(_, feature)| (of, feature)));
+    let problems = all.enumerate().map(|(i, ((&headdims, &(dtype, allow_tf32)), feature))| {
+        let mut problem = plain(dtype, (113, 203), headdims);
+        feature(&mut problem);
+        problem.options.allow_tf32 = allow_tf32;
+        (problem, Gaps::OF_TOKENS[i % 3])
+    });
+    // Beside each other, as most of the time is the driver's, which compiles what no problem before has launched.
+    problems.par_bridge().for_each(|(problem, gaps)| check(machine, &problem, gaps));
 }
 
 /// What the simulator is relied on for: an output that is one element too short is reported, as is an input.

@@ -1,10 +1,11 @@
 //! FlashAttention-3 on the simulated GPU, whose two multiprocessors take several tiles each: what the grid that all
 //! kernels share leaves out.
-use ferroflash::{Backend, DType, Kernel, Session, SimulatorOptions};
+use ferroflash::{Backend, DType, Kernel, Session, SimulatorOptions, accuracy};
 use ferroflash_tests::combination::Combination;
 use ferroflash_tests::features::plain;
 use ferroflash_tests::grid::Case;
 use ferroflash_tests::guarded::Gaps;
+use ferroflash_tests::inputs::tensor;
 use ferroflash_tests::pointers::Machine;
 use kernels::{Config, flash3};
 
@@ -40,7 +41,7 @@ fn many_keys() {
     for kernel in chosen.filter(|kernel| kernel.config.dtype == DType::BF16) {
         let Config { headdim, headdim_v, causal, from_keys, .. } = kernel.config;
         let headdims = (headdim as usize, headdim_v as usize);
-        let mut combination = plain(DType::BF16, (100, from_keys as usize + 13), headdims);
+        let mut combination = plain(DType::BF16, (180, from_keys as usize + 13), headdims);
         combination.options.causal = causal == Some(true);
         let tensors = combination.tensors();
         let forward = combination.forward(&session(), &tensors).unwrap_or_else(|reason| panic!("{reason}"));
@@ -57,6 +58,83 @@ fn blocks_take_tile_after_tile() {
         for causal in [false, true] {
             let case = Case { batch: 2, nheads, nheads_k, ..Case::single(DType::BF16, (seqlen_q, 400), 64, causal) };
             case.check(&session());
+        }
+    }
+}
+
+/// Heads that share K and V lie in tiles together, as the report says: steps of decoding and short pieces, also with tails;
+/// groups that hold several packs; and heads that are no power of two.
+#[test]
+fn packed_heads() {
+    for (i, (seqlen_q, nheads, nheads_k, packed)) in [
+        (1, 2, 1, 2),
+        (1, 8, 2, 4),
+        (5, 16, 2, 8),
+        (33, 8, 2, 4),
+        (1, 64, 1, 64),
+        (3, 128, 1, 64),
+        (2, 12, 1, 4),
+        (40, 6, 1, 2),
+        (130, 4, 1, 4),
+        (3, 6, 2, 1),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let headdim = [64, 128, 192][i % 3];
+        for causal in [false, true] {
+            let shape = Case::single([DType::F16, DType::BF16][i % 2], (seqlen_q, 290), headdim, causal);
+            let case = Case { batch: 2, nheads, nheads_k, ..shape };
+            let (result, accuracy) = case.run(&session());
+            assert!(accuracy.passed(), "{case:?}: {accuracy}");
+            let said = format!("{packed} heads that share K and V are packed into tiles");
+            let reason = &result.report.reason;
+            assert!(if packed > 1 { reason.contains(&said) } else { !reason.contains("packed") }, "{case:?}: {reason}");
+        }
+    }
+}
+
+/// Packed heads of sequences of different lengths, also of none and of more queries than keys; of more sequences than are put
+/// into order; and of tensors with gaps.
+#[test]
+fn packed_heads_of_sequences_and_of_tensors_with_gaps() {
+    let lengths = vec![(1, 90), (0, 7), (40, 300), (13, 0), (6, 193), (50, 40), (1, 1), (0, 0)];
+    let many = (0..flash3::order::MAX_SEQUENCES as usize + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    for (lengths, group, causal) in [(lengths.clone(), 8, false), (lengths, 8, true), (many, 4, true)] {
+        let mut combination = Combination { varlen: true, nheads_k: 1, group, ..plain(DType::F16, (0, 0), (64, 64)) };
+        (combination.lengths, combination.options.causal) = (lengths, causal);
+        let forward = combination.forward(&session(), &combination.tensors()).expect("valid");
+        assert!(forward.report.reason.contains("are packed"), "{}", forward.report.reason);
+        combination.check_forward(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+    }
+    for (i, group) in [2, 4, 8].into_iter().enumerate() {
+        let mut combination = Combination { group, ..plain(DType::BF16, (19, 150), (64, 64)) };
+        combination.options.causal = i % 2 == 0;
+        let gaps = [Gaps::Aligned, Gaps::HeadsFirst][i % 2];
+        let checked = combination.check_pointers(Machine::Simulator, Kernel::Flash3, gaps);
+        checked.unwrap_or_else(|reason| panic!("{reason}"));
+    }
+}
+
+/// A value that is not finite reaches the queries that see it, of the heads that have it, and no other row of their tile.
+#[test]
+fn packed_heads_see_what_they_see() {
+    let (seqlen_q, seqlen_k, nheads, nheads_k) = (30, 60, 8, 2);
+    let case = Case { nheads, nheads_k, ..Case::single(DType::BF16, (seqlen_q, seqlen_k), 64, true) };
+    let [q, k, v] = case.inputs();
+    for value in [f32::NAN, f32::INFINITY] {
+        // Column 5 of key 45 of the second head of V.
+        let mut values = v.to_f32();
+        values[(45 * nheads_k + 1) * 64 + 5] = value;
+        let v = tensor(DType::BF16, values, v.shape());
+        let result = session().attention(&q, &k, &v, &case.options()).expect("valid");
+        let accuracy = accuracy::check(&q, &k, &v, &case.options(), &result).expect("valid");
+        assert!(accuracy.passed(), "{value}: {accuracy}");
+        for (row, o) in result.out.to_f32().chunks(64).enumerate() {
+            let (query, head) = (row / nheads, row % nheads);
+            let sees = query + seqlen_k - seqlen_q >= 45 && head >= nheads / nheads_k;
+            let others_are_finite = o.iter().enumerate().all(|(column, o)| column == 5 || o.is_finite());
+            assert!(others_are_finite && o[5].is_finite() != sees, "{value}: query {query}, head {head}");
         }
     }
 }

@@ -7,7 +7,7 @@ use cuda_std::{DType, Element, Global, Kernel};
 use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
-use kernels::flash3_backward::{FINISH, HEADS, PREPARE, PREPARE_HEADS, Params, SPLIT, WHOLE};
+use kernels::flash3_backward::{FINISH, HEADS, PREPARE, PREPARE_HEADS, Params, SPLIT, UNITS, WHOLE};
 use kernels::{Config, mask};
 
 /// A problem: sequences of `(seqlen_q, seqlen_k)`, which follow each other if `packed`, and are all alike if not.
@@ -134,13 +134,19 @@ fn add_rows(to: &mut [f64], (heads, headdim): (usize, usize), first: usize, head
 
 /// The gradients of a problem by all kernels for it are those in f64, as far as T can say.
 fn check<T: Element>(p: Problem, seed: u64) {
-    for pass in kernels_of([WHOLE, SPLIT], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
-        check_pass::<T>(p, pass, false, (seed, seed));
+    let is_causal = |config: &Config| config.causal == Some(p.causal);
+    for pass in kernels_of([WHOLE, SPLIT], T::DTYPE, p.headdim, is_causal) {
+        check_pass::<T>(p, pass, Takes::OneBlock, (seed, seed));
+    }
+    if p.headdim <= 128 && !p.packed && (!p.causal || p.lengths[0].1.div_ceil(128).is_multiple_of(2)) {
+        for pass in kernels_of([UNITS, &[]], T::DTYPE, p.headdim, is_causal) {
+            check_pass::<T>(p, pass, Takes::Units, (seed, seed));
+        }
     }
     if p.headdim <= 128 {
-        for pass in kernels_of([HEADS, &[]], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
-            let found = check_pass::<T>(p, pass, true, (seed, seed));
-            let again = check_pass::<T>(p, pass, true, (seed, seed + 1));
+        for pass in kernels_of([HEADS, &[]], T::DTYPE, p.headdim, is_causal) {
+            let found = check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed));
+            let again = check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed + 1));
             let bits =
                 |found: [Vec<T>; 3]| found.map(|x| x.into_iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>());
             assert!(bits(found) == bits(again), "{}: other bits where threads run in another order", pass.name);
@@ -148,12 +154,20 @@ fn check<T: Element>(p: Problem, seed: u64) {
     }
 }
 
-/// By one pass, whose blocks of threads take `whole_heads` or blocks of keys.
+/// Which keys a block of threads takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Takes {
+    OneBlock,
+    Units,
+    WholeHead,
+}
+
+/// By one pass.
 /// Gives dQ, dK and dV.
 fn check_pass<T: Element>(
     p: Problem,
     pass: &'static Kernel<Params, Config>,
-    whole_heads: bool,
+    takes: Takes,
     (seed, order): (u64, u64),
 ) -> [Vec<T>; 3] {
     let Problem { lengths, packed, nheads, nheads_k, headdim, causal } = p;
@@ -204,6 +218,7 @@ fn check_pass<T: Element>(
     let Config { headdim: tile_columns, block_m, block_n, .. } = pass.config;
     let in_step = |config: &Config| config.block_m == block_m && config.headdim == tile_columns;
     let of_queries = |table| kernels_of([table, &[]], T::DTYPE, headdim, in_step)[0];
+    let whole_heads = takes == Takes::WholeHead;
     let prepare = of_queries(if whole_heads { PREPARE_HEADS } else { PREPARE });
 
     let memory = Memory::new();
@@ -287,9 +302,15 @@ fn check_pass<T: Element>(
         heads_in_turn: 2,
     };
     let query_blocks = seqlen_q.div_ceil(block_m as usize) * nheads * batch;
+    let of_heads = |blocks: usize| blocks * nheads_k * batch;
     let cluster = pass.cluster as usize;
-    let blocks_of_head = if whole_heads { 1 } else { seqlen_k.div_ceil(block_n as usize * cluster) * cluster };
-    let key_blocks = blocks_of_head * nheads_k * batch;
+    let key_blocks = seqlen_k.div_ceil(block_n as usize * cluster) * cluster;
+    let key_blocks = match takes {
+        Takes::OneBlock => of_heads(key_blocks),
+        // So few that some take several.
+        Takes::Units => of_heads(if causal { key_blocks / 2 } else { key_blocks }).min(3),
+        Takes::WholeHead => of_heads(1),
+    };
     run(prepare, query_blocks, order, &memory, parameters.backward);
     run(pass, key_blocks, order, &memory, parameters);
     if !whole_heads {

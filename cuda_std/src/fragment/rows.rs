@@ -7,13 +7,22 @@ use crate::{Global, GlobalMatrix, Shared};
 
 impl<const N: usize> Accumulator<1, N> {
     /// Writes the matrix, rounded to T, to the first 16 rows of an aligned matrix in global memory; what that does not
-    /// have is left out. The four lanes of a quad, which share a row, swap their pairs, so that each has eight columns.
+    /// have is left out.
     #[inline(always)]
     #[track_caller]
     pub fn store_rows<T: PackedElement>(&self, to: GlobalMatrix<T>) {
+        self.store_rows_at(to.data, to.columns, |row| (row as u64 * to.row_stride, row < to.rows));
+    }
+
+    /// Writes the first `columns` columns of the matrix, rounded to T, to rows in global memory, which begin at multiples of
+    /// 16 bytes: `row_of` says of each how many elements from `to` on it begins, and whether it is there. The four lanes of a
+    /// quad, which share a row, swap their pairs, so that each has eight columns.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_rows_at<T: PackedElement>(&self, to: Global<T>, columns: u32, row_of: impl Fn(u32) -> (u64, bool)) {
         const { assert!(N.is_multiple_of(4), "the lanes of a quad take a block of eight columns each") };
         for half in 0..2 {
-            let row = Self::row(0, half);
+            let (row, is_there) = row_of(Self::row(0, half));
             for first in (0..N).step_by(4) {
                 let mut words = [0; 4];
                 for i in 0..4 {
@@ -21,9 +30,9 @@ impl<const N: usize> Accumulator<1, N> {
                     words[i] = T::pack(block[2 * half], block[2 * half + 1]);
                 }
                 let column = 8 * (first as u32 + lane_id() % 4);
-                let at: Global<u32> = to.data.offset((row as u64 * to.row_stride + column as u64) as usize).cast();
+                let at: Global<u32> = to.offset((row + column as u64) as usize).cast();
                 let words = transposed(words);
-                if row < to.rows && column < to.columns {
+                if is_there && column < columns {
                     at.store_vector(0, words);
                 }
             }

@@ -151,6 +151,17 @@ impl TensorMapDescription {
         Ok(map)
     }
 
+    /// The same tensor in boxes that have so many elements of dimension `i`.
+    pub fn with_boxes(self, i: usize, elements: u32) -> Result<Self, TensorMapError> {
+        let mut map = self;
+        if i >= self.rank {
+            return Err(TensorMapError::Tile(i));
+        }
+        map.tile[i] = elements;
+        map.check()?;
+        Ok(map)
+    }
+
     /// Whether a driver and the simulated GPU accept it.
     pub fn check(&self) -> Result<(), TensorMapError> {
         let rank = self.rank;

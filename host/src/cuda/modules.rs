@@ -1,7 +1,7 @@
 //! Kernels, loaded when they are first launched.
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use driver::calls::{
     Code, Handle, JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES, MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -14,9 +14,10 @@ use crate::error::{Error, Result};
 use crate::ptx::Entry;
 
 /// The kernels that a device has loaded, by entry point: one module each, so that a program waits for the driver's
-/// compiler only for what it launches. They stay loaded.
+/// compiler only for what it launches. They stay loaded. A thread that waits for the compiler keeps no other waiting that
+/// launches another kernel.
 #[derive(Debug, Default)]
-pub struct Modules(Mutex<HashMap<&'static str, Function>>);
+pub struct Modules(Mutex<HashMap<&'static str, Arc<Mutex<Option<Function>>>>>);
 
 /// A `CUfunction`.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +29,9 @@ unsafe impl Send for Function {}
 impl Modules {
     /// The kernel `entry`, ready for `shared_bytes` of dynamic shared memory. The device's context is current.
     pub fn function(&self, device: &Device, entry: &'static str, shared_bytes: u32) -> Result<Handle> {
-        let mut functions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&Function(function)) = functions.get(entry) {
+        let place = Arc::clone(lock(&self.0).entry(entry).or_default());
+        let mut place = lock(&place);
+        if let Some(Function(function)) = *place {
             return Ok(function);
         }
         let info = device.info();
@@ -39,9 +41,14 @@ impl Modules {
         }
         let image = Entry::find(entry, &info.name, info.compute_capability)?.image()?;
         let function = load(entry, &image, shared_bytes)?;
-        functions.insert(entry, Function(function));
+        *place = Some(Function(function));
         Ok(function)
     }
+}
+
+/// What a panic elsewhere left there is whole: nothing is half done while one of these is locked.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Has the driver compile PTX that ends with a NUL.

@@ -115,6 +115,8 @@ enum Grid {
     Queries,
     /// `block_n` keys of a head of K.
     Keys,
+    /// Units of keys, one after the other until none is left.
+    KeyUnits,
     /// All keys of a head of K.
     KeyHeads,
     /// `block_n` keys and `block_m` rows of the bias, of one of its heads.
@@ -199,7 +201,10 @@ impl BackwardPlan {
             *of_part = address.cast();
         }
         let launch = |step: &Step| {
-            let blocks = step.blocks(problem);
+            let blocks = match step.grid {
+                Grid::KeyUnits => step.blocks(problem).min(machine.multiprocessors.into()),
+                _ => step.blocks(problem),
+            };
             (blocks > 0).then(|| match step.kernel {
                 Entry::Plain(kernel) => Launch::new(kernel, blocks, parameters),
                 Entry::Mapped(kernel) => hopper::backward::launch(kernel, blocks, problem, parameters, machine),
@@ -237,11 +242,15 @@ impl Passes {
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
+        let (pass, grid) = match find(&[flash3::UNITS]) {
+            Ok(units) if hopper::backward::takes_units(wanted.problem, &units.config) => (units, Grid::KeyUnits),
+            _ => (pass, Grid::Keys),
+        };
         Ok(Passes {
             family: "flash3",
             steps: vec![
                 Step { kernel: Entry::Plain(in_step(flash3::PREPARE, pass)?), grid: Grid::Queries },
-                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                Step { kernel: Entry::Mapped(pass), grid },
                 Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
             ],
             leaner: None,
@@ -395,6 +404,7 @@ impl Step {
                 let cluster = self.kernel.cluster();
                 product([nheads_k, batch], blocks(seqlen_k, block_n * cluster).saturating_mul(u64::from(cluster)))
             }
+            Grid::KeyUnits => product([nheads_k, batch], hopper::backward::units_of_head(problem, block_n)),
             Grid::KeyHeads => product([nheads_k, batch], 1),
             Grid::Bias => {
                 let [batch, heads, rows, keys] = problem.bias.unwrap_or_default();

@@ -1,6 +1,7 @@
 //! Who multiplies: the algorithm itself.
 use super::GROUP_ROWS;
 use super::memory::Memory;
+use super::packing::Packing;
 use super::schedule::{Place, Tile, Tiles};
 use crate::attention::Attention;
 use crate::mask::{Blocks, Mask};
@@ -10,7 +11,7 @@ use crate::schedule::QueryBlock;
 use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::barrier::Turns;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::LOG2_E;
+use cuda_std::math::{LOG2_E, unknown};
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{self, Slot};
 use cuda_std::thread::lane_id;
@@ -70,6 +71,7 @@ impl<
         memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
         group: u32,
         softmax_scale: f32,
+        packing: Packing,
     ) -> Self {
         if group + 1 == GROUPS {
             Self::TURN.pass(group);
@@ -77,7 +79,7 @@ impl<
         Consumer {
             memory,
             group,
-            rows: Rows { first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
+            rows: Rows { packing, first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
             queries: memory.queries.consumer_at(group),
             keys: memory.keys.consumer(),
             scale: softmax_scale * LOG2_E,
@@ -160,7 +162,7 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn tile(&self, a: &Attention<T>, place: Place) -> Tile {
-        place.tile::<T, CAUSAL>(a, GROUPS * GROUP_ROWS, BLOCK_N as u32)
+        place.tile::<T, CAUSAL>(a, self.rows.packing, GROUPS * GROUP_ROWS, BLOCK_N as u32)
     }
 
     /// S of the last block of keys that this warpgroup's rows of a tile see.
@@ -274,6 +276,7 @@ impl<const STAGES: u32, const N: usize> Scores<STAGES, N> {
 /// The rows of a tile that a consumer warpgroup has, from `first` on.
 #[derive(Clone, Copy)]
 struct Rows<const CAUSAL: bool> {
+    packing: Packing,
     first: u32,
     block_n: u32,
 }
@@ -283,12 +286,13 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
     #[inline(always)]
     fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
         let Tile { sequence, blocks, .. } = *tile;
-        let first_row = tile.first_row + self.first;
-        if first_row >= sequence.seqlen_q {
+        let first_query = self.packing.query(tile.first_row + self.first);
+        if first_query >= sequence.seqlen_q {
             return Blocks { end: blocks.begin, ..blocks }.or_one();
         }
         if CAUSAL {
-            Mask::of::<T, CAUSAL, false>(a, &sequence).key_blocks(first_row, GROUP_ROWS, self.block_n).or_one()
+            let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
+            mask.key_blocks(first_query, self.packing.query(GROUP_ROWS), self.block_n).or_one()
         } else {
             blocks
         }
@@ -299,8 +303,12 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
     #[track_caller]
     fn hide<T, const N: usize>(self, a: &Attention<T>, tile: &Tile, block: u32, s: &mut Accumulator<1, N>) {
         if self.blocks(a, tile).is_partial(block) {
-            let first_row = tile.first_row + self.first + 16 * warp_in_group();
-            Mask::of::<T, CAUSAL, false>(a, &tile.sequence).apply(s, first_row, block * self.block_n);
+            let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
+            let (first_query, first_key) = (self.of_warp(tile).first_row, block * self.block_n);
+            s.map(|row, key, s| {
+                let sees = mask.sees(first_query + self.packing.query(row), first_key + key);
+                if sees { s } else { f32::NEG_INFINITY }
+            });
         }
     }
 
@@ -315,15 +323,22 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         softmax: RowSoftmax<1>,
         o: &mut Accumulator<1, O_COLUMNS>,
     ) -> bool {
-        let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
-        let lse = a.softmax_lse.offset(a.first_row(&sequence, head));
+        let block = self.of_warp(tile);
+        let QueryBlock { first_row, head, sequence } = block;
+        let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
         softmax.finish(o, f32::NEG_INFINITY, |row, state| {
-            let row = first_row + row;
-            if lane_id().is_multiple_of(4) && row < sequence.seqlen_q {
-                lse.store(row as usize, state.lse());
+            let (head, query) = (self.packing.head(row), self.packing.query(row));
+            // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.
+            let index = head * a.lse_head_stride as u32 + query;
+            if lane_id().is_multiple_of(4) && query < block.rows() {
+                lse.store(index as usize, state.lse());
             }
         });
-        o.store_rows(sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true));
+        let first = sequence.queries(&a.o, head, first_row);
+        o.store_rows_at(first, a.headdim_v, |row| {
+            let (head, query) = (self.packing.head(row) as u64, self.packing.query(row));
+            (head * a.o.head_stride + query as u64 * a.o.row_stride, query < block.rows())
+        });
         // Where all keys are seen, and what lies behind them is loaded as zeros, nothing spoils a row.
         (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite())
     }
@@ -336,19 +351,25 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         a: &Attention<T>,
         tile: &Tile,
     ) {
-        let block = self.of_warp(tile);
-        let QueryBlock { first_row, head, sequence } = block;
-        let o_rows = sequence.query_matrix(&a.o, head, first_row, a.headdim_v, true);
+        let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
         let (mask, scale) = (Mask::of::<T, CAUSAL, false>(a, &sequence), a.softmax_scale * LOG2_E);
-        let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
-        attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &block, mask, true, o_rows, 0..16, weight);
+        for row in 0..unknown(16) {
+            let (head, query) = (head + self.packing.head(row), first_row + self.packing.query(row));
+            let row = QueryBlock { first_row: query, head, sequence };
+            let o_row = sequence.query_matrix(&a.o, head, query, a.headdim_v, true);
+            let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
+            attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &row, mask, true, o_row, 0..1, weight);
+        }
     }
 
-    /// The rows of this warp.
+    /// The query and the head of the first row of this warp, which has 16. A pack begins with the first, or has more heads
+    /// than that: row r is [`head`](Packing::head) r heads and [`query`](Packing::query) r queries further on.
     #[inline(always)]
     fn of_warp(self, tile: &Tile) -> QueryBlock {
-        let Tile { first_row, head, sequence, .. } = *tile;
-        QueryBlock { first_row: first_row + self.first + 16 * warp_in_group(), head, sequence }
+        let Tile { first_row, pack, sequence, .. } = *tile;
+        let row = first_row + self.first + 16 * warp_in_group();
+        let head = self.packing.first_head(pack) + self.packing.head(row);
+        QueryBlock { first_row: self.packing.query(row), head, sequence }
     }
 }
 

@@ -31,6 +31,7 @@ use schedule::{Schedule, Tiles};
 mod consumer;
 mod memory;
 pub mod order;
+pub mod packing;
 mod producer;
 pub mod schedule;
 pub mod units;
@@ -42,8 +43,8 @@ pub const GROUP_ROWS: u32 = wgmma::ROWS;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Params {
-    /// Q: tiles of [`GROUP_ROWS`] rows and `headdim` columns of the configuration; heads and batches are its outer
-    /// dimensions.
+    /// Q: tiles of [`GROUP_ROWS`] rows and `headdim` columns of the configuration. Its dimensions are columns, heads, queries
+    /// and batches, and a tile has the heads of a pack, and so many queries.
     pub q: TensorMap,
     /// K: tiles of `block_n` rows and `headdim` columns.
     pub k: TensorMap,
@@ -160,7 +161,7 @@ pub fn forward<
     let a = p.attention.of::<T>();
     let block_m = GROUPS * GROUP_ROWS;
     if !a.cu_seqlens_q.is_null() && p.schedule.walkers > 0 {
-        memory.order.find::<T, CAUSAL>(&a, block_m);
+        memory.order.find::<T, CAUSAL>(&a, p.schedule, block_m);
     }
     sync_threads();
     let tiles = Tiles::<CAUSAL>::new(p.schedule, memory.order, block_m);
@@ -194,7 +195,7 @@ pub fn forward<
                 S_COLUMNS,
                 O_COLUMNS,
                 CAUSAL,
-            >::new(memory, group - 1, a.softmax_scale);
+            >::new(memory, group - 1, a.softmax_scale, p.schedule.packing);
             consumer.run(&a, tiles);
         }
     }

@@ -3,7 +3,8 @@
 //! Tiles of longer sequences cost more. The units of the sequences that cost the most come first, so that what is dealt out
 //! last, and makes one block of threads end after another, is small. Where sequences end only the GPU knows: each block of
 //! threads finds the order for itself, in shared memory, before it begins.
-use super::units::{tiles_of_head, units_of_head};
+use super::schedule::Schedule;
+use super::units::{tiles_of_pack, units_of_pack};
 use crate::attention::{Attention, Sequence};
 use cuda_std::shared::Shared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
@@ -33,11 +34,13 @@ impl Order {
     /// Finds it. Said by all threads of the block, before a barrier.
     #[inline(always)]
     #[track_caller]
-    pub fn find<T, const CAUSAL: bool>(self, a: &Attention<T>, block_m: u32) {
+    pub fn find<T, const CAUSAL: bool>(self, a: &Attention<T>, schedule: Schedule, block_m: u32) {
+        let Schedule { packing, .. } = schedule;
         let own = || Own { next: thread_idx_x(), end: a.batch };
         for i in own() {
             let Sequence { seqlen_q, seqlen_k, .. } = a.sequence(i);
-            let units = a.nheads * units_of_head(tiles_of_head(seqlen_q, block_m), CAUSAL);
+            let tiles = tiles_of_pack(packing.rows(seqlen_q), block_m);
+            let units = packing.packs(a.nheads) * units_of_pack(tiles, schedule.is_paired::<CAUSAL>());
             // The last rows of a sequence see all keys, under a causal mask the first rows `seqlen_q` less.
             let cost = if CAUSAL { (2 * seqlen_k).saturating_sub(seqlen_q) } else { seqlen_k };
             self.costs.store_vector(2 * i, [cost, units]);

@@ -35,15 +35,17 @@ pub fn produce<
     let mut next = tiles.next(a);
     while let Some(place) = next {
         let block_m = GROUPS * GROUP_ROWS;
-        let Tile { first_row, head, sequence, blocks } = place.tile::<T, CAUSAL>(a, block_m, BLOCK_N as u32);
+        let packing = p.schedule.packing;
+        let Tile { first_row, pack, sequence, blocks } = place.tile::<T, CAUSAL>(a, packing, block_m, BLOCK_N as u32);
         let batch = a.batch_of_map(sequence.batch) as i32;
-        let (of_q, of_k) = ([head as i32, batch], [a.head_k(head) as i32, batch]);
+        let head = packing.first_head(pack);
+        let of_k = [a.head_k(head) as i32, batch];
         let mut load_queries = |group: u32| {
             let slot = queries.acquire();
             memory.places.store_vector(4 * slot.index, place.words());
             slot.expect(SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES);
-            let row = sequence.first_q + first_row + group * GROUP_ROWS;
-            q_map.load_tile(memory.q.stage(slot.index), row as i32, of_q, slot.full());
+            let query = sequence.first_q + packing.query(first_row + group * GROUP_ROWS);
+            q_map.load_tile(memory.q.stage(slot.index), head as i32, [query as i32, batch], slot.full());
             queries.advance();
         };
         let row_of = |block: u32| (sequence.first_k + block * BLOCK_N as u32) as i32;

@@ -7,7 +7,8 @@
 //!
 //! What runs at the same time is of few heads, whose K and V stay in the L2 cache.
 use super::order::Order;
-use super::units::{tiles_of_head, tiles_of_unit, units_of_head};
+use super::packing::Packing;
+use super::units::{tiles_of_pack, units_of_pack};
 use crate::attention::{Attention, Sequence, divisor};
 use crate::mask::{Blocks, Mask};
 use crate::schedule::head_of;
@@ -19,19 +20,19 @@ use cuda_std::thread::block_idx_x;
 pub struct Place {
     /// Its first row.
     pub first_row: u32,
-    /// The head of Q and O.
-    pub head: u32,
+    /// The pack of heads of Q and O.
+    pub pack: u32,
     /// The sequence.
     pub batch: u32,
 }
 
-/// A tile of queries, rows of one head of one sequence, and the blocks of keys that they see.
+/// A tile of queries, rows of one pack of heads of one sequence, and the blocks of keys that they see.
 #[derive(Clone, Copy)]
 pub struct Tile {
     /// Its first row.
     pub first_row: u32,
-    /// The head of Q and O.
-    pub head: u32,
+    /// The pack of heads of Q and O.
+    pub pack: u32,
     /// The sequence.
     pub sequence: Sequence,
     /// The blocks of keys.
@@ -45,31 +46,32 @@ impl Place {
     /// As words.
     #[inline(always)]
     pub fn words(self) -> [u32; 4] {
-        [self.first_row, self.head, self.batch, 0]
+        [self.first_row, self.pack, self.batch, 0]
     }
 
     /// The place of these words, if they are one's.
     #[inline(always)]
-    pub fn of_words([first_row, head, batch, _]: [u32; 4]) -> Option<Self> {
-        (batch != u32::MAX).then_some(Place { first_row, head, batch })
+    pub fn of_words([first_row, pack, batch, _]: [u32; 4]) -> Option<Self> {
+        (batch != u32::MAX).then_some(Place { first_row, pack, batch })
     }
 
     /// The same, but what follows from it is found anew once `x` is known, and takes no registers until then.
     #[inline(always)]
     pub fn anew(self, x: u32) -> Self {
-        let Place { first_row, head, batch } = self;
-        Place { batch: unknown_before(batch, x), first_row: unknown_before(first_row, x), head }
+        let Place { first_row, pack, batch } = self;
+        Place { batch: unknown_before(batch, x), first_row: unknown_before(first_row, x), pack }
     }
 
     /// The tile of `block_m` rows that is there. If they see no key, it has one block of `block_n` nevertheless, which they
     /// do not see.
     #[inline(always)]
     #[track_caller]
-    pub fn tile<T, const CAUSAL: bool>(self, a: &Attention<T>, block_m: u32, block_n: u32) -> Tile {
-        let Place { first_row, head, batch } = self;
+    pub fn tile<T, const CAUSAL: bool>(self, a: &Attention<T>, packing: Packing, block_m: u32, block_n: u32) -> Tile {
+        let Place { first_row, pack, batch } = self;
         let sequence = a.sequence(batch);
         let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
-        Tile { first_row, head, sequence, blocks: mask.key_blocks(first_row, block_m, block_n).or_one() }
+        let blocks = mask.key_blocks(packing.query(first_row), packing.query(block_m), block_n).or_one();
+        Tile { first_row, pack, sequence, blocks }
     }
 }
 
@@ -79,8 +81,20 @@ impl Place {
 pub struct Schedule {
     /// Blocks of threads that take units: the first of the grid. Each of the others takes a tile.
     pub walkers: u32,
-    /// The heads, counted over all batches, that the walkers do: the first ones.
-    pub walked_heads: u32,
+    /// The packs of heads, counted over all batches, that the walkers do: the first ones.
+    pub walked_packs: u32,
+    /// Which heads of Q are packed.
+    pub packing: Packing,
+    /// 1 if a unit is two tiles, else 0. Only under a causal mask it may be.
+    pub paired: u32,
+}
+
+impl Schedule {
+    /// Whether a unit is two tiles.
+    #[inline(always)]
+    pub fn is_paired<const CAUSAL: bool>(&self) -> bool {
+        CAUSAL && self.paired != 0
+    }
 }
 
 /// The tiles of a block of threads.
@@ -88,7 +102,7 @@ pub struct Schedule {
 pub struct Tiles<const CAUSAL: bool> {
     schedule: Schedule,
     order: Order,
-    /// Which tile of its units comes next, two a unit under a causal mask.
+    /// Which tile of its units comes next, as many a unit as may be.
     next: u32,
     /// The place in the order of the sequence that its last unit was of.
     rank: u32,
@@ -115,28 +129,30 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
     #[track_caller]
     fn walk<T>(&mut self, a: &Attention<T>) -> Option<Place> {
         let (seqlen_q, batch) = (self.anew(a.seqlen_q), self.anew(a.batch));
-        let (turn, second) = (self.next / tiles_of_unit(CAUSAL), self.next % tiles_of_unit(CAUSAL) == 1);
+        let (packing, is_paired) = (self.schedule.packing, self.schedule.is_paired::<CAUSAL>());
+        let turn = if is_paired { self.next / 2 } else { self.next };
+        let is_second = is_paired && self.next % 2 == 1;
         let unit = self.unit(turn);
-        let (tiles, head, index, sequence);
+        let (tiles, pack, index, sequence);
         if a.cu_seqlens_q.is_null() {
-            tiles = tiles_of_head(seqlen_q, self.block_m);
-            let units = divisor(units_of_head(tiles, CAUSAL));
-            if unit / units >= self.schedule.walked_heads {
+            tiles = tiles_of_pack(packing.rows(seqlen_q), self.block_m);
+            let units = divisor(units_of_pack(tiles, is_paired));
+            if unit / units >= self.schedule.walked_packs {
                 return None;
             }
             index = unit % units;
-            (head, sequence) = head_of(unit / units, self.anew(a.nheads));
+            (pack, sequence) = head_of(unit / units, self.anew(packing.packs(a.nheads)));
         } else {
             let first;
             (sequence, first) = self.order.sequence_of(unit, batch, &mut self.rank)?;
-            tiles = tiles_of_head(a.sequence(sequence).seqlen_q, self.block_m);
-            let units = divisor(units_of_head(tiles, CAUSAL));
-            (head, index) = ((unit - first) / units, (unit - first) % units);
+            tiles = tiles_of_pack(packing.rows(a.sequence(sequence).seqlen_q), self.block_m);
+            let units = divisor(units_of_pack(tiles, is_paired));
+            (pack, index) = ((unit - first) / units, (unit - first) % units);
         }
         // The last rows first. Of a unit that is the tile in the middle there is no second one.
         let from_end = tiles - 1 - index;
-        self.next += if CAUSAL && !second && from_end == index { 2 } else { 1 };
-        Some(Place { first_row: self.block_m * if second { index } else { from_end }, head, batch: sequence })
+        self.next += if is_paired && !is_second && from_end == index { 2 } else { 1 };
+        Some(Place { first_row: self.block_m * if is_second { index } else { from_end }, pack, batch: sequence })
     }
 
     /// What follows from `x` is found anew for each tile, and takes no register of the few that a producer has.
@@ -156,13 +172,15 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
     #[inline(always)]
     #[track_caller]
     fn single<T>(&mut self, a: &Attention<T>) -> Option<Place> {
-        let Schedule { walkers, walked_heads } = self.schedule;
-        let (tile, nheads) = (self.anew(block_idx_x()) - walkers, self.anew(a.nheads));
-        let heads = divisor(nheads * a.batch - walked_heads);
-        let (head, batch) = head_of(walked_heads + tile % heads, nheads);
-        let first_row = (tiles_of_head(self.anew(a.seqlen_q), self.block_m) - 1 - tile / heads) * self.block_m;
+        let Schedule { walkers, walked_packs, packing, .. } = self.schedule;
+        let (tile, all) = (self.anew(block_idx_x()) - walkers, self.anew(packing.packs(a.nheads)));
+        let packs = divisor(all * a.batch - walked_packs);
+        let (pack, batch) = head_of(walked_packs + tile % packs, all);
+        let tiles = tiles_of_pack(packing.rows(self.anew(a.seqlen_q)), self.block_m);
+        let first_row = (tiles - 1 - tile / packs) * self.block_m;
         let is_first = self.next == 0;
         self.next = 1;
-        (is_first && first_row < a.sequence(batch).seqlen_q).then_some(Place { first_row, head, batch })
+        let is_there = packing.query(first_row) < a.sequence(batch).seqlen_q;
+        (is_first && is_there).then_some(Place { first_row, pack, batch })
     }
 }

@@ -17,7 +17,7 @@ pub(super) struct Inputs<T, const HEADDIM: usize, const BLOCK_M: usize, const BL
     pub d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// What the exponents of a block of queries subtract, a stage after the other; then their D.
     statistics: Shared<f32>,
-    /// Of K and V.
+    /// Of K and V: when they may be loaded. They come with the first Q and dO, and their products wait for these.
     pub keys: Pipeline<1>,
     /// Of Q, with what its exponents subtract.
     pub queries: Pipeline<STAGES>,
@@ -72,6 +72,12 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         self.keys.init(1, WARPS * GROUPS);
         self.queries.init(1, cluster * WARPS * GROUPS);
         self.d_outputs.init(1, cluster * WARPS * GROUPS);
+    }
+
+    /// The tile of dO of a stage.
+    #[inline(always)]
+    pub fn d_o_at(self, stage: u32) -> SmemTile<T, BLOCK_M, HEADDIM> {
+        if const { Self::D_O_TILES == STAGES } { self.d_o.stage(stage) } else { self.d_o }
     }
 
     /// What the exponents of the queries of a stage subtract.

@@ -1,6 +1,6 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, STAGES, Work};
+use super::{GROUPS, Params, STAGES, Work, next_keys, walk};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::cluster::Blocks;
@@ -9,8 +9,9 @@ use cuda_std::mbarrier::Mbarrier;
 use cuda_std::tensor::TensorMapRef;
 use cuda_std::{Global, SmemTile, bulk, cluster};
 
-/// K and V, then Q and dO of each step with their statistics; of all blocks of keys of a head, if the block of threads
-/// takes whole `HEADS`. Of `CLUSTER` blocks of threads that have as many blocks of keys, each takes one.
+/// Q and dO of each step with their statistics, K with the first Q and V with the first dO: the first products wait for no
+/// more than they need. Of all blocks of keys that the block of threads takes. Of `CLUSTER` blocks of threads that have as
+/// many blocks of keys, each takes one.
 #[inline(always)]
 #[track_caller]
 pub(super) fn load<
@@ -20,7 +21,7 @@ pub(super) fn load<
     const BLOCK_N: usize,
     const CLUSTER: u32,
     const CAUSAL: bool,
-    const HEADS: bool,
+    const WALK: u32,
 >(
     p: &Params,
     a: &Attention<T>,
@@ -30,18 +31,18 @@ pub(super) fn load<
     let map = |map| TensorMapRef::of(p, map);
     let mut queries = inputs.queries.producer();
     let mut keys = inputs.keys.producer();
+    let mut number = 0;
     loop {
         let batch = a.batch_of_map(block.sequence.batch) as i32;
         let of_keys = [block.head_k as i32, batch];
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, CLUSTER * BLOCK_N as u32);
         let rank = if CLUSTER > 1 { cluster::block_rank() } else { 0 };
         let key = (block.sequence.first_k + block.first_key + BLOCK_N as u32 * rank) as i32;
-        let keys_slot = keys.acquire();
-        if HEADS {
+        keys.acquire();
+        if WALK != walk::ONE {
             inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
         }
-        keys_slot.expect(2 * SmemTile::<T, BLOCK_N, HEADDIM>::BYTES);
-        map(&p.k).load_tile(inputs.k, key, of_keys, keys_slot.full());
+        let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
         let mut is_first = true;
         let mut walk = work.walk(a, BLOCK_M as u32);
         while let Some(step) = walk.next() {
@@ -51,29 +52,29 @@ pub(super) fn load<
             let bytes = SmemTile::<T, BLOCK_M, HEADDIM>::BYTES + 4 * BLOCK_M as u32;
 
             let slot = queries.acquire();
-            slot.expect(bytes);
+            slot.expect(bytes + if is_first { of_tile } else { 0 });
+            if is_first {
+                map(&p.k).load_tile(inputs.k, key, of_keys, slot.full());
+            }
             load_queries::<_, _, _, CLUSTER>(map(&p.q), inputs.q.stage(slot.index), row, matrix, slot.full());
             bulk::load(inputs.bases(slot.index), statistics, BLOCK_M as u32, slot.full());
-            if is_first {
-                map(&p.v).load_tile(inputs.v, key, of_keys, keys_slot.full());
-                is_first = false;
-            }
 
             let d_outputs = queries.beside(inputs.d_outputs);
             if const { Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::D_O_TILES < STAGES } {
                 d_outputs.ahead().acquire();
             }
             let slot = d_outputs.acquire();
-            slot.expect(bytes);
-            let d_o = inputs.d_o.stage(slot.index % Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::D_O_TILES);
-            load_queries::<_, _, _, CLUSTER>(map(&p.d_o), d_o, row, matrix, slot.full());
+            slot.expect(bytes + if is_first { of_tile } else { 0 });
+            if is_first {
+                map(&p.v).load_tile(inputs.v, key, of_keys, slot.full());
+                is_first = false;
+            }
+            load_queries::<_, _, _, CLUSTER>(map(&p.d_o), inputs.d_o_at(slot.index), row, matrix, slot.full());
             bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
             queries.advance();
         }
-        if !HEADS || !block.advance(BLOCK_N as u32) {
-            break;
-        }
-        block = schedule::keys_of_head(a, block.first_key);
+        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, block, BLOCK_N as u32, &mut number) else { break };
+        block = next;
         keys.advance();
     }
 }
@@ -104,34 +105,46 @@ fn load_queries<T: PackedElement, const R: usize, const C: usize, const CLUSTER:
 /// Adds what the warpgroups have of dQ to its sums.
 #[inline(always)]
 #[track_caller]
-pub(super) fn add_queries<T, const HEADDIM: usize, const BLOCK_M: usize>(
+pub(super) fn add_queries<
+    T,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CAUSAL: bool,
+    const WALK: u32,
+>(
     p: &Params,
     a: &Attention<T>,
     outgoing: Outgoing<HEADDIM, BLOCK_M>,
-    work: Work,
+    mut block: KeyBlock,
 ) {
     let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
     let mut parts = outgoing.parts.consumer();
-    // The step before the first: nothing to add.
-    for _ in 0..GROUPS {
-        parts.wait().release();
-        parts.advance();
-    }
-    let mut walk = work.walk(a, BLOCK_M as u32);
-    while let Some(step) = walk.next() {
-        let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
-        let mut add = || {
-            let slot = parts.wait();
-            bulk::add(sums.offset((slot.index * part) as usize), outgoing.part(slot.index), part);
-            bulk::commit();
+    let mut number = 0;
+    loop {
+        let mut walk = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32).walk(a, BLOCK_M as u32);
+        // The step before the first: nothing to add.
+        for _ in 0..GROUPS {
+            parts.wait().release();
             parts.advance();
-            slot
-        };
-        let (first, second) = (add(), add());
-        bulk::wait_read::<1>();
-        first.release();
-        bulk::wait_read::<0>();
-        second.release();
+        }
+        while let Some(step) = walk.next() {
+            let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
+            let mut add = || {
+                let slot = parts.wait();
+                bulk::add(sums.offset((slot.index * part) as usize), outgoing.part(slot.index), part);
+                bulk::commit();
+                parts.advance();
+                slot
+            };
+            let (first, second) = (add(), add());
+            bulk::wait_read::<1>();
+            first.release();
+            bulk::wait_read::<0>();
+            second.release();
+        }
+        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, block, BLOCK_N as u32, &mut number) else { break };
+        block = next;
     }
 }
 

@@ -7,7 +7,7 @@
 //! for both.
 use super::memory::Inputs;
 use super::producer::load;
-use super::{GROUP_ROWS, GROUPS, Params, STAGES, Walk, Work, config_of};
+use super::{GROUP_ROWS, GROUPS, Params, STAGES, Walk, Work, config_of, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -174,9 +174,12 @@ pub fn split<
             release_registers::<40>();
             if work.steps() > 0 {
                 match thread_idx_x() {
-                    0 => {
-                        load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, false>(&p, &a, memory.inputs, work.block)
-                    }
+                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, { walk::ONE }>(
+                        &p,
+                        &a,
+                        memory.inputs,
+                        work.block,
+                    ),
                     32 => consumer.load_other_keys(),
                     _ => {}
                 }
@@ -259,7 +262,6 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         }
         let mut d_q = QuarterOfQueries::new(&self, 0);
         let mut queries = inputs.queries.consumer();
-        inputs.keys.consumer().wait();
         let first = first_step();
         let mut block = work.blocks.begin;
         for step in 0..work.steps() {
@@ -315,7 +317,6 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         }
         let mut d_q = QuarterOfQueries::new(&self, 1);
         let mut queries = inputs.queries.consumer();
-        inputs.keys.consumer().wait();
         let first = first_step();
         let mut sent = exchange.producer();
         P_EMPTY.arrive();

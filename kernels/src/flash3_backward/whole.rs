@@ -4,7 +4,7 @@
 //! memory: one more thread has the copy engine add it to its sums.
 use super::memory::{Destination, Inputs, Outgoing};
 use super::producer::{add_queries, load, sum_queries};
-use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, release};
+use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, first_unit, next_keys, release, unit, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -134,11 +134,60 @@ pub fn whole<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn, block_idx_x()).block;
-    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, false>(
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, { walk::ONE }>(
         &p,
         &a,
         || block,
     );
+}
+
+/// [`whole()`], by blocks of threads that take [units](unit) of keys until none is left: K, V and the first queries of the next
+/// come in while dK and dV are stored. All sequences are equally long. Grid: no more than there are units.
+#[kernel(
+    name = "flash3_bwd_units_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+            // On an H100, TFLOP/s at 512, 1k, 2k and 4k tokens; in brackets those of `whole`, cuDNN's.
+            // 165, 269, 387, 482 (149, 248, 377, 489; 149, 233, 315, 381). Others gain nothing: 64 columns without a mask
+            // 300, 411, 490, 543 (280, 407, 506, 564), 128 of them 309, 456, 555, 619 (318, 457, 557, 621), and with one 162,
+            // 293, 429, 532 (173, 298, 437, 510).
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+        ],
+    config = config,
+    table = UNITS,
+)]
+pub fn units<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    pass::<
+        T,
+        HEADDIM,
+        BLOCK_M,
+        BLOCK_N,
+        STEPS,
+        S_COLUMNS,
+        D_COLUMNS,
+        Q_COLUMNS,
+        TRANSPOSED,
+        LATE,
+        CAUSAL,
+        { walk::UNITS },
+    >(&p, &a, || first_unit::<T, BLOCK_N, CAUSAL>(&a));
 }
 
 /// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`whole()`], `BLOCK_N` keys after the other.
@@ -181,11 +230,20 @@ pub fn heads<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, true>(
-        &p,
-        &a,
-        || schedule::keys_of_head(&a, 0),
-    );
+    pass::<
+        T,
+        HEADDIM,
+        BLOCK_M,
+        BLOCK_N,
+        STEPS,
+        S_COLUMNS,
+        D_COLUMNS,
+        Q_COLUMNS,
+        TRANSPOSED,
+        LATE,
+        CAUSAL,
+        { walk::HEAD },
+    >(&p, &a, || schedule::keys_of_head(&a, 0));
 }
 
 /// A block of keys, or from it on all keys of its head if the block of threads takes whole `HEADS`.
@@ -203,14 +261,14 @@ fn pass<
     const TRANSPOSED: bool,
     const LATE: u32,
     const CAUSAL: bool,
-    const HEADS: bool,
+    const WALK: u32,
 >(
     p: &Params,
     a: &Attention<T>,
     first_block: impl Fn() -> KeyBlock,
 ) {
     // The threads of each kind ask for their keys, so that none keeps what others ask for.
-    if !HEADS && first_block().rows() == 0 {
+    if WALK != walk::HEAD && first_block().rows() == 0 {
         return;
     }
     let memory = Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::of_block();
@@ -233,11 +291,11 @@ fn pass<
             let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
             if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
-                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, HEADS>(p, a, memory.inputs, block),
-                    thread @ (32 | 64) if HEADS => {
+                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK>(p, a, memory.inputs, block),
+                    thread @ (32 | 64) if WALK == walk::HEAD => {
                         sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
                     }
-                    32 => add_queries(p, a, memory.outgoing, work),
+                    32 => add_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block),
                     _ => {}
                 }
             }
@@ -264,7 +322,7 @@ fn pass<
                 TRANSPOSED,
                 LATE,
                 CAUSAL,
-                HEADS,
+                WALK,
             >(p, a, memory, block, group - 1);
         }
     }
@@ -289,7 +347,7 @@ fn consume<
     const TRANSPOSED: bool,
     const LATE: u32,
     const CAUSAL: bool,
-    const HEADS: bool,
+    const WALK: u32,
 >(
     params: &Params,
     a: &Attention<T>,
@@ -301,21 +359,26 @@ fn consume<
     let mut keys_in = memory.inputs.keys.consumer();
     let mut queries = memory.inputs.queries.consumer();
     let mut d_q_part = memory.outgoing.parts.producer_at(group);
+    let mut number = 0;
     loop {
         // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
-        let group = if HEADS { unknown_before(group, keys.first_key) } else { group };
-        let found_anew = |keys: KeyBlock| if HEADS { schedule::keys_of_head(a, keys.first_key) } else { keys };
+        let is_anew = WALK != walk::ONE;
+        let group = if is_anew { unknown_before(group, keys.first_key) } else { group };
+        let found_anew = |keys: KeyBlock, number| match WALK {
+            walk::HEAD => schedule::keys_of_head(a, keys.first_key),
+            walk::UNITS => unit::<T, CAUSAL>(a, BLOCK_N as u32, number).unwrap_or(keys),
+            _ => keys,
+        };
         let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
         let own_key_anew = |x| 16 * (warp_id() - unknown_before(4, x));
         let own_d_s = TransposedRows::of(memory.d_s, own_key);
-        let work = Work::of::<T, CAUSAL>(a, found_anew(keys), BLOCK_M as u32, BLOCK_N as u32);
+        let work = Work::of::<T, CAUSAL>(a, found_anew(keys, number), BLOCK_M as u32, BLOCK_N as u32);
         let blocks = work.blocks;
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
         let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
         if work.steps() > 0 {
-            let keys_slot = keys_in.wait();
             // The stage of the step before the first.
-            let before = if HEADS { 1 - queries.slot().index } else { 1 };
+            let before = if is_anew { 1 - queries.slot().index } else { 1 };
             let d_q_of = |d_s: SmemTile<T, BLOCK_M, BLOCK_N>, group: u32| -> InFlight<Q_COLUMNS> {
                 if TRANSPOSED {
                     wgmma::product(memory.inputs.k.columns(GROUP_ROWS * group), d_s.rows(0))
@@ -327,7 +390,7 @@ fn consume<
             Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();
             D_S.arrive(GROUPS * before + other);
-            if LATE > 0 && group > 0 && (!HEADS || keys.first_key == 0) {
+            if LATE > 0 && group > 0 && (!is_anew || if WALK == walk::HEAD { keys.first_key } else { number } == 0) {
                 queries.wait();
                 queries.beside(memory.inputs.d_outputs).wait();
                 pause(LATE);
@@ -348,7 +411,7 @@ fn consume<
                 if block < work.masked {
                     let mut sequence = keys.sequence;
                     let mut first_key = keys.first_key + own_key;
-                    if HEADS {
+                    if is_anew {
                         [sequence.seqlen_q, sequence.seqlen_k] = memory.inputs.lengths.load_vector(0);
                         first_key = keys.first_key + own_key_anew(block);
                     }
@@ -368,7 +431,7 @@ fn consume<
 
                 let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
                 D_S.sync(GROUPS * (1 - stage) + group);
-                let own_d_s = match HEADS && HEADDIM > 64 {
+                let own_d_s = match is_anew && HEADDIM > 64 {
                     true => TransposedRows::of(memory.d_s, own_key_anew(block)),
                     false => own_d_s,
                 };
@@ -380,7 +443,7 @@ fn consume<
                 let d_k_in_flight = wgmma::add_product(d_k, d_s_rounded, memory.inputs.q.stage(stage).columns(0));
                 let d_q = d_q.wait::<1>();
                 D_S.arrive(GROUPS * stage + GROUPS - 1 - group);
-                hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
+                hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, WALK>(
                     params,
                     a,
                     d_q,
@@ -396,14 +459,14 @@ fn consume<
                     block = blocks.begin;
                 }
             }
-            let last = if HEADS { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
+            let last = if is_anew { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
             D_S.sync(GROUPS * last + group);
             let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
-            if HEADS {
-                release(keys_slot);
+            if is_anew {
+                release(keys_in.slot());
                 keys_in.advance();
             }
-            hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, HEADS>(
+            hand_over::<T, HEADDIM, BLOCK_M, Q_COLUMNS, TRANSPOSED, WALK>(
                 params,
                 a,
                 d_q,
@@ -411,18 +474,17 @@ fn consume<
                 &mut d_q_part,
             );
         }
-        let own_key = if HEADS { own_key_anew(keys.first_key) } else { own_key };
+        let own_key = if is_anew { own_key_anew(keys.first_key) } else { own_key };
         let first_key = keys.first_key + own_key;
-        keys = found_anew(keys);
+        keys = found_anew(keys, number);
         let of_keys = |tensor: Tensor<Untyped>, columns| {
             keys.sequence.key_matrix(&tensor.cast::<T>(), keys.head_k, first_key, columns, true)
         };
         d_v.store_rows(of_keys(params.backward.d_v, a.headdim_v));
         d_k.map(|_, _, d_k| d_k * a.softmax_scale);
         d_k.store_rows(of_keys(params.backward.d_k, a.headdim));
-        if !HEADS || !keys.advance(BLOCK_N as u32) {
-            break;
-        }
+        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, keys, BLOCK_N as u32, &mut number) else { break };
+        keys = next;
     }
 }
 
@@ -436,7 +498,7 @@ fn hand_over<
     const BLOCK_M: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const HEADS: bool,
+    const WALK: u32,
 >(
     params: &Params,
     a: &Attention<T>,
@@ -446,7 +508,7 @@ fn hand_over<
 ) {
     let slot = part.acquire();
     let own = outgoing.part(slot.index).offset(warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32);
-    let to = if HEADS { outgoing.destination(slot.index) } else { Destination::SUMS };
+    let to = if WALK == walk::HEAD { outgoing.destination(slot.index) } else { Destination::SUMS };
     if to.rows == 0 {
         d_q.store_registers(own);
     } else {

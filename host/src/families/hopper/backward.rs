@@ -68,6 +68,22 @@ pub fn takes_whole_heads(problem: &Problem, config: &Config) -> bool {
     heads > 0 && are_enough && met.saturating_mul(MULTIPROCESSORS) <= USED_AGAIN
 }
 
+/// Up to so many keys blocks of threads take units of keys, one after the other. Where there are more, a block of keys takes so
+/// long that its beginning and its end do not matter, and the GPU balances blocks of one each better.
+const UNITS_UP_TO: usize = 4096;
+
+/// Whether blocks of threads take units of keys, rather than one block of keys each: where the units cost the same.
+pub fn takes_units(problem: &Problem, config: &Config) -> bool {
+    let is_even = problem.seqlen_k.div_ceil(config.block_n as usize).is_multiple_of(2);
+    problem.varlen.is_none() && problem.seqlen_k <= UNITS_UP_TO && (is_even || !problem.is_causal())
+}
+
+/// Units of `block_n` keys of a head of K, or under a causal mask of twice as many.
+pub fn units_of_head(problem: &Problem, block_n: u32) -> u64 {
+    let blocks = (problem.seqlen_k as u64).div_ceil(block_n.into());
+    if problem.is_causal() { blocks.div_ceil(2) } else { blocks }
+}
+
 /// What the queries of a head of K have of Q, dO and the sums of dQ, in bytes.
 fn of_head(problem: &Problem, config: &Config) -> u64 {
     // Two bytes each of Q and dO, four of the sums.
@@ -95,6 +111,19 @@ mod tests {
         assert!(!takes(32, 512, 16, 128, false) && !takes(16, 1024, 16, 128, true));
         // A machine's worth of heads, and a few too many.
         assert!(takes(1, 256, 132, 64, false) && !takes(1, 256, 140, 64, false) && !takes(1, 256, 16, 64, false));
+    }
+
+    #[test]
+    fn units_cost_the_same() {
+        let of = |seqlen, causal| {
+            let of = Layout::contiguous(DType::BF16, &[2, seqlen, 4, 128]).expect("small");
+            let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
+            (takes_units(&problem, &WHOLE[0].config), units_of_head(&problem, 128))
+        };
+        assert_eq!((of(1024, false), of(1024, true)), ((true, 8), (true, 4)));
+        // Of nine blocks of keys under a causal mask one would be alone.
+        assert_eq!((of(1100, false), of(1100, true)), ((true, 9), (false, 5)));
+        assert!(!of(UNITS_UP_TO + 1, false).0);
     }
 
     #[test]

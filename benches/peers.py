@@ -234,11 +234,18 @@ class TensorMap(ctypes.Structure):
     L2_PROMOTION_256B = 3  # of CUtensorMapL2promotion
 
     @classmethod
-    def of(cls, driver, x, rows, headdim):
-        """Tiles of so many rows of x (batch, seqlen, heads, headdim), for a kernel of this head dimension."""
+    def of(cls, driver, x, rows, headdim, heads_first=False):
+        """Tiles of so many rows of x (batch, seqlen, heads, headdim), for a kernel of this head dimension.
+
+        In coordinates the row comes before the head, or with `heads_first` behind it.
+        """
         panel = next(columns for columns in (64, 32, 16) if headdim % columns == 0)
         batch, seqlen, heads, columns = x.shape
-        strides = [stride * x.element_size() for stride in (x.stride(1), x.stride(2), x.stride(0))]
+        dimensions = [(seqlen, x.stride(1), rows), (heads, x.stride(2), 1), (batch, x.stride(0), 1)]
+        if heads_first:
+            dimensions[:2] = dimensions[1::-1]
+        extents, strides, tile = zip(*dimensions)
+        strides = [stride * x.element_size() for stride in strides]
         memory = ctypes.create_string_buffer(192)
         aligned = (ctypes.addressof(memory) + 63) // 64 * 64
         driver.call(
@@ -247,9 +254,9 @@ class TensorMap(ctypes.Structure):
             cls.DTYPES[x.dtype],
             4,
             ctypes.c_void_p(x.data_ptr()),
-            (ctypes.c_uint64 * 4)(columns, seqlen, heads, batch),
+            (ctypes.c_uint64 * 4)(columns, *extents),
             (ctypes.c_uint64 * 3)(*strides),
-            (ctypes.c_uint32 * 4)(panel, rows, 1, 1),
+            (ctypes.c_uint32 * 4)(panel, *tile),
             (ctypes.c_uint32 * 4)(1, 1, 1, 1),
             0,
             cls.SWIZZLES[panel * x.element_size()],
@@ -268,15 +275,18 @@ class Flash3Parameters(ctypes.Structure):
         ("v", TensorMap),
         ("attention", Attention),
         ("walkers", ctypes.c_uint32),
-        ("walked_heads", ctypes.c_uint32),
+        ("walked_packs", ctypes.c_uint32),
+        ("log2_heads", ctypes.c_uint32),
+        ("paired", ctypes.c_uint32),
     ]
 
 
 class Flash3(Flash2):
-    """The family flash3, scheduled as `host/src/families/hopper.rs` does it."""
+    """The family flash3, scheduled as `host/src/families/hopper.rs` does it where no heads are packed."""
 
     ROWS = 64  # of a tile of Q
     LONG = 4096
+    KEYS_A_QUERY = 16
 
     def __init__(self, driver, command, dtype, headdim, causal):
         self.driver, self.command, self.dtype, self.headdim, self.causal = driver, command, dtype, headdim, causal
@@ -295,16 +305,22 @@ class Flash3(Flash2):
         kernel = self.kernel(seqlen_k)
         multiprocessors, entry = torch.cuda.get_device_properties(0).multi_processor_count, kernel.entry
         heads, tiles = batch * nheads, math.ceil(seqlen_q / entry["block_m"])
-        units = math.ceil(tiles / 2) if self.causal else tiles
+        paired = self.causal and seqlen_q * self.KEYS_A_QUERY > seqlen_k
+        units = math.ceil(tiles / 2) if paired else tiles
         is_long = seqlen_k >= self.LONG or tiles % 2 == 1
-        unwalked = math.ceil(3 * multiprocessors / (2 * units)) if self.causal and is_long else 0
+        unwalked = math.ceil(3 * multiprocessors / (2 * units)) if paired and is_long else 0
         walked_heads = max(0, heads - unwalked)
         walkers = min(multiprocessors, walked_heads * units)
         maps = [
-            TensorMap.of(self.driver, x, rows, self.headdim)
-            for x, rows in ((q, self.ROWS), (k, entry["block_n"]), (v, entry["block_n"]))
+            TensorMap.of(self.driver, x, rows, self.headdim, heads_first)
+            for x, rows, heads_first in (
+                (q, self.ROWS, True),
+                (k, entry["block_n"], False),
+                (v, entry["block_n"], False),
+            )
         ]
-        parameters = Flash3Parameters(*maps, self.parameters(q, k, v, o, lse), walkers, walked_heads)
+        attention = self.parameters(q, k, v, o, lse)
+        parameters = Flash3Parameters(*maps, attention, walkers, walked_heads, 0, paired)
         kernel.launch_blocks((heads - walked_heads) * tiles + walkers, parameters)
 
 

@@ -1,6 +1,6 @@
 //! Tiles of matrices in shared memory.
 use crate::element::Element;
-use crate::math::unknown;
+use crate::math::{unknown, unknown_before};
 use crate::shared::Shared;
 use crate::{Global, GlobalMatrix, copy, thread};
 use core::marker::PhantomData;
@@ -203,6 +203,13 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         }
     }
 
+    /// Goes on `elements` further, which may wrap around to somewhere before, where `rows` rows more are left than here.
+    #[inline(always)]
+    pub fn skip(&mut self, elements: u64, rows: u32) {
+        self.from = self.from.offset(elements as usize);
+        self.rows += rows as i32;
+    }
+
     /// Starts to copy the next tile; a matrix that is not aligned is copied at once. Rows and columns that the matrix does
     /// not have are filled with zeros, not read. The caller commits and waits ([`copy::commit`], [`copy::wait`]).
     #[inline(always)]
@@ -242,9 +249,11 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         rows: Range<u32>,
         copy: impl Fn(Shared<T>, Global<T>, u32, bool),
     ) {
+        // Which slabs are there is found anew for each tile: kept, it would take a register a slab.
+        let all_columns = unknown_before(self.columns as u32, self.rows as u32) as i32;
         Self::each_chunk(self.threads, to, rows, |to, row, slab| {
             let column = slab * Self::SLAB_COLUMNS;
-            let columns = self.columns - column as i32;
+            let columns = all_columns - column as i32;
             let valid = row < self.rows && (slab == 0 || columns > 0);
             copy(to, self.from.offset(column as usize), columns as u32, valid);
             if slab + 1 == Self::SLABS {

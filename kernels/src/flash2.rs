@@ -25,7 +25,7 @@ use crate::scores::Scores;
 use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement};
-use cuda_std::math::{LOG2_E, unknown};
+use cuda_std::math::LOG2_E;
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{WARP, lane_id, sync_threads, warp_id};
 use cuda_std::warp::{ALL, any, sync_warp};
@@ -112,7 +112,7 @@ pub(crate) const fn threads(block: usize, m: usize) -> u32 {
         (CAUSAL, GENERAL) in [(false, false), (true, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, STAGES, Q_STEPS, M, S_COLUMNS, O_COLUMNS) in [
-            // 1.12; with 48 keys a block 1.12, with one stage 1.13. Spills one register, read once a block.
+            // 1.12; with 48 keys a block 1.12, with one stage 1.13.
             (128, 128, 128, 64, 2, 0, 2, 8, 16),
         ],
         (CAUSAL, GENERAL) in [(false, false)],
@@ -186,7 +186,7 @@ pub fn forward<
     let k_tiles = SmemTile::<T, BLOCK_N, HEADDIM>::at(q.end());
     let v_tiles = SmemTile::<T, BLOCK_N, HEADDIM_V>::at(k_tiles.stage(STAGES - 1).end());
 
-    let (head_k, rows, first_key) = (a.head_k(head), block.rows(), key_blocks.begin * BLOCK_N as u32);
+    let (head_k, first_key) = (a.head_k(head), key_blocks.begin * BLOCK_N as u32);
     let aligned = a.is_aligned::<GENERAL>();
     // What is copied beyond the last block of keys is not read.
     let seen = Sequence { seqlen_k: sequence.seqlen_k.min(key_blocks.end * BLOCK_N as u32), ..sequence };
@@ -218,7 +218,9 @@ pub fn forward<
     }
     let q_fragments: [LeftOperand<T, M>; Q_STEPS] = core::array::from_fn(|step| LeftOperand::load(q, own_row, step));
     let q_fragment = |step| if Q_STEPS > 0 { q_fragments[step] } else { LeftOperand::load(q, own_row, step) };
-    for j in key_blocks.begin..key_blocks.end {
+    let mut j = key_blocks.begin;
+    // Without a mask the last block ends where the keys do, and takes no register.
+    while if CAUSAL || GENERAL { j < key_blocks.end } else { j * (BLOCK_N as u32) < sequence.seqlen_k } {
         let (k, v) = (k_tiles.stage(j % STAGES), v_tiles.stage(j % STAGES));
         let (row, key, partial) = (first_row + own_row, j * BLOCK_N as u32, key_blocks.is_partial(j));
         // What is copied while S is computed: V_j, or where there are two stages, K_j+1 and V_j+1. One part of `parts`.
@@ -242,9 +244,7 @@ pub fn forward<
         let mut s = Accumulator::<M, S_COLUMNS>::zero();
         if GENERAL {
             copy_part(0, 1);
-            // Without tensor cores a step is long, and as a loop it stays in the instruction cache.
-            let steps = (HEADDIM / T::DEPTH) as u32;
-            for step in 0..(if const { T::TENSOR_CORES } { steps } else { unknown(steps) }) as usize {
+            for step in 0..T::steps(HEADDIM) {
                 s.add_product_transposed(&q_fragment(step), k, 0, step);
             }
         } else {
@@ -271,12 +271,16 @@ pub fn forward<
         for step in 0..BLOCK_N / T::DEPTH {
             o.add_product(&p.operand::<T>(step), v, step, 0);
         }
+        j += 1;
     }
 
+    let last = o.element_mut(0, 0, 0, 0).to_bits();
+    let block = if CAUSAL || GENERAL { block.anew(last) } else { schedule::query_block_anew(&a, BLOCK_M as u32, last) };
+    let QueryBlock { sequence, head, first_row } = block;
     let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
     softmax.finish(&mut o, a.sink(head), |row, state| {
         let row = own_row + row;
-        if lane_id().is_multiple_of(4) && row < rows {
+        if lane_id().is_multiple_of(4) && row < block.rows() {
             lse.store(row as usize, state.lse());
         }
     });

@@ -20,6 +20,13 @@ impl QueryBlock {
     pub fn rows(&self) -> u32 {
         self.sequence.seqlen_q.saturating_sub(self.first_row)
     }
+
+    /// The same, to be said after a loop: what follows from its head is found anew once `x` is known, and takes no registers
+    /// in the loop.
+    #[inline(always)]
+    pub fn anew(self, x: u32) -> Self {
+        QueryBlock { head: unknown_before(self.head, x), ..self }
+    }
 }
 
 /// The query block of this block of threads, in a grid of one dimension with `ceil(seqlen_q / block_m) * nheads * batch`
@@ -28,8 +35,23 @@ impl QueryBlock {
 #[inline(always)]
 #[track_caller]
 pub fn query_block<T>(a: &Attention<T>, block_m: u32) -> QueryBlock {
+    nth_query_block(a, block_m, block_idx_x())
+}
+
+/// [`query_block`] once more, to be said after a loop: it is found anew once `x` is known, and takes no registers in the loop.
+#[inline(always)]
+#[track_caller]
+pub fn query_block_anew<T>(a: &Attention<T>, block_m: u32, x: u32) -> QueryBlock {
+    let anew = |n| unknown_before(n, x);
+    let a = Attention { seqlen_q: anew(a.seqlen_q), nheads: anew(a.nheads), ..*a };
+    nth_query_block(&a, block_m, anew(block_idx_x()))
+}
+
+#[inline(always)]
+#[track_caller]
+fn nth_query_block<T>(a: &Attention<T>, block_m: u32, n: u32) -> QueryBlock {
     let blocks = divisor(a.seqlen_q.div_ceil(block_m));
-    let (index, pair) = (block_idx_x() % blocks, block_idx_x() / blocks);
+    let (index, pair) = (n % blocks, n / blocks);
     let (head, batch) = head_of(pair, a.nheads);
     QueryBlock { first_row: (blocks - 1 - index) * block_m, head, sequence: a.sequence(batch) }
 }
@@ -70,6 +92,16 @@ impl KeyBlock {
     #[inline(always)]
     pub fn rows(&self) -> u32 {
         self.sequence.seqlen_k.saturating_sub(self.first_key)
+    }
+
+    /// The same, to be said after a loop: what follows from it is found anew once `x` is known, and takes no registers in the
+    /// loop.
+    #[inline(always)]
+    pub fn anew(self, x: u32) -> Self {
+        let anew = |n| unknown_before(n, x);
+        let Sequence { batch, first_k, .. } = self.sequence;
+        let sequence = Sequence { batch: anew(batch), first_k: anew(first_k), ..self.sequence };
+        KeyBlock { first_key: anew(self.first_key), head_k: anew(self.head_k), sequence }
     }
 
     /// Goes on to the next `block_n` keys of the head; whether there are any.

@@ -139,6 +139,18 @@ fn packed_heads_see_what_they_see() {
     }
 }
 
+/// Many keys a query under a causal mask, where tiles are not paired: of packed heads, and of single ones, which are too few for
+/// the larger tiles of kernels for many keys.
+#[test]
+fn tiles_that_cost_the_same() {
+    for (lengths, nheads) in [((40, 700), 8), ((150, 2400), 1)] {
+        let case = Case { batch: 3, nheads, ..Case::single(DType::BF16, lengths, 128, true) };
+        let (result, accuracy) = case.run(&session());
+        assert!(accuracy.passed(), "{case:?}: {accuracy}");
+        assert_eq!(result.report.launches[0].entry, "flash3_fwd_bf16_d128_2x128_causal", "{case:?}");
+    }
+}
+
 /// Sequences of different lengths, also of none.
 #[test]
 fn sequences_of_different_lengths() {

@@ -26,11 +26,11 @@ pub struct Options {
     /// Write even what has not passed the checks, to look at it or to measure it
     #[arg(long, conflicts_with = "check")]
     force: bool,
-    /// Print what NVIDIA's assembler makes of each entry point: registers, spills, shared memory, stack
+    /// Print what NVIDIA's assembler makes of each entry point (registers, spills, shared memory, stack), and which spill
     #[arg(long)]
     sass: bool,
     /// The GPUs to assemble for
-    #[arg(long, value_delimiter = ',', default_values = ["sm_80", "sm_90"], value_name = "ARCH")]
+    #[arg(long, value_delimiter = ',', default_values = ["sm_80", "sm_86", "sm_89", "sm_90"], value_name = "ARCH")]
     sass_arch: Vec<String>,
     /// NVIDIA's assembler [default: ptxas on the PATH or in $CUDA_HOME/bin]
     #[arg(long)]

@@ -22,7 +22,7 @@ pub struct Usage {
     pub warnings: Vec<String>,
 }
 
-/// Prints a table: each entry, assembled for each of `sass_archs`.
+/// Prints a table: each entry, assembled for each of `sass_archs`; and after it the entries that use local memory.
 pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>) -> Result<()> {
     let Some(ptxas) = ptxas.map(Path::to_owned).or_else(find) else {
         println!("sass: skipped: no ptxas on the PATH or in $CUDA_HOME/bin");
@@ -33,6 +33,7 @@ pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>)
         "{:<44} {:>8} {:>9} {:>13} {:>12} {:>6} {:>14} {:>15}",
         "entry", "GPU", "registers", "spill stores", "spill loads", "stack", "static shared", "dynamic shared"
     );
+    let (mut count, mut spilling) = (0, Vec::new());
     for (arch, build) in artefacts {
         let declared = arch.parse::<Arch>().map(declared).unwrap_or_default();
         // Code with the instructions of one GPU assembles for that alone.
@@ -50,8 +51,14 @@ pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>)
                 usage.registers, usage.spill_stores, usage.spill_loads, usage.stack, usage.static_shared
             );
             usage.warnings.iter().for_each(|warning| println!("    {warning}"));
+            count += 1;
+            if usage.uses_local_memory() {
+                spilling.push(format!("{name} for {gpu}: {} bytes", usage.spill_stores.max(usage.stack)));
+            }
         }
     }
+    println!("sass: {} of {count} use local memory", spilling.len());
+    spilling.iter().for_each(|line| println!("  {line}"));
     Ok(())
 }
 
@@ -91,6 +98,11 @@ fn is_warning(line: &str) -> bool {
 }
 
 impl Usage {
+    /// Whether a thread has anything in local memory: what its registers do not hold, or what has an address.
+    fn uses_local_memory(&self) -> bool {
+        self.spill_stores > 0 || self.spill_loads > 0 || self.stack > 0
+    }
+
     /// Whether the assembler makes each matrix instruction wait for the one before.
     pub fn is_serialised(&self) -> bool {
         self.warnings.iter().any(|warning| warning.contains("wgmma.mma_async instructions are serialized"))
@@ -133,6 +145,10 @@ mod tests {
             warnings: Vec::new(),
         };
         assert_eq!(usage(log), expected);
+        assert!(
+            expected.uses_local_memory()
+                && !Usage { stack: 0, spill_stores: 0, spill_loads: 0, ..expected }.uses_local_memory()
+        );
         let warned = usage("ptxas warning : Value of threads per SM is out of range");
         assert_eq!((warned.warnings.len(), warned.is_serialised()), (1, false));
     }

@@ -75,7 +75,7 @@ impl MatrixElement for f32 {
     ) {
         for k in 0..8 {
             for n in 0..N {
-                let b = pair(tile, 8 * step as u32 + k as u32, column + Accumulator::<M, N>::column(n, 0));
+                let b = pair(tile, step as u32, k as u32, column + 8 * n as u32);
                 for m in 0..M {
                     for i in 0..4 {
                         d[m][n][i] = math::fma(a.0[m][i / 2][k], b[i % 2], d[m][n][i]);
@@ -97,7 +97,7 @@ impl MatrixElement for f32 {
     ) {
         for k in 0..8 {
             for n in 0..2 {
-                let b = pair(tile, 8 * step + k as u32, column + Accumulator::<M, 2>::column(n, 0));
+                let b = pair(tile, step, k as u32, column + 8 * n as u32);
                 for m in 0..M {
                     for i in 0..4 {
                         if keep(Accumulator::<M, 2>::row(m, i / 2), k as u32) {
@@ -110,11 +110,12 @@ impl MatrixElement for f32 {
     }
 }
 
-/// Two elements of a row of a tile.
+/// This lane's two elements of a column block that begins at `column`, in row `k` of a step.
 #[inline(always)]
 #[track_caller]
-fn pair<const R: usize, const C: usize>(tile: SmemTile<f32, R, C>, row: u32, column: u32) -> [f32; 2] {
-    tile.element(row, column).load_vector(0)
+fn pair<const R: usize, const C: usize>(tile: SmemTile<f32, R, C>, step: u32, k: u32, column: u32) -> [f32; 2] {
+    let first = tile.element(k, Accumulator::<1, 1>::column(0, 0));
+    SmemTile::<f32, R, C>::beyond(first, 8 * step, column / 4).load_vector(0)
 }
 
 /// Eight elements of a row of a tile: chunks `2 step` and `2 step + 1`.

@@ -25,6 +25,8 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         for step in 0..steps {
             a[step] = weights.operand(step);
         }
+        // Without tensor cores an operand takes four times the registers of what it is made of: it is made when needed.
+        let mut weights = *weights;
         for pair in 0..math::unknown(N as u32 / 2) {
             let mut d = [[[0.0; 4]; 2]; M];
             for m in 0..M {
@@ -32,12 +34,15 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
             }
             for step in 0..math::unknown(steps as u32) {
                 let keep = |row, k| keep(row, step * T::DEPTH as u32 + k);
-                T::add_kept_product(&mut d, &a[0], keep, tile, step, column + 16 * pair);
-                let first = a[0];
+                let first = if T::TENSOR_CORES { a[0] } else { weights.operand(0) };
+                T::add_kept_product(&mut d, &first, keep, tile, step, column + 16 * pair);
                 for i in 1..steps {
                     a[i - 1] = a[i];
                 }
                 a[steps - 1] = first;
+                if !T::TENSOR_CORES {
+                    weights.rotate();
+                }
             }
             for m in 0..M {
                 for n in 2..N {
@@ -45,6 +50,20 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
                 }
                 [self.0[m][N - 2], self.0[m][N - 1]] = d[m];
             }
+        }
+    }
+}
+
+impl<const M: usize, const N: usize> Accumulator<M, N> {
+    /// Moves every column block one place to the left, and the first to the end.
+    #[inline(always)]
+    fn rotate(&mut self) {
+        for m in 0..M {
+            let first = self.0[m][0];
+            for n in 1..N {
+                self.0[m][n - 1] = self.0[m][n];
+            }
+            self.0[m][N - 1] = first;
         }
     }
 }

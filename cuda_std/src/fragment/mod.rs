@@ -356,6 +356,14 @@ pub trait MatrixElement: Element {
     /// Whether products round it to TF32.
     const TF32: bool = false;
 
+    /// How many steps a product takes whose depth is so many columns. Without tensor cores a step is long, and its loop is to
+    /// stay one: the instruction cache holds it, and no step is begun before its registers are free.
+    #[inline(always)]
+    fn steps(columns: usize) -> usize {
+        let steps = (columns / Self::DEPTH) as u32;
+        (if const { Self::TENSOR_CORES } { steps } else { math::unknown(steps) }) as usize
+    }
+
     /// A lane's part of 16 rows and `DEPTH` columns of a left operand.
     type Left: Copy;
 

@@ -240,8 +240,11 @@ impl MatrixElement for tf32 {
 #[inline(always)]
 #[track_caller]
 fn column_of_tf32<const R: usize, const C: usize>(tile: SmemTile<tf32, R, C>, step: u32, column: u32) -> [u32; 2] {
-    let (row, column) = (8 * step + thread::lane_id() % 4 * 2, column + thread::lane_id() / 4);
-    [0, 1].map(|i| rounded(tile.element(row + i, column).load(0).to_f32()))
+    let (row, own_column) = (thread::lane_id() % 4 * 2, thread::lane_id() / 4);
+    [0, 1].map(|i| {
+        let first = tile.element(row + i, own_column);
+        rounded(SmemTile::<tf32, R, C>::beyond(first, 8 * step, column / 4).load(0).to_f32())
+    })
 }
 
 #[inline(always)]

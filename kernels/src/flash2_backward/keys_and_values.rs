@@ -116,7 +116,7 @@ pub fn keys_and_values<
 
         // Pᵀ = 2^(scale · K Qᵀ - LSE)
         let mut s = Accumulator::<M, S_COLUMNS>::zero();
-        for depth in 0..HEADDIM / T::DEPTH {
+        for depth in 0..T::steps(HEADDIM) {
             s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), step.q, 0, depth);
         }
         let bases = ColumnVector::load(step.bases);
@@ -135,7 +135,7 @@ pub fn keys_and_values<
 
         // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
         let mut d_s = Accumulator::<M, S_COLUMNS>::zero();
-        for depth in 0..HEADDIM / T::DEPTH {
+        for depth in 0..T::steps(HEADDIM) {
             d_s.add_product_transposed(&LeftOperand::<T, M>::load(v, own_row, depth), step.d_o, 0, depth);
         }
         probabilities.drop_transposed(&mut d_s, place);

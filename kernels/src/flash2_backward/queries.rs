@@ -169,14 +169,14 @@ pub fn queries<
 
         // P = 2^(scale · Q Kᵀ - LSE)
         let mut s = Accumulator::<M, S_COLUMNS>::zero();
-        for depth in 0..HEADDIM / T::DEPTH {
+        for depth in 0..T::steps(HEADDIM) {
             s.add_product_transposed(&LeftOperand::<T, M>::load(q, own_row, depth), k, 0, depth);
         }
         let weights = probabilities.of_scores(&mut s, &bases, place, partial);
 
         // dS = P ∘ (dO Vᵀ - D)
         let mut d_s = Accumulator::<M, S_COLUMNS>::zero();
-        for depth in 0..HEADDIM_V / T::DEPTH {
+        for depth in 0..T::steps(HEADDIM_V) {
             d_s.add_product_transposed(&LeftOperand::<T, M>::load(d_o_tile, own_row, depth), v, 0, depth);
         }
         probabilities.drop(&mut d_s, place);

@@ -116,7 +116,7 @@ pub fn wide_keys_and_values<
 
             // Pᵀ = 2^(scale · K Qᵀ - LSE)
             let mut s = Accumulator::<1, S_COLUMNS>::zero();
-            for depth in 0..HEADDIM / T::DEPTH {
+            for depth in 0..T::steps(HEADDIM) {
                 s.add_product_transposed(&LeftOperand::<T, 1>::load(k, own_row, depth), step.q, 0, depth);
             }
             let bases = ColumnVector::load(step.bases);
@@ -147,7 +147,7 @@ pub fn wide_keys_and_values<
 
             // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
             let mut d_s = Accumulator::<1, S_COLUMNS>::zero();
-            for depth in 0..HEADDIM_V / T::DEPTH {
+            for depth in 0..T::steps(HEADDIM_V) {
                 d_s.add_product_transposed(&LeftOperand::<T, 1>::load(v, own_row, depth), step.d_o, 0, depth);
             }
             probabilities.drop_transposed(&mut d_s, place);

@@ -28,14 +28,20 @@ pub const fn places_in_blocks(rows: u32, batch: u64, seqlen_q: u64, tokens: Opti
 /// The place of the first row of a head, in blocks of so many `rows`. 32 bits: the sums of more would take 512 GB.
 #[inline(always)]
 pub(crate) fn first_place<T>(a: &Attention<T>, sequence: &Sequence, head: u32, rows: u32) -> u32 {
-    let (batch, seqlen_q) = (a.batch as u64, a.seqlen_q as u64);
+    let of_head = head * places_of_head(a, rows);
     if a.cu_seqlens_q.is_null() {
-        head * places_in_blocks(rows, batch, seqlen_q, None) as u32 + sequence.batch * a.seqlen_q.div_ceil(rows) * rows
+        of_head + sequence.batch * a.seqlen_q.div_ceil(rows) * rows
     } else {
         // A sequence that is not a multiple of a block long leaves less than one unused, which its number makes up for.
-        let of_head = places_in_blocks(rows, batch, seqlen_q, Some(a.lse_head_stride)) as u32;
-        head * of_head + (sequence.first_q / rows + sequence.batch) * rows
+        of_head + (sequence.first_q / rows + sequence.batch) * rows
     }
+}
+
+/// From a place of one head to the same of the next.
+#[inline(always)]
+pub(super) fn places_of_head<T>(a: &Attention<T>, rows: u32) -> u32 {
+    let tokens = if a.cu_seqlens_q.is_null() { None } else { Some(a.lse_head_stride) };
+    places_in_blocks(rows, a.batch as u64, a.seqlen_q as u64, tokens) as u32
 }
 
 /// Where the statistics of the row in `place` are: of each block of `rows` first part 0, what the exponents subtract,

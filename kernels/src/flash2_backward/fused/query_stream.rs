@@ -1,9 +1,10 @@
 //! The queries that a block of keys needs, on their way to shared memory.
-use super::places::{ROWS, first_place, statistic_at};
+use super::places::{ROWS, first_place, places_of_head, statistic_at};
 use crate::attention::{Attention, Sequence, Tensor};
 use crate::flash2_backward::{Params, STAGES};
 use crate::mask::Blocks;
 use cuda_std::fragment::MatrixElement;
+use cuda_std::math::unknown_before;
 use cuda_std::shared::Shared;
 use cuda_std::thread::thread_idx_x;
 use cuda_std::{SmemTile, TileStream, copy};
@@ -32,13 +33,10 @@ pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
     d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// In each stage what the exponents of its rows subtract, then D.
     statistics: Shared<f32>,
-    threads: u32,
-    sequence: Sequence,
     /// The blocks of each head: `begin` to `end`.
     begin: u32,
     end: u32,
     /// What is copied next.
-    head: u32,
     block: u32,
     place: u32,
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
@@ -61,25 +59,13 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         statistics: Shared<f32>,
     ) -> Self {
         let Blocks { begin, end, .. } = *blocks;
-        let [q_rows, d_o_rows] = Self::rows(p, threads, &sequence, head, begin);
-        let place = first_place(&p.attention, &sequence, head, ROWS) + begin * BLOCK_M as u32;
-        QueryStream { q, d_o, statistics, threads, sequence, begin, end, head, block: begin, place, q_rows, d_o_rows }
-    }
-
-    /// Q and dO from a block of a head on.
-    #[inline(always)]
-    fn rows(
-        p: &Params,
-        threads: u32,
-        sequence: &Sequence,
-        head: u32,
-        block: u32,
-    ) -> [TileStream<T, BLOCK_M, HEADDIM>; 2] {
         let a: Attention<T> = p.attention.of();
-        let of = |tensor: &Tensor<T>, columns| {
-            TileStream::new(threads, sequence.query_matrix(tensor, head, block * BLOCK_M as u32, columns, true))
+        let rows = |tensor: &Tensor<T>, columns| {
+            TileStream::new(threads, sequence.query_matrix(tensor, head, begin * BLOCK_M as u32, columns, true))
         };
-        [of(&a.q, a.headdim), of(&p.d_o.cast(), a.headdim_v)]
+        let (q_rows, d_o_rows) = (rows(&a.q, a.headdim), rows(&p.d_o.cast(), a.headdim_v));
+        let place = first_place(&a, &sequence, head, ROWS) + begin * BLOCK_M as u32;
+        QueryStream { q, d_o, statistics, begin, end, block: begin, place, q_rows, d_o_rows }
     }
 
     /// Starts to copy the next block, as one group, and says which it is.
@@ -99,9 +85,15 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         self.block += 1;
         self.place += BLOCK_M as u32;
         if self.block == self.end {
-            (self.head, self.block) = (self.head + 1, self.begin);
-            [self.q_rows, self.d_o_rows] = Self::rows(p, self.threads, &self.sequence, self.head, self.block);
-            self.place = first_place(&p.attention, &self.sequence, self.head, ROWS) + self.block * BLOCK_M as u32;
+            // From the end of one head to the beginning of the next. Seldom, and found anew each time.
+            let anew = |x| unknown_before(x, self.place);
+            let rows = anew((self.end - self.begin) * BLOCK_M as u32);
+            let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
+            self.q_rows.skip(way(&p.attention.q.cast()), rows);
+            self.d_o_rows.skip(way(&p.d_o.cast()), rows);
+            let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
+            self.place = self.place + places_of_head(&a, ROWS) - rows;
+            self.block = self.begin;
         }
         copied
     }

@@ -225,6 +225,8 @@ pub fn split<
 
     // Nobody reads K any more: it and V become dK and dV.
     sync_threads();
+    let KeyBlock { first_key, head_k, sequence } = block.anew(sum.element_mut(0, 0, 0, 0).to_bits());
+    let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, true);
     let factor = if is_values { 1.0 } else { a.softmax_scale };
     sum.map(|_, _, x| x * factor);
     let tile = if is_values { v } else { k };

@@ -162,6 +162,8 @@ pub fn whole<
         sync_threads();
     }
 
+    let KeyBlock { first_key, head_k, sequence } = block.anew(d_v.element_mut(0, 0, 0, 0).to_bits());
+    let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, true);
     d_k.map(|_, _, d_k| d_k * a.softmax_scale);
     d_k.store(k, own_row);
     d_v.store(v, own_row);

@@ -386,6 +386,10 @@ fn consume<
                     wgmma::product(d_s.rows(GROUP_ROWS * group), memory.inputs.k.columns(0))
                 }
             };
+            // The first queries come once both groups have released the keys before these, and read their last dS.
+            if is_anew {
+                queries.wait();
+            }
             // The step before the first has a dS of zeros.
             Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();

@@ -30,6 +30,7 @@ import ctypes
 import json
 import math
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -169,11 +170,17 @@ class Kernel:
         if f"_param_0[{ctypes.sizeof(parameters)}]" not in self.entry["ptx"]:
             raise LookupError(f"{self.entry['name']} takes other parameters than this script knows")
         self.driver = driver
+        cluster = re.search(r"\.reqnctapercluster (\d+)", self.entry["ptx"])
+        self.cluster = int(cluster[1]) if cluster else 1
         self.function = driver.load(self.entry["ptx"], self.entry["name"], self.entry["shared_bytes"])
 
     def launch(self, rows, block, heads, parameters):
-        """As many blocks as it takes for so many rows a head, `block` ("block_m" or "block_n") rows each."""
-        self.launch_blocks(math.ceil(rows / self.entry[block]) * heads, parameters)
+        """As many blocks as it takes for so many rows a head, `block` ("block_m" or "block_n") rows each; but blocks that
+        take units of two no more than there are multiprocessors."""
+        blocks = math.ceil(rows / self.entry[block] / self.cluster) * self.cluster * heads
+        if "_units_" in self.entry["name"]:
+            blocks = min(blocks // 2, torch.cuda.get_device_properties(0).multi_processor_count)
+        self.launch_blocks(blocks, parameters)
 
     def launch_blocks(self, blocks, parameters):
         self.driver.launch(self.function, blocks, self.entry["threads"], self.entry["shared_bytes"], parameters)

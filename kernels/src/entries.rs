@@ -37,6 +37,7 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash3_backward::PREPARE))
         .chain(info(flash3_backward::PREPARE_HEADS))
         .chain(info(flash3_backward::WHOLE))
+        .chain(info(flash3_backward::UNITS))
         .chain(info(flash3_backward::HEADS))
         .chain(info(flash3_backward::SPLIT))
         .chain(info(flash3_backward::FINISH))

@@ -123,9 +123,9 @@ const fn config<
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can
 /// have the sums of only one of them. Grid: `2 ceil(seqlen_k / 2 BLOCK_N) * nheads_k * batch`.
 ///
-/// A block of threads finds the dQ of `HALF` columns. Sᵀ is `S_COLUMNS`, dK and dV are `D_COLUMNS` and a warpgroup's quarter of dQ `Q_COLUMNS` blocks of eight columns wide,
-/// Pᵀ `STEPS` of sixteen. Each warpgroup adds its quarter of dQ from its registers: shared memory has no room for it.
-/// Tensors may have fewer columns than `HEADDIM`.
+/// Sᵀ is `S_COLUMNS`, and dK and dV are `D_COLUMNS` blocks of eight columns wide, Pᵀ `STEPS` of sixteen. A block of threads
+/// finds dQ of `HALF` columns, each warpgroup `Q_COLUMNS` blocks of eight of them, which it adds from its registers: shared
+/// memory has no room for them. Tensors may have fewer columns than `HEADDIM`.
 #[kernel(
     name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,

@@ -28,12 +28,14 @@ pub const fn places_in_blocks(rows: u32, batch: u64, seqlen_q: u64, tokens: Opti
 /// The place of the first row of a head, in blocks of so many `rows`. 32 bits: the sums of more would take 512 GB.
 #[inline(always)]
 pub(crate) fn first_place<T>(a: &Attention<T>, sequence: &Sequence, head: u32, rows: u32) -> u32 {
-    let of_head = head * places_of_head(a, rows);
+    let (batch, seqlen_q) = (a.batch as u64, a.seqlen_q as u64);
+    // Said once for both cases, that of a head would take a register in the loops of the callers.
     if a.cu_seqlens_q.is_null() {
-        of_head + sequence.batch * a.seqlen_q.div_ceil(rows) * rows
+        head * places_in_blocks(rows, batch, seqlen_q, None) as u32 + sequence.batch * a.seqlen_q.div_ceil(rows) * rows
     } else {
         // A sequence that is not a multiple of a block long leaves less than one unused, which its number makes up for.
-        of_head + (sequence.first_q / rows + sequence.batch) * rows
+        let of_head = places_in_blocks(rows, batch, seqlen_q, Some(a.lse_head_stride)) as u32;
+        head * of_head + (sequence.first_q / rows + sequence.batch) * rows
     }
 }
 

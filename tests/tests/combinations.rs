@@ -6,19 +6,28 @@ use ferroflash_tests::grid;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const DTYPES: &[DType] = &grid::DTYPES;
 
 /// Draws `cases` combinations, the same ones in every run, and shrinks the first that fails. They are drawn in so many
 /// streams, of which each may run beside the others.
 fn check(session: &Session, cases: u32, streams: u8, limits: Limits) {
+    let done = AtomicU32::new(0);
+    let is_kept = |combination: Combination| {
+        let checked = combination.check(session);
+        let done = 1 + done.fetch_add(1, Ordering::Relaxed);
+        if done.is_multiple_of(500) {
+            eprintln!("{done} of {cases} combinations");
+        }
+        checked.map_err(TestCaseError::fail)
+    };
     let failures: Vec<_> = (0..streams)
         .into_par_iter()
         .filter_map(|stream| {
             let config =
                 Config { cases: cases.div_ceil(streams.into()), failure_persistence: None, ..Config::default() };
             let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[stream; 32]);
-            let is_kept = |combination: Combination| combination.check(session).map_err(TestCaseError::fail);
             TestRunner::new_with_rng(config, random).run(&combinations(limits.clone()), is_kept).err()
         })
         .map(|failure| failure.to_string())

@@ -237,15 +237,16 @@ impl Passes {
         if wanted.problem.deterministic {
             return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
         }
-        if hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
+        let takes_units = |units: &&EntryPoint<_, Config>| hopper::backward::takes_units(wanted.problem, &units.config);
+        let units = find(&[flash3::UNITS]).ok().filter(takes_units);
+        let is_short = wanted.problem.seqlen_k <= hopper::backward::HEADS_RATHER_THAN_UNITS_UP_TO;
+        if (units.is_none() || is_short)
+            && hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
             && let Ok(heads) = find(&[flash3::HEADS])
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
-        let (pass, grid) = match find(&[flash3::UNITS]) {
-            Ok(units) if hopper::backward::takes_units(wanted.problem, &units.config) => (units, Grid::KeyUnits),
-            _ => (pass, Grid::Keys),
-        };
+        let (pass, grid) = units.map_or((pass, Grid::Keys), |units| (units, Grid::KeyUnits));
         Ok(Passes {
             family: "flash3",
             steps: vec![

@@ -31,6 +31,7 @@ const fn queries_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
+        few: false,
         threads: threads(BLOCK_M, M),
         shared_bytes: (rows * (HEADDIM + HEADDIM_V) * size_of::<T>()) as u32,
         barriers: if CAUSAL || GENERAL { 3 } else { 2 },

@@ -17,6 +17,8 @@ use crate::target::Resources;
 
 pub(crate) mod hopper;
 
+use hopper::Flash3;
+
 /// A problem, and what it asks of kernels.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted<'a> {
@@ -134,7 +136,7 @@ pub(crate) enum Family {
     },
     Flash1(&'static Kernel<flash1::Params, Config>),
     Flash2(&'static Kernel<flash2::Params, Config>),
-    Flash3(&'static Kernel<flash3::Params, Config>),
+    Flash3(Flash3),
 }
 
 impl fmt::Debug for Family {
@@ -179,7 +181,7 @@ impl Family {
         let find = |is_few| table.find_among(wanted, |config| config.few == is_few, is_filled);
         let kernel = find(false)?;
         let few = find(true).ok().filter(|few| hopper::has_few_queries(wanted.problem, &few.config, &kernel.config));
-        Ok(Family::Flash3(few.unwrap_or(kernel)))
+        Ok(Family::Flash3(Flash3::new(few.unwrap_or(kernel), wanted.problem)))
     }
 
     /// Its name in reports.
@@ -201,7 +203,7 @@ impl Family {
             Family::Standard { scores, probabilities, output } => vec![of(scores), of(probabilities), of(output)],
             Family::Flash1(kernel) => vec![of(kernel)],
             Family::Flash2(kernel) => vec![of(kernel)],
-            Family::Flash3(kernel) => vec![of(kernel)],
+            Family::Flash3(Flash3 { forward, combine }) => [of(forward)].into_iter().chain(combine.map(of)).collect(),
         }
     }
 
@@ -211,14 +213,19 @@ impl Family {
             Family::Standard { scores, .. } => scores.config.general,
             Family::Flash1(kernel) => kernel.config.general,
             Family::Flash2(kernel) => kernel.config.general,
-            Family::Flash3(kernel) => kernel.config.general,
+            Family::Flash3(Flash3 { forward, .. }) => forward.config.general,
         }
     }
 
     /// How it runs this problem, where there is a choice.
     pub fn how(&self, problem: &Problem) -> Option<String> {
         match self {
-            Family::Flash3(kernel) => hopper::packing::in_words(problem, &kernel.config),
+            Family::Flash3(Flash3 { forward, .. }) => {
+                let packing = hopper::packing::in_words(problem, &forward.config);
+                let splits = hopper::splits::in_words(hopper::splits_of(problem, &forward.config));
+                let ways: Vec<_> = packing.into_iter().chain(splits).collect();
+                (!ways.is_empty()).then(|| ways.join("; "))
+            }
             _ => None,
         }
     }
@@ -235,7 +242,10 @@ impl Family {
                 let of = |name, len| Workspace { name, dtype: DType::F32, len };
                 vec![of("O", rows.saturating_mul(problem.headdim as u64)), of("l", rows), of("m", rows)]
             }
-            Family::Flash2(_) | Family::Flash3(_) => Vec::new(),
+            Family::Flash2(_) => Vec::new(),
+            Family::Flash3(Flash3 { forward, .. }) => {
+                hopper::splits::workspace(problem, hopper::splits_of(problem, &forward.config))
+            }
         }
     }
 
@@ -271,7 +281,7 @@ impl Family {
             (Family::Flash2(kernel), &[]) => {
                 Ok(vec![Launch::new(kernel, query_blocks(kernel.config), flash2::Params { attention })?])
             }
-            (Family::Flash3(kernel), &[]) => Ok(vec![hopper::launch(kernel, problem, attention, machine)?]),
+            (Family::Flash3(flash3), workspace) => flash3.launches(problem, attention, workspace, machine),
             _ => unreachable!("the workspace is what `workspace` lists"),
         }
     }

@@ -25,6 +25,10 @@ pub struct AttentionOptions {
     /// Whether products of f32 tensors may be computed in tf32, with 10 bits of mantissa, on tensor cores. f16 and bf16 are
     /// not affected.
     pub allow_tf32: bool,
+    /// Into how many parts the keys of a tile of queries are divided among the multiprocessors of a GPU, in kernels that can:
+    /// 0 for as many as seems best, which depends on nothing but the lengths, 1 for no division, at most
+    /// [`MOST_SPLITS`](Self::MOST_SPLITS). It changes results in their last bits.
+    pub num_splits: usize,
     /// The longest sequence of queries, where `cu_seqlens_q` says where each begins. Needed where that is in device memory;
     /// else found out.
     pub max_seqlen_q: Option<usize>,
@@ -56,6 +60,9 @@ pub struct Dropout {
 }
 
 impl AttentionOptions {
+    /// The most parts that keys are divided into.
+    pub const MOST_SPLITS: usize = 128;
+
     /// No mask, scale 1/√headdim.
     pub fn new() -> Self {
         Self::default()
@@ -100,6 +107,12 @@ impl AttentionOptions {
     /// Allows tf32 products of f32 tensors, or does not.
     pub fn allow_tf32(mut self, allow_tf32: bool) -> Self {
         self.allow_tf32 = allow_tf32;
+        self
+    }
+
+    /// Says into how many parts keys are divided.
+    pub fn num_splits(mut self, num_splits: usize) -> Self {
+        self.num_splits = num_splits;
         self
     }
 

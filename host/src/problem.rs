@@ -47,6 +47,8 @@ pub struct Problem {
     pub deterministic: bool,
     /// Whether products of f32 tensors may be computed in tf32.
     pub allow_tf32: bool,
+    /// Into how many parts keys are divided; 0: into as many as seems best.
+    pub num_splits: usize,
     /// The shape of the bias, if there is one: (batch, nheads, seqlen_q, seqlen_k), of which the first three may be 1.
     pub bias: Option<[usize; 4]>,
     /// The shape of the boolean mask, if there is one, likewise.
@@ -175,6 +177,9 @@ impl Problem {
         if let Some(Dropout { p, .. }) = options.dropout.filter(|dropout| !(0.0..1.0).contains(&dropout.p)) {
             return Err(argument("dropout_p", p, "at least 0, below 1"));
         }
+        if options.num_splits > AttentionOptions::MOST_SPLITS {
+            return Err(argument("num_splits", options.num_splits, "0 to 128"));
+        }
         Ok(Problem {
             dtype: q.dtype(),
             batch,
@@ -190,6 +195,7 @@ impl Problem {
             dropout: options.dropout.filter(|dropout| dropout.p > 0.0),
             deterministic: options.deterministic,
             allow_tf32: options.allow_tf32,
+            num_splits: options.num_splits,
             bias,
             mask,
             alibi: inputs.alibi_slopes.is_some(),

@@ -12,10 +12,11 @@
 use cuda_std::Kernel as EntryPoint;
 use kernels::Config;
 use kernels::flash3::packing::Packing;
+use kernels::flash3::splits::Splits;
 use kernels::mask::{Blocks, Mask, UNBOUNDED};
 
-use crate::families::hopper::has_few_queries;
 use crate::families::hopper::packing::packing;
+use crate::families::hopper::{has_few_queries, splits_of};
 use crate::features::Feature;
 use crate::options::Kernel;
 use crate::parameters::Access;
@@ -54,6 +55,7 @@ const SCORES: &str = "S = QKᵀ";
 const PROBABILITIES: &str = "P = softmax(S)";
 const OUTPUT: &str = "O = PV";
 const FUSED: &str = "O = softmax(QKᵀ)V";
+const COMBINED: &str = "O = Σ e^(LSEₛ - LSE) Oₛ";
 
 /// What a kernel family moves for a problem, launch by launch, by its formula. `None` for [`Kernel::Auto`], where the
 /// family has no kernel of just this head dimension and dtype, and for problems that ask for more than a causal mask
@@ -105,6 +107,7 @@ fn counted_step(launch: &LaunchReport) -> Option<Step> {
         ("standard_scores", SCORES),
         ("standard_probabilities", PROBABILITIES),
         ("standard_output", OUTPUT),
+        ("flash3_combine", COMBINED),
         ("flash2_bwd_row_sums", backward::ROW_SUMS),
         ("flash2_bwd_dkdv", backward::KEYS_AND_VALUES_GRADIENTS),
         ("flash2_bwd_dq", backward::QUERIES_GRADIENT),
@@ -175,30 +178,50 @@ pub fn flash1(problem: &Problem) -> Vec<Step> {
 /// fewer under a causal mask. `None` where [`formula`] has none.
 pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash2::FORWARD, problem)?;
-    Some(tile_by_tile(problem, config, Packing::SINGLE, |blocks| blocks))
+    Some(tile_by_tile(problem, config, Packing::SINGLE, Splits::ONE, |blocks| blocks))
 }
 
 /// FlashAttention-3: what FlashAttention-2 moves with its tiles, but that a tile whose rows see no key loads a block of keys
-/// nevertheless. Where heads are packed, all of a pack load K and V together. `None` where [`formula`] has none.
+/// nevertheless. Where heads are packed, all of a pack load K and V together. Where keys are divided, each part of a tile's loads
+/// its Q, and stores O and LSE in f32, of which another kernel loads O once and LSE twice. `None` where [`formula`] has none.
 pub fn flash3(problem: &Problem) -> Option<Vec<Step>> {
     let plain = config(kernels::flash3::FORWARD, problem)?;
     let few = config_of(kernels::flash3::FORWARD, problem, true).filter(|few| has_few_queries(problem, few, &plain));
     let config = few.unwrap_or(plain);
-    Some(tile_by_tile(problem, config, packing(problem, &config), Blocks::or_one))
+    let (packing, splits) = (packing(problem, &config), splits_of(problem, &config));
+    Some(tile_by_tile(problem, config, packing, splits, Blocks::or_one))
 }
 
 /// Each tile of queries loads the blocks of keys that `needed` makes of those that it sees.
-fn tile_by_tile(problem: &Problem, config: Config, packing: Packing, needed: impl Fn(Blocks) -> Blocks) -> Vec<Step> {
+fn tile_by_tile(
+    problem: &Problem,
+    config: Config,
+    packing: Packing,
+    splits: Splits,
+    needed: impl Fn(Blocks) -> Blocks,
+) -> Vec<Step> {
     let Config { block_m, block_n, .. } = config;
     let Head { q, rows, element, mask, .. } = Head::of(problem);
-    let end = |first: u32| needed(mask.key_blocks(packing.query(first), packing.query(block_m), block_n)).end;
-    let keys_of = |first| u64::from((end(first) * block_n).min(mask.seqlen_k));
-    let tiles = (0..packing.rows(mask.seqlen_q)).step_by(block_m as usize);
-    let k = tiles.map(keys_of).sum::<u64>() * element * problem.headdim as u64;
-    let heads = u64::from(packing.heads());
-    let (q, lse) = (heads * q, heads * 4 * rows);
-    let tensors = vec![load("Q", q), load("K", k), load("V", k), store("O", q), store("LSE", lse)];
-    for_all(problem.batch as u64 * u64::from(packing.packs(problem.nheads as u32)), [(FUSED, tensors)])
+    let (headdim, pack_rows) = (problem.headdim as u64, packing.rows(mask.seqlen_q));
+    let (mut keys, mut rows_of_parts) = (0, 0);
+    for first in (0..pack_rows).step_by(block_m as usize) {
+        let blocks = needed(mask.key_blocks(packing.query(first), packing.query(block_m), block_n));
+        keys += u64::from((blocks.end * block_n).min(mask.seqlen_k));
+        let parts = if splits.are_divided() { splits.of(blocks) } else { 1 };
+        rows_of_parts += u64::from(parts) * u64::from(block_m.min(pack_rows - first));
+    }
+    let (heads, k) = (u64::from(packing.heads()), keys * element * headdim);
+    let (o, lse) = (heads * q, heads * 4 * rows);
+    let (q, o_of_parts, lse_of_parts) =
+        (rows_of_parts * element * headdim, 4 * headdim * rows_of_parts, 4 * rows_of_parts);
+    let packs = problem.batch as u64 * u64::from(packing.packs(problem.nheads as u32));
+    let fused = |o, lse| (FUSED, vec![load("Q", q), load("K", k), load("V", k), store("O", o), store("LSE", lse)]);
+    if !splits.are_divided() {
+        return for_all(packs, [fused(o, lse)]);
+    }
+    let moved = |tensor, loaded, stored| Moved { tensor, loaded, stored };
+    let combined = vec![moved("O", o_of_parts, o), moved("LSE", 2 * lse_of_parts, lse)];
+    for_all(packs, [fused(o_of_parts, lse_of_parts), (COMBINED, combined)])
 }
 
 /// All bytes of all steps, loaded and stored.

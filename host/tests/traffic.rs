@@ -53,6 +53,23 @@ fn of_flash_attention_3() {
     assert_counted_equals_formula(Kernel::Flash3, DType::BF16, 128);
 }
 
+/// Keys that are divided: into parts as many as asked for, of tiles with as few blocks as one.
+#[test]
+fn of_flash_attention_3_with_divided_keys() {
+    let session = Session::new(Backend::Simulator).expect("the simulator runs everywhere").kernel(Kernel::Flash3);
+    for (i, (batch, seqlen_q, seqlen_k, nheads, nheads_k)) in SHAPES.into_iter().chain([(1, 1, 1100, 4, 2)]).enumerate()
+    {
+        let q = Tensor::zeros(DType::F16, &[batch, seqlen_q, nheads, 64]).expect("small");
+        let k = Tensor::zeros(DType::F16, &[batch, seqlen_k, nheads_k, 64]).expect("small");
+        let options = AttentionOptions::default().causal(i % 2 == 1).num_splits(if seqlen_k > 1000 { 0 } else { 3 });
+        let (of_q, of_k) = (q.view(), k.view());
+        let problem = Problem::new(of_q.layout(), of_k.layout(), of_k.layout(), &options).expect("valid");
+        let report = session.attention(&q, &k, &k, &options).expect("computed").report;
+        assert_eq!(report.launches.len(), if seqlen_k > 64 { 2 } else { 1 }, "{problem}");
+        assert_eq!(traffic::counted(&report), traffic::formula(Kernel::Flash3, &problem), "{problem}");
+    }
+}
+
 #[test]
 fn of_the_backward_pass() {
     let session = Session::new(Backend::Simulator).expect("the simulator runs everywhere");

@@ -34,6 +34,7 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash2_backward::fused::SPLIT))
         .chain(info(flash2_backward::fused::FINISH))
         .chain(info(flash3::FORWARD))
+        .chain(info(flash3::COMBINE))
         .chain(info(flash3_backward::PREPARE))
         .chain(info(flash3_backward::PREPARE_HEADS))
         .chain(info(flash3_backward::WHOLE))

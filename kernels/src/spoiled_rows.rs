@@ -20,21 +20,21 @@ use cuda_std::{Element, Global, GlobalMatrix, SmemTile};
 const GROUP: usize = 4;
 
 /// A lane's elements of a row: those of columns 4 lane to 4 lane + 4, and 128 further on. Head dimensions are at most 256.
-type Elements = [[f32; GROUP]; 2];
+pub(crate) type Elements = [[f32; GROUP]; 2];
 
 /// Keys that are loaded together, so that a row does not wait for each.
 const KEYS: usize = 8;
 
 /// The first column of a lane's group of elements.
 #[inline(always)]
-fn column(group: usize) -> u32 {
+pub(crate) fn column(group: usize) -> u32 {
     GROUP as u32 * (lane_id() + WARP * group as u32)
 }
 
 /// What a lane holds of a row in global memory, of `columns` columns and at most `MOST`; 0 beyond the last.
 #[inline(always)]
 #[track_caller]
-fn load<T: Element, const MOST: usize>(row: Global<T>, columns: u32, aligned: bool) -> Elements {
+pub(crate) fn load<T: Element, const MOST: usize>(row: Global<T>, columns: u32, aligned: bool) -> Elements {
     let mut x = Elements::default();
     for group in 0..groups(MOST) {
         let first = column(group);
@@ -54,13 +54,13 @@ fn load<T: Element, const MOST: usize>(row: Global<T>, columns: u32, aligned: bo
 }
 
 /// How many groups a lane has of rows of so many columns.
-const fn groups(columns: usize) -> usize {
+pub(crate) const fn groups(columns: usize) -> usize {
     columns.div_ceil(GROUP * WARP as usize)
 }
 
 /// Calls `f(group, i)` for each of a lane's elements of a row of `COLUMNS` columns.
 #[inline(always)]
-fn each<const COLUMNS: usize>(mut f: impl FnMut(usize, usize)) {
+pub(crate) fn each<const COLUMNS: usize>(mut f: impl FnMut(usize, usize)) {
     for group in 0..groups(COLUMNS) {
         for i in 0..GROUP {
             f(group, i);

@@ -114,6 +114,15 @@ def optional_length(name: str, x: Any) -> Optional[int]:
     return x
 
 
+def splits(name: str, x: Any) -> int:
+    """Into how many parts keys are divided."""
+    if not is_int(x):
+        refuse_type(name, x, "a whole number")
+    if not 0 <= x <= 128:
+        refuse(name, x, "0 to 128")
+    return x
+
+
 def window(name: str, x: Any) -> Tuple[Optional[int], Optional[int]]:
     """Keys to the left and to the right; None, or as flash_attn has it a negative number, for all there are."""
     if not isinstance(x, (tuple, list)) or len(x) != 2:

@@ -16,6 +16,7 @@ from ferroflash._arguments import (
     optional_length,
     optional_number,
     refuse,
+    splits,
     window,
 )
 
@@ -41,6 +42,7 @@ class Options(TypedDict, total=False):
     dropout_p: float
     deterministic: bool
     allow_tf32: bool
+    num_splits: int
 
 
 @overload
@@ -75,6 +77,7 @@ def attention(
     dropout_p: float = 0.0,
     deterministic: bool = False,
     allow_tf32: bool = False,
+    num_splits: int = 0,
     return_lse: bool = False,
 ) -> Union[Tensor, Tuple[Tensor, Tensor]]:
     """O = softmax(softmax_scale · Q Kᵀ + bias + mask) V, exactly, without S and P ever being whole in memory.
@@ -106,6 +109,8 @@ def attention(
         dropout_p: The probability that an element of P becomes 0. The seed comes from torch's CPU generator.
         deterministic: Whether gradients must be the same bits in every run; slower.
         allow_tf32: Whether products of float32 tensors may be computed in tf32 on CUDA.
+        num_splits: Into how many parts keys are divided among a GPU's multiprocessors, by kernels that can: 0 for as
+            many as seems best, 1 for no division, at most 128. It changes the last bits of results.
         return_lse: Whether to return the LSE too.
 
     Returns:
@@ -122,13 +127,13 @@ def attention(
         check_flag("return_lse", return_lse)
     tensors = (q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap)
-    out, softmax_lse = attend(tensors, (*numbers, dropout_p, deterministic, allow_tf32))
+    out, softmax_lse = attend(tensors, (*numbers, dropout_p, deterministic, allow_tf32, num_splits))
     return (out, softmax_lse) if return_lse else out
 
 
 def attend(tensors: "_core.Inputs", numbers: Tuple[Any, ...]) -> Tuple[Tensor, Tensor]:
     """O and LSE. The numbers are the longest lengths, softmax_scale, causal, window_size, softcap, dropout_p,
-    deterministic and allow_tf32 of `attention`."""
+    deterministic, allow_tf32 and num_splits of `attention`."""
     outputs = None
     if _ops.is_unobserved() and not _is_any_autocast_enabled():
         # A call that nothing has to be done for goes no further.
@@ -155,6 +160,7 @@ def _attend_checked(
     dropout_p: float,
     deterministic: bool,
     allow_tf32: bool,
+    num_splits: int,
 ) -> Tuple[Tensor, Tensor]:
     """The same of any arguments: checks each, and casts and expands tensors as kernels read them."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -179,6 +185,7 @@ def _attend_checked(
     max_seqlen_q = optional_length("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = optional_length("max_seqlen_k", max_seqlen_k)
     left, right = window("window_size", window_size)
+    num_splits = splits("num_splits", num_splits)
     if not 0 <= dropout_p < 1:
         refuse("dropout_p", dropout_p, "at least 0, below 1")
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
@@ -217,6 +224,7 @@ def _attend_checked(
         dropout_p,
         deterministic,
         allow_tf32,
+        num_splits,
     )
 
 

@@ -34,6 +34,7 @@ class Options:
         dropout_p: float,
         deterministic: bool,
         allow_tf32: bool,
+        num_splits: int,
         *,
         rng_state: Tuple[int, int] = (0, 0),
     ) -> Options: ...

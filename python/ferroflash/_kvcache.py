@@ -14,7 +14,7 @@ from ferroflash._arguments import (
     is_plain,
     number,
     refuse,
-    refuse_type,
+    splits,
 )
 from ferroflash._attention import attend
 
@@ -61,7 +61,8 @@ def flash_attn_with_kvcache(
         cache_batch_idx: Which sequences of the cache belong to those of Q: of shape (batch), whole numbers. On CUDA
             nobody checks what is in it.
         softmax_scale, causal, window_size, softcap, alibi_slopes: As in `flash_attn_func`.
-        num_splits: Not looked at: the kernels choose how to divide the keys. It changes no result.
+        num_splits: Into how many parts keys are divided among a GPU's multiprocessors, by kernels that can: 0 for as
+            many as seems best, 1 for no division, at most 128. It changes the last bits of results.
         return_softmax_lse: Whether to return the LSE too.
         rotary_cos, rotary_sin, cache_leftpad, block_table: None: rotary embeddings are applied before the call, and
             padded or paged caches are not supported.
@@ -85,8 +86,7 @@ def flash_attn_with_kvcache(
         check_device(name, x, q)
     check_optional_tensor("alibi_slopes", alibi_slopes)
     check_flag("return_softmax_lse", return_softmax_lse)
-    if not is_int(num_splits):
-        refuse_type("num_splits", num_splits, "a whole number")
+    num_splits = splits("num_splits", num_splits)
     batch, (slots, seqlen_cache) = q.shape[0], k_cache.shape[:2]
     _check_indices("cache_batch_idx", cache_batch_idx, q)
     if cache_batch_idx is None and slots != batch:
@@ -111,7 +111,7 @@ def flash_attn_with_kvcache(
     if cache_batch_idx is not None:
         k_cache, v_cache = k_cache.index_select(0, cache_batch_idx), v_cache.index_select(0, cache_batch_idx)
     softcap = number("softcap", softcap)
-    numbers = (softmax_scale, causal, window_size, None if softcap == 0 else softcap, 0.0, False, False)
+    numbers = (softmax_scale, causal, window_size, None if softcap == 0 else softcap, 0.0, False, False, num_splits)
     if isinstance(seqlens, Tensor):
         out, softmax_lse = _ragged(q, k_cache, v_cache, seqlens, alibi_slopes, numbers)
     else:

@@ -26,7 +26,8 @@ _INPUTS = (
 )
 _OPTIONS = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? softmax_scale, bool causal, SymInt? window_left, "
-    "SymInt? window_right, float? softcap, float dropout_p, bool deterministic, bool allow_tf32"
+    "SymInt? window_right, float? softcap, float dropout_p, bool deterministic, bool allow_tf32, "
+    "int num_splits"
 )
 
 _library = torch.library.Library("ferroflash", "DEF")

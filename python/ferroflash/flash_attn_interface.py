@@ -203,6 +203,6 @@ def _result(
         refuse("return_attn_probs", f"True with dropout_p {dropout_p}", "False: the probabilities are never in memory")
     tensors = (q, k, v, None, None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
     softcap = None if softcap == 0 else softcap
-    numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p, deterministic, False)
-    out, softmax_lse = attend(tensors, numbers)
+    numbers = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p, deterministic)
+    out, softmax_lse = attend(tensors, (*numbers, False, 0))
     return (out, softmax_lse, out.new_empty(0)) if return_attn_probs else out

@@ -22,7 +22,7 @@ impl Options {
     #[new]
     #[pyo3(signature = (
         max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic,
-        allow_tf32, *, rng_state = (0, 0)
+        allow_tf32, num_splits, *, rng_state = (0, 0)
     ))]
     #[expect(clippy::too_many_arguments, reason = "as many as the operator has")]
     fn new(
@@ -36,6 +36,7 @@ impl Options {
         dropout_p: f64,
         deterministic: bool,
         allow_tf32: bool,
+        num_splits: i64,
         rng_state: (i64, i64),
     ) -> PyResult<Self> {
         let count = |argument: &str, found: Option<i64>| {
@@ -53,6 +54,7 @@ impl Options {
             dropout_p,
             deterministic,
             allow_tf32,
+            count("num_splits", Some(num_splits))?.unwrap_or_default(),
         );
         Ok(Options::of(numbers, rng_state))
     }
@@ -64,7 +66,8 @@ impl Options {
         let lengths = (self.attention.max_seqlen_q, self.attention.max_seqlen_k);
         let (scale, softcap) = (softmax_scale.map(f64::from), softcap.map(f64::from));
         let (left, right) = (window_size.left, window_size.right);
-        (lengths.0, lengths.1, scale, causal, left, right, softcap, self.dropout_p, deterministic, allow_tf32)
+        let splits = self.attention.num_splits;
+        (lengths.0, lengths.1, scale, causal, left, right, softcap, self.dropout_p, deterministic, allow_tf32, splits)
     }
 
     /// The seed and the offset of dropout.
@@ -74,8 +77,9 @@ impl Options {
 }
 
 /// The numbers of a call as its caller gives them: longest lengths, softmax_scale, causal, window_size, softcap,
-/// dropout_p, deterministic, allow_tf32.
+/// dropout_p, deterministic, allow_tf32, num_splits.
 pub type GivenNumbers<'py> = (
+    Bound<'py, PyAny>,
     Bound<'py, PyAny>,
     Bound<'py, PyAny>,
     Bound<'py, PyAny>,
@@ -89,9 +93,10 @@ pub type GivenNumbers<'py> = (
 
 impl Options {
     fn of(numbers: Numbers, rng_state: (i64, i64)) -> Self {
-        let (max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap, dropout_p, deterministic, tf32) = numbers;
+        let (max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap, dropout_p, deterministic, tf32, splits) =
+            numbers;
         let mut attention = AttentionOptions::new().causal(causal).window_size(left, right);
-        attention = attention.deterministic(deterministic).allow_tf32(tf32);
+        attention = attention.deterministic(deterministic).allow_tf32(tf32).num_splits(splits);
         attention = attention.dropout(dropout_p as f32, rng_state.0 as u64, rng_state.1 as u64);
         attention.softmax_scale = scale.map(|scale| scale as f32);
         attention.softcap = softcap.map(|softcap| softcap as f32);
@@ -106,7 +111,8 @@ impl Options {
         if !are_plain(torch, tensors)? {
             return Ok(None);
         }
-        let (max_seqlen_q, max_seqlen_k, scale, causal, window_size, softcap, dropout_p, deterministic, tf32) = numbers;
+        let (max_seqlen_q, max_seqlen_k, scale, causal, window_size, softcap, dropout_p, deterministic, tf32, splits) =
+            numbers;
         let options = || {
             let (left, right) = window(window_size)?;
             let numbers = (
@@ -120,6 +126,7 @@ impl Options {
                 number(dropout_p).filter(|p| *p == 0.0)?,
                 flag(deterministic)?,
                 flag(tf32)?,
+                length(splits)?,
             );
             Some(Options::of(numbers, (0, 0)))
         };
@@ -129,7 +136,7 @@ impl Options {
 
 /// The numbers of the operator, in its order.
 type Numbers =
-    (Option<usize>, Option<usize>, Option<f64>, bool, Option<usize>, Option<usize>, Option<f64>, f64, bool, bool);
+    (Option<usize>, Option<usize>, Option<f64>, bool, Option<usize>, Option<usize>, Option<f64>, f64, bool, bool, usize);
 
 /// Whether kernels can read tensors as they are.
 fn are_plain(torch: &Torch, tensors: &InputTuple) -> PyResult<bool> {

@@ -12,4 +12,5 @@ OPERATOR_NUMBERS = {
     "dropout_p": 0.0,
     "deterministic": False,
     "allow_tf32": False,
+    "num_splits": 0,
 }

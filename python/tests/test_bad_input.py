@@ -74,6 +74,9 @@ BAD = [
     ("dropout_p", None, TypeError),
     ("deterministic", "no", TypeError),
     ("allow_tf32", 0, TypeError),
+    ("num_splits", 1.5, TypeError),
+    ("num_splits", -1, ValueError),
+    ("num_splits", 129, ValueError),
     ("return_lse", None, TypeError),
 ]
 
@@ -123,7 +126,7 @@ def test_softmax_names_what_is_bad(arguments, error, name):
 def test_operators_refuse_what_they_are_given_directly():
     """What calls the operators without the functions' checks is refused as well."""
     q = torch.randn(1, 4, 1, 8)
-    numbers = (None, None, None, False, None, None, None, 0.0, False, False)
+    numbers = (None, None, None, False, None, None, None, 0.0, False, False, 0)
     nothing = (None,) * 7
     op = torch.ops.ferroflash.attention
     with pytest.raises(ValueError, match="^q: 3 dimensions"):

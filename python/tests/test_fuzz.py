@@ -225,6 +225,7 @@ class Drawn:
             **arguments,
             **numbers,
             "allow_tf32": False,
+            "num_splits": self.random.choice([0, 1, 3]),
             "return_lse": self.random.random() < 0.5,
             **self.some(
                 bias=lambda: self.tensor(1, NHEADS, 3 if varlen else SEQLEN_Q, 5 if varlen else SEQLEN_K),
@@ -270,7 +271,7 @@ class Drawn:
             **self.random.choice([{}, {name: self.tensor(BATCH, 2, NHEADS_K, HEADDIM) for name in "kv"}]),
             **self.some(cache_batch_idx=lambda: torch.tensor([1, 0], device=self.device)),
             "return_softmax_lse": True,
-            "num_splits": 0,
+            "num_splits": self.random.choice([0, 1, 3]),
             "block_table": None,
             "rotary_cos": None,
             **numbers,

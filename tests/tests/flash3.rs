@@ -139,6 +139,110 @@ fn packed_heads_see_what_they_see() {
     }
 }
 
+/// Keys that are divided into parts: as many as asked for, or one a block; of packed heads and of single ones, of tiles of which
+/// rows see no key of a part, and of several tiles.
+#[test]
+fn divided_keys() {
+    for (i, (lengths, nheads, nheads_k, splits)) in [
+        ((1, 600), 4, 4, 2),
+        ((1, 1300), 8, 2, 5),
+        ((3, 700), 8, 1, 128),
+        ((70, 500), 4, 2, 3),
+        ((300, 330), 2, 1, 4),
+        ((260, 200), 2, 2, 3),
+        ((33, 40), 4, 1, 7),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let headdim = [64, 128][i % 2];
+        for causal in [false, true] {
+            let shape = Case::single([DType::F16, DType::BF16][i % 2], lengths, headdim, causal);
+            let case = Case { batch: 2, nheads, nheads_k, ..shape };
+            let [q, k, v] = case.inputs();
+            let options = case.options().num_splits(splits);
+            let result = session().attention(&q, &k, &v, &options).unwrap_or_else(|error| panic!("{case:?}: {error}"));
+            let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("of these tensors");
+            assert!(accuracy.passed(), "{case:?}: {accuracy}");
+            let launches: Vec<_> = result.report.launches.iter().map(|launch| launch.entry).collect();
+            let blocks = lengths.1.div_ceil(headdim);
+            assert_eq!(launches.len(), if blocks > 1 { 2 } else { 1 }, "{case:?}: {launches:?}");
+            let said = format!("the keys of a tile are divided among {} blocks of threads", splits.min(blocks));
+            assert!(blocks == 1 || result.report.reason.contains(&said), "{case:?}: {}", result.report.reason);
+        }
+    }
+}
+
+/// A step of decoding, whose keys are divided without being asked, and the same bits again; never where that is asked.
+#[test]
+fn divided_keys_of_a_step_of_decoding() {
+    let case = Case { nheads: 4, nheads_k: 2, ..Case::single(DType::BF16, (1, 2100), 128, false) };
+    let [q, k, v] = case.inputs();
+    let run = |num_splits| session().attention(&q, &k, &v, &case.options().num_splits(num_splits)).expect("valid");
+    let (first, second) = (run(0), run(0));
+    assert!(first.report.reason.ends_with("divided among 4 blocks of threads"), "{}", first.report.reason);
+    assert_eq!(first.out.bytes(), second.out.bytes());
+    assert_eq!(run(1).report.launches.len(), 1);
+    let accuracy = accuracy::check(&q, &k, &v, &case.options(), &first).expect("valid");
+    assert!(accuracy.passed(), "{accuracy}");
+}
+
+/// Divided keys of sequences of different lengths, which have few parts, or no keys at all; and of tensors with gaps.
+#[test]
+fn divided_keys_of_sequences_and_of_tensors_with_gaps() {
+    for (group, causal) in [(1, false), (4, true)] {
+        let mut combination = Combination { varlen: true, nheads_k: 2, group, ..plain(DType::F16, (0, 0), (64, 64)) };
+        combination.lengths = vec![(1, 900), (0, 7), (40, 300), (13, 0), (6, 193), (50, 40), (1, 1), (0, 0)];
+        combination.options = combination.options.causal(causal).num_splits(6);
+        let forward = combination.forward(&session(), &combination.tensors()).expect("valid");
+        assert!(forward.report.reason.contains("divided among 6"), "{}", forward.report.reason);
+        combination.check_forward(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+    }
+    for (i, group) in [1, 4].into_iter().enumerate() {
+        let mut combination = Combination { group, ..plain(DType::BF16, (19, 350), (64, 64)) };
+        combination.options = combination.options.causal(i % 2 == 0).num_splits(3);
+        let gaps = [Gaps::Aligned, Gaps::HeadsFirst][i % 2];
+        let checked = combination.check_pointers(Machine::Simulator, Kernel::Flash3, gaps);
+        checked.unwrap_or_else(|reason| panic!("{reason}"));
+    }
+}
+
+/// A value that is not finite reaches the queries that see it, also through parts of the keys, and no other row; and a score
+/// that is NaN makes its row NaN.
+#[test]
+fn divided_keys_are_seen_by_who_sees_them() {
+    let (seqlen_q, seqlen_k, nheads, nheads_k) = (30, 260, 8, 2);
+    let case = Case { nheads, nheads_k, ..Case::single(DType::BF16, (seqlen_q, seqlen_k), 64, true) };
+    let [q, k, v] = case.inputs();
+    let options = case.options().num_splits(4);
+    let with = |x: &ferroflash::Tensor, at: usize, value: f32| {
+        let mut values = x.to_f32();
+        values[at] = value;
+        tensor(DType::BF16, values, x.shape())
+    };
+    for value in [f32::NAN, f32::INFINITY] {
+        // Column 5 of key 245 of the second head of V.
+        let v = with(&v, (245 * nheads_k + 1) * 64 + 5, value);
+        let result = session().attention(&q, &k, &v, &options).expect("valid");
+        let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+        assert!(accuracy.passed(), "{value}: {accuracy}");
+        for (row, o) in result.out.to_f32().chunks(64).enumerate() {
+            let (query, head) = (row / nheads, row % nheads);
+            let sees = query + seqlen_k - seqlen_q >= 245 && head >= nheads / nheads_k;
+            let others_are_finite = o.iter().enumerate().all(|(column, o)| column == 5 || o.is_finite());
+            assert!(others_are_finite && o[5].is_finite() != sees, "{value}: query {query}, head {head}");
+        }
+        // Query 7 of head 3.
+        let q = with(&q, (7 * nheads + 3) * 64, value);
+        let result = session().attention(&q, &k, &case.inputs()[2], &options).expect("valid");
+        for (row, o) in result.out.to_f32().chunks(64).enumerate() {
+            let is_of_nan = row == 7 * nheads + 3;
+            assert!(o.iter().all(|o| o.is_nan() == is_of_nan), "{value}: row {row}");
+        }
+        assert!(result.softmax_lse.to_f32()[3 * seqlen_q + 7].is_nan());
+    }
+}
+
 /// Many keys a query under a causal mask, where tiles are not paired: of packed heads, and of single ones, which are too few for
 /// the larger tiles of kernels for many keys.
 #[test]

@@ -38,6 +38,21 @@ impl<const N: usize> Accumulator<1, N> {
             }
         }
     }
+
+    /// As [`store_rows_at`](Self::store_rows_at), in f32, with rows that begin at multiples of 8 bytes: each lane has pairs.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_f32_rows_at(&self, to: Global<f32>, columns: u32, row_of: impl Fn(u32) -> (u64, bool)) {
+        for half in 0..2 {
+            let (row, is_there) = row_of(Self::row(0, half));
+            for n in 0..N {
+                let (block, column) = (&self.0[0][n], Self::column(n, 0));
+                if is_there && column < columns {
+                    to.store_vector((row + column as u64) as usize, [block[2 * half], block[2 * half + 1]]);
+                }
+            }
+        }
+    }
 }
 
 impl<const N: usize> Accumulator<1, N> {

@@ -32,12 +32,16 @@ pub struct OptionArguments {
     /// Allow products of f32 in tf32, with 10 bits of mantissa
     #[arg(long)]
     tf32: bool,
+    /// Divide the keys of a tile among so many blocks of threads; 0: as many as seems best, 1: none [default: 0]
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
+    num_splits: usize,
 }
 
 impl OptionArguments {
     /// The options.
     pub fn options(&self) -> AttentionOptions {
         let mut options = AttentionOptions::new().causal(self.causal).allow_tf32(self.tf32);
+        options.num_splits = self.num_splits;
         options = options.deterministic(self.deterministic);
         options.window_size = self.window.map_or(WindowSize::default(), |Window(window)| window);
         options.softmax_scale = self.softmax_scale;
@@ -63,6 +67,9 @@ pub fn in_words(options: &AttentionOptions) -> String {
     let numbers = [("scale", softmax_scale), ("softcap", options.softcap), ("dropout", options.dropout.map(|d| d.p))];
     for (name, number) in numbers {
         words += &number.map_or_else(String::new, |number| format!(", {name} {number}"));
+    }
+    if options.num_splits > 0 {
+        words += &format!(", num_splits {}", options.num_splits);
     }
     let choices = [("deterministic", options.deterministic), ("tf32", options.allow_tf32)];
     choices.iter().filter(|(_, chosen)| *chosen).for_each(|(name, _)| words += &format!(", {name}"));

@@ -1,12 +1,13 @@
-//! The launch of FlashAttention-3: its grid and its tensor maps.
-use cuda_std::Kernel;
+//! The launches of FlashAttention-3: its grid and its tensor maps.
+use cuda_std::{Global, Kernel};
 use kernels::Config;
-use kernels::attention::Attention;
+use kernels::attention::{Attention, Untyped};
 use kernels::flash3::order::MAX_SEQUENCES;
 use kernels::flash3::packing::Packing;
 use kernels::flash3::schedule::Schedule;
+use kernels::flash3::splits::{Parts, Splits};
 use kernels::flash3::units::{tiles_of_pack, units_of_pack};
-use kernels::flash3::{GROUP_ROWS, Params};
+use kernels::flash3::{GROUP_ROWS, Params, combine};
 
 use crate::error::Result;
 use crate::launch::Launch;
@@ -14,20 +15,68 @@ use crate::problem::Problem;
 use crate::target::Resources;
 use maps::{Extents, map, map_of_packs};
 use packing::{packing, tiles};
+use splits::splits;
 
 pub(crate) mod backward;
 mod maps;
 pub(crate) mod packing;
+pub(crate) mod splits;
 
-/// The launch for a problem with rows and keys.
-pub(super) fn launch(
+/// The entry points of FlashAttention-3 for a problem.
+#[derive(Clone, Copy)]
+pub(crate) struct Flash3 {
+    pub forward: &'static Kernel<Params, Config>,
+    /// What combines parts of the keys, where these are divided.
+    pub combine: Option<&'static Kernel<combine::Params, Config>>,
+}
+
+impl Flash3 {
+    /// This one, for a problem that it can run.
+    pub fn new(forward: &'static Kernel<Params, Config>, problem: &Problem) -> Self {
+        let are_divided = splits_of(problem, &forward.config).are_divided();
+        let combine = combine::COMBINE.iter().find(|combine| combine.config.dtype == problem.dtype);
+        Flash3 { forward, combine: combine.filter(|_| are_divided) }
+    }
+
+    /// The launches for a problem with rows and keys, in a [workspace](splits::workspace) at these addresses.
+    pub fn launches(
+        self,
+        problem: &Problem,
+        attention: Attention,
+        workspace: &[Global<Untyped>],
+        machine: &Resources,
+    ) -> Result<Vec<Launch>> {
+        let config = &self.forward.config;
+        let (packing, splits) = (packing(problem, config), splits_of(problem, config));
+        let parts = match workspace {
+            &[o, lse] => Parts { o: o.cast(), lse: lse.cast(), rows: problem.rows() as u64 },
+            _ => Parts::NONE,
+        };
+        let forward = launch(self.forward, problem, attention, (packing, splits), parts, machine)?;
+        let Some(combine) = self.combine else { return Ok(vec![forward]) };
+        let Config { block_m, block_n, .. } = *config;
+        let parameters = combine::Params { attention, parts, splits, packing, block_m, block_n };
+        let heads = (problem.batch as u64).saturating_mul(problem.nheads as u64);
+        let blocks = (problem.seqlen_q as u64).div_ceil(combine.config.block_m.into()).saturating_mul(heads);
+        Ok(vec![forward, Launch::new(combine, blocks, parameters)?])
+    }
+}
+
+/// Into how many parts a kernel divides the keys of a problem.
+pub(crate) fn splits_of(problem: &Problem, config: &Config) -> Splits {
+    splits(problem, packing(problem, config), config)
+}
+
+/// The launch of the kernel itself.
+fn launch(
     kernel: &'static Kernel<Params, Config>,
     problem: &Problem,
     attention: Attention,
+    (packing, splits): (Packing, Splits),
+    parts: Parts,
     machine: &Resources,
 ) -> Result<Launch> {
-    let packing = packing(problem, &kernel.config);
-    let (schedule, blocks) = schedule(problem, packing, &kernel.config, machine.multiprocessors)?;
+    let (schedule, blocks) = schedule(problem, (packing, splits), &kernel.config, machine.multiprocessors)?;
     let Config { dtype, headdim, headdim_v, block_n, .. } = kernel.config;
     let q = Extents::of_queries(problem, problem.headdim);
     let [k, v] = [problem.headdim, problem.headdim_v].map(|columns| Extents::of_keys(problem, columns));
@@ -40,6 +89,7 @@ pub(super) fn launch(
         v: (machine.tensor_map)(&v)?,
         attention,
         schedule,
+        parts,
     };
     Launch::new(kernel, blocks, parameters)
 }
@@ -53,19 +103,21 @@ const LONG: usize = 4096;
 /// 128: 4096 keys 184, 109; 16384 keys 693, 403. 4 sequences of 512 queries, not packed: 193, 185; 760, 739.
 const KEYS_A_QUERY: usize = 16;
 
-/// Whether the tiles of a problem differ, and are paired.
-fn are_paired(problem: &Problem) -> bool {
-    problem.is_causal() && problem.seqlen_q.saturating_mul(KEYS_A_QUERY) > problem.seqlen_k
+/// Whether there are so many keys that causal tiles cost the same.
+fn has_many_keys_a_query(problem: &Problem) -> bool {
+    problem.seqlen_q.saturating_mul(KEYS_A_QUERY) <= problem.seqlen_k
 }
 
-/// Whether the kernel for few queries is the faster of two: it packs heads, and has tiles with fewer rows in all; or it takes
-/// several tiles that cost the same, and the other one, which pairs them, has not the larger tiles of kernels for many keys.
+/// Whether the kernel for few queries is the faster of two: it divides keys; or it packs heads, and has tiles with fewer rows in
+/// all; or it takes several tiles that cost the same, and the other one, which pairs them, has not the larger tiles of kernels
+/// for many keys.
 pub(crate) fn has_few_queries(problem: &Problem, few: &Config, other: &Config) -> bool {
     let packing = packing(problem, few);
     let rows = |config: &Config, packing| u128::from(tiles(problem, packing, config)) * u128::from(config.block_m);
     let saves_rows = 10 * rows(few, packing) <= 9 * rows(other, Packing::SINGLE);
-    let of_one_cost = problem.is_causal() && !are_paired(problem) && problem.seqlen_q > few.block_m as usize;
-    saves_rows && packing.heads() > 1 || of_one_cost && other.from_keys == 0
+    let of_one_cost = problem.is_causal() && has_many_keys_a_query(problem) && problem.seqlen_q > few.block_m as usize;
+    let divides = splits(problem, packing, few).are_divided();
+    divides || saves_rows && packing.heads() > 1 || of_one_cost && other.from_keys == 0
 }
 
 /// Whether the queries of the longest sequence fill nine tenths of a kernel's tiles. Kernels for many keys have larger tiles,
@@ -77,13 +129,19 @@ pub(super) fn fills_tiles(problem: &Problem, config: &Config) -> bool {
 }
 
 /// Who does what, and how many blocks of threads that takes. There are no more than there are tiles.
-fn schedule(problem: &Problem, packing: Packing, config: &Config, multiprocessors: u32) -> Result<(Schedule, u64)> {
+fn schedule(
+    problem: &Problem,
+    (packing, splits): (Packing, Splits),
+    config: &Config,
+    multiprocessors: u32,
+) -> Result<(Schedule, u64)> {
     let tiles = tiles_of_pack(packing.rows(problem.seqlen_q as u32), config.block_m);
     let packs = (problem.batch as u64).saturating_mul(packing.packs(problem.nheads as u32).into());
-    Launch::check_blocks(packs.saturating_mul(u64::from(tiles)))?;
+    Launch::check_blocks(packs.saturating_mul(u64::from(tiles)).saturating_mul(splits.count().into()))?;
     let packs = packs as u32;
-    let is_paired = if config.few { are_paired(problem) } else { problem.is_causal() };
-    let units = units_of_pack(tiles, is_paired);
+    let may_differ = !config.few || !splits.are_divided() && !has_many_keys_a_query(problem);
+    let is_paired = problem.is_causal() && may_differ;
+    let units = units_of_pack(tiles, is_paired) * splits.count();
     let is_long = problem.seqlen_k >= LONG || !tiles.is_multiple_of(2);
     let walked_packs = if problem.varlen.is_some() {
         // More sequences than walkers can put into order: each tile is left to a block.
@@ -97,7 +155,7 @@ fn schedule(problem: &Problem, packing: Packing, config: &Config, multiprocessor
     };
     let walkers = u64::from(multiprocessors).min(u64::from(walked_packs) * u64::from(units)) as u32;
     let blocks = u64::from(packs - walked_packs) * u64::from(tiles) + u64::from(walkers);
-    Ok((Schedule { walkers, walked_packs, packing, paired: is_paired.into() }, blocks))
+    Ok((Schedule { walkers, walked_packs, packing, paired: is_paired.into(), splits }, blocks))
 }
 
 #[cfg(test)]
@@ -122,7 +180,7 @@ mod tests {
     fn scheduled(shape: [usize; 4], causal: bool) -> (u32, u32, u64) {
         let config = Config { block_m: 128, block_n: 128, ..FORWARD[0].config };
         let problem = problem(shape, causal);
-        let (schedule, blocks) = schedule(&problem, Packing::SINGLE, &config, 132).expect("small");
+        let (schedule, blocks) = schedule(&problem, (Packing::SINGLE, Splits::ONE), &config, 132).expect("small");
         (schedule.walkers, schedule.walked_packs, blocks)
     }
 
@@ -149,7 +207,7 @@ mod tests {
             let sequences = Sequences::new(&begins, 4096, &begins, 4096).expect("they end with the tensor");
             let problem = Problem::of(&inputs, Some(sequences), &AttentionOptions::new()).expect("valid");
             let config = Config { block_m: 128, block_n: 128, ..FORWARD[0].config };
-            let (schedule, blocks) = schedule(&problem, Packing::SINGLE, &config, 132).expect("small");
+            let (schedule, blocks) = schedule(&problem, (Packing::SINGLE, Splits::ONE), &config, 132).expect("small");
             (schedule.walkers, schedule.walked_packs, blocks)
         };
         assert_eq!(scheduled(1024), (132, 2048, 132));
@@ -164,7 +222,8 @@ mod tests {
             let options = AttentionOptions::new().causal(causal);
             let problem = Problem::new(&layout(seqlen_q, 16), &k, &k, &options).expect("valid");
             let config = Config { block_m: 128, block_n: 128, few: true, ..FORWARD[0].config };
-            let (schedule, blocks) = schedule(&problem, packing(&problem, &config), &config, 132).expect("small");
+            let (schedule, blocks) =
+                schedule(&problem, (packing(&problem, &config), Splits::ONE), &config, 132).expect("small");
             (schedule.packing.heads(), schedule.paired, schedule.walkers, blocks)
         };
         // Tiles of four packed heads, and of one.
@@ -212,7 +271,7 @@ mod tests {
     fn too_many_tiles_are_refused() {
         let shape = [1 << 16, 1 << 16, 64, 8];
         let config = Config { block_m: 64, ..FORWARD[0].config };
-        let refused = schedule(&problem(shape, false), Packing::SINGLE, &config, 132);
+        let refused = schedule(&problem(shape, false), (Packing::SINGLE, Splits::ONE), &config, 132);
         let refused = refused.expect_err("2^32 tiles").to_string();
         assert_eq!(refused, "blocks of a kernel: 4294967296; allowed: at most 2147483647");
     }

@@ -1,8 +1,8 @@
 //! Who multiplies: the algorithm itself.
 use super::GROUP_ROWS;
 use super::memory::Memory;
-use super::packing::Packing;
-use super::schedule::{Place, Tile, Tiles};
+use super::schedule::{Place, Schedule, Tile, Tiles};
+use super::splits::Parts;
 use crate::attention::Attention;
 use crate::mask::{Blocks, Mask};
 use crate::online_softmax::OnlineSoftmax;
@@ -73,7 +73,8 @@ impl<
         memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
         group: u32,
         softmax_scale: f32,
-        packing: Packing<FEW>,
+        schedule: Schedule<FEW>,
+        parts: Parts,
     ) -> Self {
         if group + 1 == GROUPS {
             Self::TURN.pass(group);
@@ -81,7 +82,7 @@ impl<
         Consumer {
             memory,
             group,
-            rows: Rows { packing, first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
+            rows: Rows { schedule, parts, first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
             queries: memory.queries.consumer_at(group),
             keys: memory.keys.consumer(),
             scale: softmax_scale * LOG2_E,
@@ -164,7 +165,7 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn tile(&self, a: &Attention<T>, place: Place) -> Tile {
-        place.tile::<T, CAUSAL, FEW>(a, self.rows.packing, GROUPS * GROUP_ROWS, BLOCK_N as u32)
+        place.tile::<T, CAUSAL, FEW>(a, self.rows.schedule, GROUPS * GROUP_ROWS, BLOCK_N as u32)
     }
 
     /// S of the last block of keys that this warpgroup's rows of a tile see.
@@ -278,7 +279,8 @@ impl<const STAGES: u32, const N: usize> Scores<STAGES, N> {
 /// The rows of a tile that a consumer warpgroup has, from `first` on.
 #[derive(Clone, Copy)]
 struct Rows<const CAUSAL: bool, const FEW: bool> {
-    packing: Packing<FEW>,
+    schedule: Schedule<FEW>,
+    parts: Parts,
     first: u32,
     block_n: u32,
 }
@@ -288,13 +290,14 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
     #[inline(always)]
     fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
         let Tile { sequence, blocks, .. } = *tile;
-        let first_query = self.packing.query(tile.first_row + self.first);
+        let first_query = self.schedule.packing.query(tile.first_row + self.first);
         if first_query >= sequence.seqlen_q {
             return Blocks { end: blocks.begin, ..blocks }.or_one();
         }
         if CAUSAL {
             let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
-            mask.key_blocks(first_query, self.packing.query(GROUP_ROWS), self.block_n).or_one()
+            let own = mask.key_blocks(first_query, self.schedule.packing.query(GROUP_ROWS), self.block_n).or_one();
+            self.schedule.splits.within(blocks, own)
         } else {
             blocks
         }
@@ -308,14 +311,14 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
             let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
             let (first_query, first_key) = (self.of_warp(tile).first_row, block * self.block_n);
             s.map(|row, key, s| {
-                let sees = mask.sees(first_query + self.packing.query(row), first_key + key);
+                let sees = mask.sees(first_query + self.schedule.packing.query(row), first_key + key);
                 if sees { s } else { f32::NEG_INFINITY }
             });
         }
     }
 
-    /// O = diag(l)⁻¹ O and LSE = m + log(l), to global memory. Whether a value that these rows do not see may have spoiled
-    /// them.
+    /// O = diag(l)⁻¹ O and LSE = m + log(l), to global memory; where the tile has a part of the keys, to what
+    /// [`combine`](super::combine) takes. Whether a value that these rows do not see may have spoiled them.
     #[inline(always)]
     #[track_caller]
     fn store<T: PackedElement, const O_COLUMNS: usize>(
@@ -327,18 +330,30 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
     ) -> bool {
         let block = self.of_warp(tile);
         let QueryBlock { first_row, head, sequence } = block;
-        let lse = a.softmax_lse.offset(a.first_row(&sequence, head));
+        let Schedule { packing, splits, .. } = self.schedule;
+        let lse = if splits.are_divided() { self.parts.lse_of(tile.split) } else { a.softmax_lse };
+        let head_row = a.first_row(&sequence, head);
+        let lse = lse.offset(head_row);
         softmax.finish(o, f32::NEG_INFINITY, |row, state| {
-            let (head, query) = (self.packing.head(row), first_row + self.packing.query(row));
+            let (head, query) = (packing.head(row), first_row + packing.query(row));
             // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.
             let index = head * a.lse_head_stride as u32 + query;
             if lane_id().is_multiple_of(4) && query < sequence.seqlen_q {
                 lse.store(index as usize, state.lse());
             }
         });
+        if splits.are_divided() {
+            let first = head_row + first_row as usize;
+            let o_of = self.parts.o_of(tile.split, a.headdim_v).offset(first * a.headdim_v as usize);
+            o.store_f32_rows_at(o_of, a.headdim_v, |row| {
+                let (head, query) = (packing.head(row) as u64, packing.query(row));
+                ((head * a.lse_head_stride + query as u64) * a.headdim_v as u64, query < block.rows())
+            });
+            return false;
+        }
         let first = sequence.queries(&a.o, head, first_row);
         o.store_rows_at(first, a.headdim_v, |row| {
-            let (head, query) = (self.packing.head(row) as u64, self.packing.query(row));
+            let (head, query) = (packing.head(row) as u64, packing.query(row));
             (head * a.o.head_stride + query as u64 * a.o.row_stride, query < block.rows())
         });
         // Where all keys are seen, and what lies behind them is loaded as zeros, nothing spoils a row.
@@ -355,7 +370,7 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
     ) {
         let first = self.of_warp(tile);
         let (mask, scale) = (Mask::of::<T, CAUSAL, false>(a, &first.sequence), a.softmax_scale * LOG2_E);
-        let (heads, queries) = (self.packing.heads().min(16), self.packing.query(16).max(1));
+        let (heads, queries) = (self.schedule.packing.heads().min(16), self.schedule.packing.query(16).max(1));
         for head in 0..heads {
             let block = QueryBlock { head: first.head + head, ..first };
             let o_rows = block.sequence.query_matrix(&a.o, block.head, block.first_row, a.headdim_v, true);
@@ -370,8 +385,8 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
     fn of_warp(self, tile: &Tile) -> QueryBlock {
         let Tile { first_row, pack, sequence, .. } = *tile;
         let row = first_row + self.first + 16 * warp_in_group();
-        let head = self.packing.first_head(pack) + self.packing.head(row);
-        QueryBlock { first_row: self.packing.query(row), head, sequence }
+        let head = self.schedule.packing.first_head(pack) + self.schedule.packing.head(row);
+        QueryBlock { first_row: self.schedule.packing.query(row), head, sequence }
     }
 }
 

@@ -19,6 +19,7 @@
 //! HBM traffic: that of [`flash2`](crate::flash2).
 use crate::attention::Attention;
 use crate::config::Config;
+pub use combine::COMBINE;
 use cuda_std::element::{bf16, f16};
 use cuda_std::matrix::PackedElement;
 use cuda_std::tensor::TensorMap;
@@ -27,13 +28,16 @@ use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warpgro
 use cuda_std::{fence, kernel, wgmma};
 use memory::Memory;
 use schedule::{Schedule, Tiles};
+use splits::Parts;
 
+pub mod combine;
 mod consumer;
 mod memory;
 pub mod order;
 pub mod packing;
 mod producer;
 pub mod schedule;
+pub mod splits;
 pub mod units;
 
 /// Query rows of a consumer warpgroup.
@@ -54,6 +58,8 @@ pub struct Params {
     pub attention: Attention,
     /// Who does what.
     pub schedule: Schedule,
+    /// Where parts of keys leave their O and LSE, which are then [combined](combine).
+    pub parts: Parts,
 }
 
 const fn config<
@@ -177,7 +183,7 @@ pub fn forward<
         memory.order.find::<T, CAUSAL, FEW>(&a, schedule, block_m);
     }
     sync_threads();
-    let tiles = Tiles::<CAUSAL, FEW>::new(schedule, memory.order, block_m);
+    let tiles = Tiles::<CAUSAL, FEW>::new(schedule, memory.order, block_m, BLOCK_N as u32);
     match warpgroup_id() {
         0 => {
             match GROUPS {
@@ -209,7 +215,7 @@ pub fn forward<
                 O_COLUMNS,
                 CAUSAL,
                 FEW,
-            >::new(memory, group - 1, a.softmax_scale, schedule.packing);
+            >::new(memory, group - 1, a.softmax_scale, schedule, p.parts);
             consumer.run(&a, tiles);
         }
     }

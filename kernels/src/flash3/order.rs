@@ -4,7 +4,7 @@
 //! last, and makes one block of threads end after another, is small. Where sequences end only the GPU knows: each block of
 //! threads finds the order for itself, in shared memory, before it begins.
 use super::schedule::Schedule;
-use super::units::{tiles_of_pack, units_of_pack};
+use super::units::tiles_of_pack;
 use crate::attention::{Attention, Sequence};
 use cuda_std::shared::Shared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
@@ -40,7 +40,7 @@ impl Order {
         for i in own() {
             let Sequence { seqlen_q, seqlen_k, .. } = a.sequence(i);
             let tiles = tiles_of_pack(packing.rows(seqlen_q), block_m);
-            let units = packing.packs(a.nheads) * units_of_pack(tiles, schedule.is_paired::<CAUSAL>());
+            let units = packing.packs(a.nheads) * schedule.units_of_pack::<CAUSAL>(tiles);
             // The last rows of a sequence see all keys, under a causal mask the first rows `seqlen_q` less.
             let cost = if CAUSAL { (2 * seqlen_k).saturating_sub(seqlen_q) } else { seqlen_k };
             self.costs.store_vector(2 * i, [cost, units]);

@@ -62,6 +62,12 @@ impl<const FEW: bool> Packing<FEW> {
         row & ((1 << self.log2()) - 1)
     }
 
+    /// The row of a pack that a query of one of its heads is, one of those of Q and O.
+    #[inline(always)]
+    pub fn row(self, head: u32, query: u32) -> u32 {
+        self.rows(query) + self.head(head)
+    }
+
     /// The first head of a pack, among those of Q and O.
     #[inline(always)]
     pub fn first_head(self, pack: u32) -> u32 {

@@ -35,10 +35,8 @@ pub fn produce<
     let mut keys = memory.keys.producer();
     let mut next = tiles.next(a);
     while let Some(place) = next {
-        let block_m = GROUPS * GROUP_ROWS;
         let packing = tiles.packing();
-        let Tile { first_row, pack, sequence, blocks } =
-            place.tile::<T, CAUSAL, FEW>(a, packing, block_m, BLOCK_N as u32);
+        let Tile { first_row, pack, sequence, blocks, .. } = tiles.tile(a, place);
         let batch = a.batch_of_map(sequence.batch) as i32;
         let head = packing.first_head(pack);
         let of_k = [a.head_k(head) as i32, batch];

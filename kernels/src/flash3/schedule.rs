@@ -8,6 +8,7 @@
 //! What runs at the same time is of few heads, whose K and V stay in the L2 cache.
 use super::order::Order;
 use super::packing::Packing;
+use super::splits::Splits;
 use super::units::{tiles_of_pack, units_of_pack};
 use crate::attention::{Attention, Sequence, divisor};
 use crate::mask::{Blocks, Mask};
@@ -24,6 +25,8 @@ pub struct Place {
     pub pack: u32,
     /// The sequence.
     pub batch: u32,
+    /// Which part of the keys.
+    pub split: u32,
 }
 
 /// A tile of queries, rows of one pack of heads of one sequence, and the blocks of keys that they see.
@@ -35,8 +38,23 @@ pub struct Tile {
     pub pack: u32,
     /// The sequence.
     pub sequence: Sequence,
+    /// Which part of the keys that its rows see it has.
+    pub split: u32,
     /// The blocks of keys.
     pub blocks: Blocks,
+}
+
+/// The blocks of keys that a tile of `block_m` rows from `first_row` on needs. If they see no key, it has one of `block_n`
+/// nevertheless, which they do not see.
+#[inline(always)]
+pub fn key_blocks<const FEW: bool>(
+    mask: Mask,
+    packing: Packing<FEW>,
+    first_row: u32,
+    block_m: u32,
+    block_n: u32,
+) -> Blocks {
+    mask.key_blocks(packing.query(first_row), packing.query(block_m), block_n).or_one()
 }
 
 impl Place {
@@ -46,38 +64,36 @@ impl Place {
     /// As words.
     #[inline(always)]
     pub fn words(self) -> [u32; 4] {
-        [self.first_row, self.pack, self.batch, 0]
+        [self.first_row, self.pack, self.batch, self.split]
     }
 
     /// The place of these words, if they are one's.
     #[inline(always)]
-    pub fn of_words([first_row, pack, batch, _]: [u32; 4]) -> Option<Self> {
-        (batch != u32::MAX).then_some(Place { first_row, pack, batch })
+    pub fn of_words([first_row, pack, batch, split]: [u32; 4]) -> Option<Self> {
+        (batch != u32::MAX).then_some(Place { first_row, pack, batch, split })
     }
 
     /// The same, but what follows from it is found anew once `x` is known, and takes no registers until then.
     #[inline(always)]
     pub fn anew(self, x: u32) -> Self {
-        let Place { first_row, pack, batch } = self;
-        Place { batch: unknown_before(batch, x), first_row: unknown_before(first_row, x), pack }
+        Place { batch: unknown_before(self.batch, x), first_row: unknown_before(self.first_row, x), ..self }
     }
 
-    /// The tile of `block_m` rows that is there. If they see no key, it has one block of `block_n` nevertheless, which they
-    /// do not see.
+    /// The tile of `block_m` rows that is there, with its part of their [`key_blocks`].
     #[inline(always)]
     #[track_caller]
     pub fn tile<T, const CAUSAL: bool, const FEW: bool>(
         self,
         a: &Attention<T>,
-        packing: Packing<FEW>,
+        schedule: Schedule<FEW>,
         block_m: u32,
         block_n: u32,
     ) -> Tile {
-        let Place { first_row, pack, batch } = self;
+        let Place { first_row, pack, batch, split } = self;
         let sequence = a.sequence(batch);
         let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
-        let blocks = mask.key_blocks(packing.query(first_row), packing.query(block_m), block_n).or_one();
-        Tile { first_row, pack, sequence, blocks }
+        let blocks = key_blocks(mask, schedule.packing, first_row, block_m, block_n);
+        Tile { first_row, pack, sequence, split, blocks: schedule.splits.part(blocks, split) }
     }
 }
 
@@ -93,14 +109,16 @@ pub struct Schedule<const FEW: bool = true> {
     pub packing: Packing<FEW>,
     /// 1 if a unit is two tiles, else 0. Only under a causal mask it may be.
     pub paired: u32,
+    /// Into how many parts keys are divided, each of which is a unit of its own. Divided, nothing is paired, and walkers do all.
+    pub splits: Splits<FEW>,
 }
 
 impl Schedule {
     /// As a kernel knows it.
     #[inline(always)]
     pub fn known<const FEW: bool>(self) -> Schedule<FEW> {
-        let Schedule { walkers, walked_packs, packing, paired } = self;
-        Schedule { walkers, walked_packs, packing: packing.known(), paired }
+        let Schedule { walkers, walked_packs, packing, paired, splits } = self;
+        Schedule { walkers, walked_packs, packing: packing.known(), paired, splits: splits.known() }
     }
 }
 
@@ -109,6 +127,12 @@ impl<const FEW: bool> Schedule<FEW> {
     #[inline(always)]
     pub fn is_paired<const CAUSAL: bool>(&self) -> bool {
         CAUSAL && (!FEW || self.paired != 0)
+    }
+
+    /// How many units the tiles of a pack make.
+    #[inline(always)]
+    pub fn units_of_pack<const CAUSAL: bool>(&self, tiles: u32) -> u32 {
+        units_of_pack(tiles, self.is_paired::<CAUSAL>()) * self.splits.count()
     }
 }
 
@@ -122,14 +146,22 @@ pub struct Tiles<const CAUSAL: bool, const FEW: bool> {
     /// The place in the order of the sequence that its last unit was of.
     rank: u32,
     block_m: u32,
+    block_n: u32,
 }
 
 impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
-    /// Those of this block of threads. A tile has `block_m` rows. The order is that of sequences of different lengths; others
-    /// need none.
+    /// Those of this block of threads. A tile has `block_m` rows, a block of keys `block_n`. The order is that of sequences of
+    /// different lengths; others need none.
     #[inline(always)]
-    pub fn new(schedule: Schedule<FEW>, order: Order, block_m: u32) -> Self {
-        Tiles { schedule, order, next: 0, rank: 0, block_m }
+    pub fn new(schedule: Schedule<FEW>, order: Order, block_m: u32, block_n: u32) -> Self {
+        Tiles { schedule, order, next: 0, rank: 0, block_m, block_n }
+    }
+
+    /// The tile at a place.
+    #[inline(always)]
+    #[track_caller]
+    pub fn tile<T>(&self, a: &Attention<T>, place: Place) -> Tile {
+        place.tile::<T, CAUSAL, FEW>(a, self.schedule, self.block_m, self.block_n)
     }
 
     /// Which heads of Q are packed.
@@ -142,7 +174,24 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
     #[inline(always)]
     #[track_caller]
     pub fn next<T>(&mut self, a: &Attention<T>) -> Option<Place> {
-        if block_idx_x() < self.schedule.walkers { self.walk(a) } else { self.single(a) }
+        loop {
+            let next = if block_idx_x() < self.schedule.walkers { self.walk(a) } else { self.single(a) };
+            if !FEW || next.is_none_or(|place| self.is_there(a, place)) {
+                return next;
+            }
+        }
+    }
+
+    /// Whether the keys of a tile have that part: of few blocks each is one.
+    #[inline(always)]
+    #[track_caller]
+    fn is_there<T>(&self, a: &Attention<T>, Place { first_row, batch, split, .. }: Place) -> bool {
+        if split == 0 {
+            return true;
+        }
+        let Schedule { packing, splits, .. } = self.schedule;
+        let mask = Mask::of::<T, CAUSAL, false>(a, &a.sequence(batch));
+        split < splits.of(key_blocks(mask, packing, first_row, self.block_m, self.block_n))
     }
 
     /// The next tile of a walker.
@@ -150,14 +199,15 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
     #[track_caller]
     fn walk<T>(&mut self, a: &Attention<T>) -> Option<Place> {
         let (seqlen_q, batch) = (self.anew(a.seqlen_q), self.anew(a.batch));
-        let (packing, is_paired) = (self.schedule.packing, self.schedule.is_paired::<CAUSAL>());
+        let Schedule { packing, splits, .. } = self.schedule;
+        let is_paired = self.schedule.is_paired::<CAUSAL>();
         let turn = if is_paired { self.next / 2 } else { self.next };
         let is_second = is_paired && self.next % 2 == 1;
         let unit = self.unit(turn);
         let (tiles, pack, index, sequence);
         if a.cu_seqlens_q.is_null() {
             tiles = tiles_of_pack(packing.rows(seqlen_q), self.block_m);
-            let units = divisor(units_of_pack(tiles, is_paired));
+            let units = divisor(self.schedule.units_of_pack::<CAUSAL>(tiles));
             if unit / units >= self.schedule.walked_packs {
                 return None;
             }
@@ -167,13 +217,14 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
             let first;
             (sequence, first) = self.order.sequence_of(unit, batch, &mut self.rank)?;
             tiles = tiles_of_pack(packing.rows(a.sequence(sequence).seqlen_q), self.block_m);
-            let units = divisor(units_of_pack(tiles, is_paired));
+            let units = divisor(self.schedule.units_of_pack::<CAUSAL>(tiles));
             (pack, index) = ((unit - first) / units, (unit - first) % units);
         }
+        let (index, split) = (index / divisor(splits.count()), index % divisor(splits.count()));
         // The last rows first. Of a unit that is the tile in the middle there is no second one.
         let from_end = tiles - 1 - index;
         self.next += if is_paired && !is_second && from_end == index { 2 } else { 1 };
-        Some(Place { first_row: self.block_m * if is_second { index } else { from_end }, pack, batch: sequence })
+        Some(Place { first_row: self.block_m * if is_second { index } else { from_end }, pack, batch: sequence, split })
     }
 
     /// What follows from `x` is found anew for each tile, and takes no register of the few that a producer has.
@@ -202,6 +253,6 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
         let is_first = self.next == 0;
         self.next = 1;
         let is_there = is_first && packing.query(first_row) < a.sequence(batch).seqlen_q;
-        is_there.then_some(Place { first_row, pack, batch })
+        is_there.then_some(Place { first_row, pack, batch, split: 0 })
     }
 }

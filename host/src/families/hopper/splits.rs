@@ -1,0 +1,108 @@
+//! Into how many parts FlashAttention-3 divides the keys of a tile.
+use cuda_std::DType;
+use kernels::Config;
+use kernels::flash3::order::MAX_SEQUENCES;
+use kernels::flash3::packing::Packing;
+use kernels::flash3::splits::Splits;
+
+use super::has_many_keys_a_query;
+use super::packing::tiles;
+use crate::launch::Workspace;
+use crate::options::AttentionOptions;
+use crate::problem::Problem;
+
+/// The multiprocessors that are to be filled: those of an H100. All Hopper GPUs divide as it does, so that the same problem gives
+/// the same bits on each, and the workspace is known before the device is.
+const MULTIPROCESSORS: u64 = 132;
+
+/// A part is worth its tile of Q, its O in f32 and what is left of it to combine from so many blocks of keys on.
+const BLOCKS_A_PART: u64 = 4;
+
+/// As many as the caller says, but at most one a block of keys; or, where queries are few, as many as fill the multiprocessors.
+pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Splits {
+    // Without an order of the sequences each tile is left to a block of threads.
+    let is_ordered = problem.varlen.is_none() || problem.batch <= MAX_SEQUENCES as usize;
+    if !config.few || !is_ordered {
+        return Splits::ONE;
+    }
+    let blocks = problem.seqlen_k.div_ceil(config.block_n as usize) as u64;
+    let parts = match problem.num_splits as u64 {
+        0 if has_many_keys_a_query(problem) => filling(tiles(problem, packing, config), blocks),
+        0 => 1,
+        asked => asked.min(blocks),
+    };
+    Splits::new(parts as u32)
+}
+
+/// The fewest parts of so many blocks of keys that keep the multiprocessors busy for 85 % as much of the time as the best number
+/// does: tiles times parts take turns at them, and the last turn is not full.
+fn filling(tiles: u64, blocks: u64) -> u64 {
+    let most = (blocks / BLOCKS_A_PART).clamp(1, AttentionOptions::MOST_SPLITS as u64);
+    if tiles == 0 || 5 * tiles >= 4 * MULTIPROCESSORS {
+        return 1;
+    }
+    let busy = |parts: u64| {
+        let units = tiles * parts;
+        units as f64 / units.next_multiple_of(MULTIPROCESSORS) as f64
+    };
+    let best = (1..=most).map(busy).fold(0.0, f64::max);
+    (1..=most).find(|&parts| busy(parts) >= 0.85 * best).unwrap_or(1)
+}
+
+/// What the parts leave behind: O and the LSE of each.
+pub(crate) fn workspace(problem: &Problem, splits: Splits) -> Vec<Workspace> {
+    if !splits.are_divided() {
+        return Vec::new();
+    }
+    let rows = (problem.rows() as u64).saturating_mul(splits.count().into());
+    let of = |name, len| Workspace { name, dtype: DType::F32, len };
+    vec![of("O", rows.saturating_mul(problem.headdim_v as u64)), of("LSE", rows)]
+}
+
+/// How keys are divided, in words; `None` if they are not.
+pub(crate) fn in_words(splits: Splits) -> Option<String> {
+    let count = splits.count();
+    splits.are_divided().then(|| format!("the keys of a tile are divided among {count} blocks of threads"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use kernels::flash3::FORWARD;
+
+    #[test]
+    fn parts_fill_the_multiprocessors() {
+        // Eight tiles, as of a step of decoding one sequence, with 8 heads of K: 14 · 8 = 112 of 132 are busy.
+        assert_eq!([4, 8, 16, 32, 64, 128, 1024].map(|blocks| filling(8, blocks)), [1, 2, 4, 8, 14, 14, 14]);
+        // 16 sequences of 4 heads of K: two parts are 128 units.
+        assert_eq!([filling(64, 128), filling(66, 128), filling(100, 128)], [2, 2, 5]);
+        assert_eq!([filling(106, 128), filling(132, 128), filling(1000, 128)], [1, 1, 1]);
+        assert_eq!([filling(0, 128), filling(1, 3), filling(1, 1 << 20), filling(2, 1 << 20)], [1, 1, 113, 57]);
+    }
+
+    #[test]
+    fn keys_are_divided_as_asked_or_where_queries_are_few() {
+        let few = Config { block_m: 128, block_n: 128, few: true, ..FORWARD[0].config };
+        let splits_of = |(seqlen_q, seqlen_k), num_splits, config: &Config| {
+            let layout = |seqlen| Layout::contiguous(DType::BF16, &[1, seqlen, 8, 64]).expect("small");
+            let k = layout(seqlen_k);
+            let options = AttentionOptions::new().num_splits(num_splits);
+            let problem = Problem::new(&layout(seqlen_q), &k, &k, &options).expect("valid");
+            splits(&problem, Packing::SINGLE, config).count()
+        };
+        assert_eq!(splits_of((1, 16384), 0, &few), 14);
+        assert_eq!(splits_of((1, 16384), 1, &few), 1);
+        assert_eq!(splits_of((1, 16384), 5, &few), 5);
+        assert_eq!(splits_of((1, 300), 5, &few), 3);
+        assert_eq!(splits_of((100, 100), 0, &few), 1);
+        assert_eq!(splits_of((1, 16384), 0, &Config { few: false, ..few }), 1);
+    }
+
+    #[test]
+    fn too_many_parts_are_refused() {
+        let x = Layout::contiguous(DType::BF16, &[1, 8, 8, 64]).expect("small");
+        let refused = Problem::new(&x, &x, &x, &AttentionOptions::new().num_splits(129)).expect_err("too many");
+        assert_eq!(refused.to_string(), "num_splits: 129; allowed: 0 to 128");
+    }
+}

@@ -285,6 +285,10 @@ class Flash3Parameters(ctypes.Structure):
         ("walked_packs", ctypes.c_uint32),
         ("log2_heads", ctypes.c_uint32),
         ("paired", ctypes.c_uint32),
+        ("splits", ctypes.c_uint32),
+        ("o_of_parts", ctypes.c_void_p),
+        ("lse_of_parts", ctypes.c_void_p),
+        ("rows", ctypes.c_uint64),
     ]
 
 
@@ -325,7 +329,7 @@ class Flash3(Flash2):
             )
         ]
         attention = self.parameters(q, k, v, o, lse)
-        parameters = Flash3Parameters(*maps, attention, walkers, walked_heads, 0, self.causal)
+        parameters = Flash3Parameters(*maps, attention, walkers, walked_heads, 0, self.causal, 1)
         kernel.launch_blocks((heads - walked_heads) * tiles + walkers, parameters)
 
 

@@ -142,7 +142,7 @@ impl Call {
     }
 
     /// Device memory that the kernels work in on any device that the call was made for, in bytes; none for
-    /// FlashAttention-2 and -3.
+    /// FlashAttention-2, and for -3 where it divides no keys.
     pub fn workspace_bytes(&self) -> u64 {
         self.plans.workspace_bytes()
     }

@@ -135,8 +135,19 @@ impl Options {
 }
 
 /// The numbers of the operator, in its order.
-type Numbers =
-    (Option<usize>, Option<usize>, Option<f64>, bool, Option<usize>, Option<usize>, Option<f64>, f64, bool, bool, usize);
+type Numbers = (
+    Option<usize>,
+    Option<usize>,
+    Option<f64>,
+    bool,
+    Option<usize>,
+    Option<usize>,
+    Option<f64>,
+    f64,
+    bool,
+    bool,
+    usize,
+);
 
 /// Whether kernels can read tensors as they are.
 fn are_plain(torch: &Torch, tensors: &InputTuple) -> PyResult<bool> {

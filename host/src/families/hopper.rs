@@ -238,7 +238,7 @@ mod tests {
         let layout = |seqlen, nheads| Layout::contiguous(DType::BF16, &[2, seqlen, nheads, 128]).expect("small");
         let chosen = |(seqlen_q, seqlen_k): (usize, usize), (nheads, nheads_k), causal| {
             let k = layout(seqlen_k, nheads_k);
-            let options = AttentionOptions::new().causal(causal);
+            let options = AttentionOptions::new().causal(causal).num_splits(1);
             let problem = Problem::new(&layout(seqlen_q, nheads), &k, &k, &options).expect("valid");
             let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true });
             Family::flash3(&wanted).expect("it is built for this").kernels()[0].0

@@ -86,8 +86,9 @@ pub fn combine<T: Element>(p: Params) {
         return;
     }
     let mask = Mask::of::<T, false, true>(&a, &sequence);
-    let tile = p.packing.row(head, query) / divisor(p.block_m) * p.block_m;
-    let count = p.splits.of(key_blocks(mask, p.packing, tile, p.block_m, p.block_n));
+    let (block_m, block_n) = (divisor(p.block_m), divisor(p.block_n));
+    let tile = p.packing.row(head, query) / block_m * block_m;
+    let count = p.splits.of(key_blocks(mask, p.packing, tile, block_m, block_n));
     let row = a.first_row(&sequence, head) + query as usize;
     let lse = |part: u32| parts.lse_of(part).load(row) * LOG2_E;
 

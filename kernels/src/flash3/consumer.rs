@@ -74,7 +74,6 @@ impl<
         group: u32,
         softmax_scale: f32,
         schedule: Schedule<FEW>,
-        parts: Parts,
     ) -> Self {
         if group + 1 == GROUPS {
             Self::TURN.pass(group);
@@ -82,7 +81,7 @@ impl<
         Consumer {
             memory,
             group,
-            rows: Rows { schedule, parts, first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
+            rows: Rows { schedule, first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
             queries: memory.queries.consumer_at(group),
             keys: memory.keys.consumer(),
             scale: softmax_scale * LOG2_E,
@@ -97,7 +96,7 @@ impl<
     /// first block of a tile while the rows of the tile before it are stored: if their Q has a stage of its own.
     #[inline(always)]
     #[track_caller]
-    pub fn run(mut self, a: &Attention<T>, mut tiles: Tiles<CAUSAL, FEW>) {
+    pub fn run(mut self, a: &Attention<T>, parts: &Parts, mut tiles: Tiles<CAUSAL, FEW>) {
         let mut next = self.next();
         let mut s = match next {
             Some(place) => self.first(a, place).wait(),
@@ -124,16 +123,16 @@ impl<
                 match next {
                     Some(next) => {
                         let s = self.first(a, next);
-                        self.store(a, place);
+                        self.store(a, parts, place);
                         s.wait()
                     }
                     None => {
-                        self.store(a, place);
+                        self.store(a, parts, place);
                         Accumulator::zero()
                     }
                 }
             } else {
-                self.store(a, place);
+                self.store(a, parts, place);
                 next = self.next();
                 match next {
                     Some(next) => self.first(a, next).wait(),
@@ -158,7 +157,7 @@ impl<
     fn next(&mut self) -> Option<Place> {
         let words = self.memory.places.load_vector(4 * self.queries.wait().index);
         // All lanes have read the same; from a shuffle the compiler knows it, and what follows takes no register a lane.
-        Place::of_words(words.map(|word: u32| shuffle(ALL, word, 0)))
+        Place::of_words::<FEW>(words.map(|word: u32| shuffle(ALL, word, 0)))
     }
 
     /// The tile at a place.
@@ -239,9 +238,9 @@ impl<
     /// Writes O and LSE.
     #[inline(always)]
     #[track_caller]
-    fn store(&mut self, a: &Attention<T>, place: Place) {
+    fn store(&mut self, a: &Attention<T>, parts: &Parts, place: Place) {
         let tile = self.tile(a, place.anew(self.keys.slot().index));
-        self.spoiled |= self.rows.store(a, &tile, self.softmax, &mut self.o);
+        self.spoiled |= self.rows.store(a, parts, &tile, self.softmax, &mut self.o);
     }
 
     /// Where this is in the pipeline of values.
@@ -280,7 +279,6 @@ impl<const STAGES: u32, const N: usize> Scores<STAGES, N> {
 #[derive(Clone, Copy)]
 struct Rows<const CAUSAL: bool, const FEW: bool> {
     schedule: Schedule<FEW>,
-    parts: Parts,
     first: u32,
     block_n: u32,
 }
@@ -324,6 +322,7 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
     fn store<T: PackedElement, const O_COLUMNS: usize>(
         self,
         a: &Attention<T>,
+        parts: &Parts,
         tile: &Tile,
         softmax: RowSoftmax<1>,
         o: &mut Accumulator<1, O_COLUMNS>,
@@ -331,7 +330,7 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
         let block = self.of_warp(tile);
         let QueryBlock { first_row, head, sequence } = block;
         let Schedule { packing, splits, .. } = self.schedule;
-        let lse = if splits.are_divided() { self.parts.lse_of(tile.split) } else { a.softmax_lse };
+        let lse = if splits.are_divided() { parts.lse_of(tile.split) } else { a.softmax_lse };
         let head_row = a.first_row(&sequence, head);
         let lse = lse.offset(head_row);
         softmax.finish(o, f32::NEG_INFINITY, |row, state| {
@@ -344,7 +343,7 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
         });
         if splits.are_divided() {
             let first = head_row + first_row as usize;
-            let o_of = self.parts.o_of(tile.split, a.headdim_v).offset(first * a.headdim_v as usize);
+            let o_of = parts.o_of(tile.split, a.headdim_v).offset(first * a.headdim_v as usize);
             o.store_f32_rows_at(o_of, a.headdim_v, |row| {
                 let (head, query) = (packing.head(row) as u64, packing.query(row));
                 ((head * a.lse_head_stride + query as u64) * a.headdim_v as u64, query < block.rows())

@@ -215,8 +215,8 @@ pub fn forward<
                 O_COLUMNS,
                 CAUSAL,
                 FEW,
-            >::new(memory, group - 1, a.softmax_scale, schedule, p.parts);
-            consumer.run(&a, tiles);
+            >::new(memory, group - 1, a.softmax_scale, schedule);
+            consumer.run(&a, &p.parts, tiles);
         }
     }
 }

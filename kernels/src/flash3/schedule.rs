@@ -69,7 +69,8 @@ impl Place {
 
     /// The place of these words, if they are one's.
     #[inline(always)]
-    pub fn of_words([first_row, pack, batch, split]: [u32; 4]) -> Option<Self> {
+    pub fn of_words<const FEW: bool>([first_row, pack, batch, split]: [u32; 4]) -> Option<Self> {
+        let split = if FEW { split } else { 0 };
         (batch != u32::MAX).then_some(Place { first_row, pack, batch, split })
     }
 

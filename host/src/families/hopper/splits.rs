@@ -34,19 +34,16 @@ pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Sp
     Splits::new(parts as u32)
 }
 
-/// The fewest parts of so many blocks of keys that keep the multiprocessors busy for 85 % as much of the time as the best number
-/// does: tiles times parts take turns at them, and the last turn is not full.
+/// The fewest parts of the keys of so many tiles, of so many blocks each, with which it takes little more than the least time:
+/// that of the blocks that the multiprocessor with the most parts walks over, one after the other.
 fn filling(tiles: u64, blocks: u64) -> u64 {
     let most = (blocks / BLOCKS_A_PART).clamp(1, AttentionOptions::MOST_SPLITS as u64);
     if tiles == 0 || 5 * tiles >= 4 * MULTIPROCESSORS {
         return 1;
     }
-    let busy = |parts: u64| {
-        let units = tiles * parts;
-        units as f64 / units.next_multiple_of(MULTIPROCESSORS) as f64
-    };
-    let best = (1..=most).map(busy).fold(0.0, f64::max);
-    (1..=most).find(|&parts| busy(parts) >= 0.85 * best).unwrap_or(1)
+    let time = |parts: u64| (tiles * parts).div_ceil(MULTIPROCESSORS) * blocks.div_ceil(parts);
+    let least = (1..=most).map(time).min().unwrap_or_default();
+    (1..=most).find(|&parts| 85 * time(parts) <= 100 * least).unwrap_or(1)
 }
 
 /// What the parts leave behind: O and the LSE of each.
@@ -73,12 +70,12 @@ mod tests {
 
     #[test]
     fn parts_fill_the_multiprocessors() {
-        // Eight tiles, as of a step of decoding one sequence, with 8 heads of K: 14 · 8 = 112 of 132 are busy.
-        assert_eq!([4, 8, 16, 32, 64, 128, 1024].map(|blocks| filling(8, blocks)), [1, 2, 4, 8, 14, 14, 14]);
-        // 16 sequences of 4 heads of K: two parts are 128 units.
+        // Eight tiles, as of a step of decoding one sequence, with 8 heads of K.
+        assert_eq!([4, 8, 16, 32, 64, 128, 1024].map(|blocks| filling(8, blocks)), [1, 2, 4, 8, 16, 15, 14]);
+        // Two parts of 64 tiles are 128 units; five of 100 take four turns, and 104 blocks instead of 128.
         assert_eq!([filling(64, 128), filling(66, 128), filling(100, 128)], [2, 2, 5]);
         assert_eq!([filling(106, 128), filling(132, 128), filling(1000, 128)], [1, 1, 1]);
-        assert_eq!([filling(0, 128), filling(1, 3), filling(1, 1 << 20), filling(2, 1 << 20)], [1, 1, 113, 57]);
+        assert_eq!([filling(0, 128), filling(1, 3), filling(2, 1 << 20)], [1, 1, 57]);
     }
 
     #[test]
@@ -91,7 +88,7 @@ mod tests {
             let problem = Problem::new(&layout(seqlen_q), &k, &k, &options).expect("valid");
             splits(&problem, Packing::SINGLE, config).count()
         };
-        assert_eq!(splits_of((1, 16384), 0, &few), 14);
+        assert_eq!(splits_of((1, 16384), 0, &few), 15);
         assert_eq!(splits_of((1, 16384), 1, &few), 1);
         assert_eq!(splits_of((1, 16384), 5, &few), 5);
         assert_eq!(splits_of((1, 300), 5, &few), 3);

@@ -197,7 +197,8 @@ proptest! {
 
 #[test]
 fn the_largest_numbers_have_a_softmax() -> Result<(), TestCaseError> {
-    for rows in [[f32::MAX, f32::MAX, 0.0, f32::MIN], [f32::MIN; 4], [f32::MIN, f32::MIN, f32::NEG_INFINITY, f32::MIN]] {
+    for rows in [[f32::MAX, f32::MAX, 0.0, f32::MIN], [f32::MIN; 4], [f32::MIN, f32::MIN, f32::NEG_INFINITY, f32::MIN]]
+    {
         check_kernels::<f32>(&rows, 4)?;
     }
     let largest = bf16::MAX.to_f32();

@@ -103,7 +103,10 @@ mod tests {
 
     /// Elements that differ by little, far from 0.
     fn large() -> impl Strategy<Value = Vec<f32>> {
-        (prop_oneof![Just(6e4f32), Just(-6e4), Just(f32::MAX), Just(f32::MIN)], prop::collection::vec(-10f32..10.0, 1..200))
+        (
+            prop_oneof![Just(6e4f32), Just(-6e4), Just(f32::MAX), Just(f32::MIN)],
+            prop::collection::vec(-10f32..10.0, 1..200),
+        )
             .prop_map(|(far, near)| near.iter().map(|near| (far + near).clamp(f32::MIN, f32::MAX)).collect())
     }
 

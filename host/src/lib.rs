@@ -83,6 +83,7 @@ pub use driver;
 pub use element::{Datum, Element};
 pub use error::{Error, Result};
 pub use inputs::{BackwardInputs, GradientOutputs, Inputs};
+pub use kernels::SHARED_BYTES_OF_EVERY_GPU;
 pub use layout::Layout;
 pub use options::{AttentionOptions, Dropout, Kernel, SoftmaxMethod, WindowSize};
 pub use problem::{Problem, Varlen};

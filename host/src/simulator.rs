@@ -21,7 +21,6 @@ pub(crate) fn device_name() -> String {
 /// What the simulated GPU has. Of multiprocessors so few that blocks which stay take several tiles each.
 pub(crate) const RESOURCES: Resources = Resources {
     multiprocessors: 2,
-    shared_memory: sim::MOST_SHARED_BYTES,
     tensor_map: |map| map.simulated().map_err(|reason| Error::TensorMap { argument: "a tensor", reason }),
 };
 

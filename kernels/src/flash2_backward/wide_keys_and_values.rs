@@ -33,6 +33,8 @@ const fn wide_keys_and_values_config<
     const LEAN: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_M && D_COLUMNS * 8 == HEADDIM && V_COLUMNS * 8 == HEADDIM_V);
+    // Eight threads copy a row of a slab: all of them together no more than a tile.
+    assert!(BLOCK_M.is_multiple_of(2 * threads(BLOCK_N, 1) as usize / 8));
     let weights = BLOCK_N * BLOCK_M * size_of::<f32>();
     let bytes = weights as u32 + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES as u32;
     assert!(!LEAN || bytes <= SHARED_BYTES_OF_EVERY_GPU);
@@ -66,13 +68,16 @@ const fn wide_keys_and_values_config<
         (CAUSAL, GENERAL, LEAN) in [(false, false, false), (true, false, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
-            (192, 192, 32, 48, 4, 24, 24),
+            (192, 192, 32, 64, 4, 24, 24),
             (192, 128, 32, 64, 4, 24, 16),
             (256, 256, 32, 64, 4, 32, 32),
         ],
         (CAUSAL, GENERAL, LEAN) in [(false, true, false)],
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 48, 2, 32, 32)],
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
+            (192, 192, 32, 32, 4, 24, 24),
+            (256, 256, 16, 32, 2, 32, 32),
+        ],
         (CAUSAL, GENERAL, LEAN) in [(false, true, true)],
     for T in [f32, tf32],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 16, 2, 32, 32)],

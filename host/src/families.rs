@@ -49,13 +49,14 @@ impl<P> Table<'_, P> {
     /// one in tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
     /// of several tiles the one for sequences of this length.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
-        self.find_filled(wanted, |_| true)
+        self.find_among(wanted, |_| true, |_| true)
     }
 
-    /// The same, but of several tiles rather one that this problem fills.
-    pub fn find_filled(
+    /// The same among some entry points, but of several tiles rather one that this problem fills.
+    pub fn find_among(
         &self,
         wanted: &Wanted,
+        is_among: impl Fn(&Config) -> bool,
         is_filled: impl Fn(&Config) -> bool,
     ) -> Result<&'static Kernel<P, Config>, String> {
         let Wanted { problem, features, shared_memory } = wanted;
@@ -87,7 +88,8 @@ impl<P> Table<'_, P> {
         let runs_mask =
             |config: &Config| config.general || config.causal.is_none_or(|causal| causal == problem.is_causal());
         let able = fitting().filter(|Kernel { config, .. }| {
-            runs_mask(config)
+            is_among(config)
+                && runs_mask(config)
                 && features.iter().all(|feature| knows(config, feature))
                 && config.from_keys as usize <= problem.seqlen_k
         });
@@ -182,8 +184,11 @@ impl Family {
     /// FlashAttention-3 with one of these entry points for this problem, or why there is none.
     pub fn flash3_of(wanted: &Wanted, kernels: &'static [Kernel<flash3::Params, Config>]) -> Result<Self, String> {
         let table = Table { name: "flash3", kernels: &[kernels], plain: Feature::OF_HOPPER, pads: true };
-        let is_filled = |config: &_| hopper::packing::fills_tiles(wanted.problem, config);
-        table.find_filled(wanted, is_filled).map(Family::Flash3)
+        let is_filled = |config: &_| hopper::fills_tiles(wanted.problem, config);
+        let find = |is_few| table.find_among(wanted, |config| config.few == is_few, is_filled);
+        let kernel = find(false)?;
+        let few = find(true).ok().filter(|few| hopper::has_few_queries(wanted.problem, &few.config, &kernel.config));
+        Ok(Family::Flash3(few.unwrap_or(kernel)))
     }
 
     /// Its name in reports.
@@ -325,6 +330,7 @@ mod tests {
         block_m: 64,
         block_n: 64,
         from_keys: 0,
+        few: false,
         threads: 128,
         min_blocks_per_sm: 1,
         shared_bytes: 0,

@@ -28,6 +28,8 @@ pub struct Config {
     pub block_n: u32,
     /// From how many keys on it is the fastest of those that compute the same; 0 for one that always is.
     pub from_keys: u32,
+    /// Whether it is for few queries, of heads that share K and V: its tiles may hold rows of several.
+    pub few: bool,
     /// Threads a block.
     pub threads: u32,
     /// Blocks that must fit a multiprocessor at once: bounds the registers.

@@ -70,6 +70,7 @@ const fn config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
+        few: false,
         threads,
         // 255 registers a thread.
         min_blocks_per_sm: 256 / threads,

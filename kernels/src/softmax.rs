@@ -54,6 +54,7 @@ const fn config<T: Element, const ONLINE: bool>(family: &'static str, block_m: u
         block_m,
         block_n: 0,
         from_keys: 0,
+        few: false,
         threads: THREADS,
         min_blocks_per_sm: 8,
         shared_bytes: 0,

@@ -274,28 +274,20 @@ impl Passes {
         let family = "flash2";
         let problem = wanted.problem;
         let row_sums = Workspace { name: ROW_SUMS_OF, dtype: DType::F32, len: problem.rows() as u64 };
-        if !problem.deterministic
-            && let Ok(pass) = Self::fused_pass(wanted)
-        {
-            let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
-            workspace.extend(optional.dsinks.then_some(row_sums));
-            return Ok(Passes {
+        let fused =
+            if problem.deterministic { Err("deterministic asks for it".to_owned()) } else { Self::fused_pass(wanted) };
+        Ok(match fused {
+            Ok(pass) => {
+                let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
+                workspace.extend(optional.dsinks.then_some(row_sums));
+                Passes { family, steps: Self::fused(pass, wanted, optional)?, how: FUSED.to_owned(), workspace }
+            }
+            Err(why) => Passes {
                 family,
-                steps: Self::fused(pass, wanted, optional)?,
-                how: FUSED.to_owned(),
-                workspace,
-            });
-        }
-        let why = if problem.deterministic {
-            "deterministic asks for it"
-        } else {
-            "no fused kernel can run this problem here"
-        };
-        Ok(Passes {
-            family,
-            steps: Self::apart(wanted, optional)?,
-            how: format!("each gradient is computed where it is owned: {why}"),
-            workspace: vec![row_sums],
+                steps: Self::apart(wanted, optional)?,
+                how: format!("each gradient is computed where it is owned: {why}"),
+                workspace: vec![row_sums],
+            },
         })
     }
 

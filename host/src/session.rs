@@ -139,7 +139,7 @@ impl Session {
         let executor = match backend {
             Backend::Cuda => Executor::Cuda(Device::get(0)?),
             Backend::Cpu => Executor::Cpu,
-            Backend::Simulator => Executor::Simulator,
+            Backend::Simulator => simulator::availability().map(|()| Executor::Simulator)?,
         };
         Ok(Session {
             executor,

@@ -18,6 +18,11 @@ pub(crate) fn device_name() -> String {
     "simulated GPU".to_owned()
 }
 
+/// Whether this build has the simulated GPU.
+pub(crate) fn availability() -> Result<()> {
+    if cuda_std::HAS_SIMULATOR { Ok(()) } else { Err(Error::NoSimulator) }
+}
+
 /// What the simulated GPU has. Of multiprocessors so few that blocks which stay take several tiles each.
 pub(crate) const RESOURCES: Resources = Resources {
     multiprocessors: 2,
@@ -83,6 +88,7 @@ impl<'a> Simulator<'a> {
 
 /// Runs a launch, whose tensors are in this memory.
 pub(crate) fn run(launch: &Launch, memory: &Memory, options: &SimulatorOptions) -> Result<LaunchReport> {
+    availability()?;
     let entry = launch.entry;
     let progress = |done, total| {
         if let Some(progress) = &options.progress {

@@ -13,7 +13,7 @@ use crate::features::Feature;
 use crate::launch::{Launch, Workspace};
 use crate::parameters::Access;
 use crate::problem::Problem;
-use crate::target::Resources;
+use crate::target::{Resources, Target};
 
 pub(crate) mod hopper;
 
@@ -24,12 +24,14 @@ use hopper::Flash3;
 pub(crate) struct Wanted<'a> {
     pub problem: &'a Problem,
     features: Vec<Feature>,
+    /// The most shared memory that a block may have, in bytes.
+    shared_memory: u32,
 }
 
 impl<'a> Wanted<'a> {
-    /// A problem whose tensors may be accessed so.
-    pub fn new(problem: &'a Problem, access: Access) -> Self {
-        Wanted { problem, features: Feature::of(problem, access) }
+    /// A problem whose tensors may be accessed so, on this machine.
+    pub fn new(problem: &'a Problem, access: Access, target: Target) -> Self {
+        Wanted { problem, features: Feature::of(problem, access), shared_memory: target.shared_memory }
     }
 }
 
@@ -45,8 +47,8 @@ pub(crate) struct Table<'a, P: 'static> {
 }
 
 impl<P> Table<'_, P> {
-    /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in
-    /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
+    /// The entry point that suits a problem best, or what stands against all of them: of those that can run it on the machine
+    /// one in tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
     /// of several tiles the one for sequences of this length.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
         self.find_among(wanted, |_| true, |_| true)
@@ -59,7 +61,7 @@ impl<P> Table<'_, P> {
         is_among: impl Fn(&Config) -> bool,
         is_filled: impl Fn(&Config) -> bool,
     ) -> Result<&'static Kernel<P, Config>, String> {
-        let Wanted { problem, features } = wanted;
+        let Wanted { problem, features, shared_memory } = wanted;
         let Problem { headdim, headdim_v, .. } = **problem;
         let all = || self.kernels.iter().copied().flatten();
         let dtypes = || all().map(|kernel| kernel.config.dtype.name());
@@ -93,12 +95,19 @@ impl<P> Table<'_, P> {
                 && features.iter().all(|feature| knows(config, feature))
                 && config.from_keys as usize <= problem.seqlen_k
         });
+        let on_machine = able.clone().filter(|kernel| kernel.config.shared_bytes <= *shared_memory);
         let size = |config: &Config| (config.headdim == 0, config.headdim, config.headdim_v);
-        let best = able.min_by_key(|Kernel { config, .. }| {
+        let best = on_machine.min_by_key(|Kernel { config, .. }| {
             let is_unfilled = config.from_keys > 0 && !is_filled(config);
             (config.tf32 != problem.allow_tf32, config.general, size(config), is_unfilled, Reverse(config.from_keys))
         });
         best.ok_or_else(|| {
+            if let Some(needed) = able.map(|kernel| kernel.config.shared_bytes).min() {
+                let name = self.name;
+                return format!(
+                    "{name}: {needed} bytes of shared memory a block; allowed on this GPU: {shared_memory}"
+                );
+            }
             let unknown = |feature: &&Feature| !fitting().any(|kernel| knows(&kernel.config, feature));
             let unknown = listed(features.iter().filter(unknown));
             format!("{}: no kernel of {} and headdim {headdim} for {unknown}", self.name, problem.dtype.name())
@@ -204,6 +213,19 @@ impl Family {
             Family::Flash1(kernel) => vec![of(kernel)],
             Family::Flash2(kernel) => vec![of(kernel)],
             Family::Flash3(Flash3 { forward, combine }) => [of(forward)].into_iter().chain(combine.map(of)).collect(),
+        }
+    }
+
+    /// The shared memory that they need, in bytes a block.
+    pub fn shared_bytes(&self) -> u32 {
+        match self {
+            Family::Standard { scores, probabilities, output } => {
+                let scores_or_output = scores.config.shared_bytes.max(output.config.shared_bytes);
+                probabilities.config.shared_bytes.max(scores_or_output)
+            }
+            Family::Flash1(kernel) => kernel.config.shared_bytes,
+            Family::Flash2(kernel) => kernel.config.shared_bytes,
+            Family::Flash3(kernel) => kernel.config.shared_bytes,
         }
     }
 
@@ -346,7 +368,7 @@ mod tests {
         let (q, v) = (layout(headdims[0]), layout(headdims[1]));
         let problem = Problem::new(&q, &q, &v, options).expect("valid");
         let table = Table { name: "test", kernels: &[&KERNELS], plain: Feature::PLAIN, pads: true };
-        table.find(&Wanted::new(&problem, Access { aligned, mapped: true })).map(|kernel| kernel.name)
+        table.find(&Wanted::new(&problem, Access { aligned, mapped: true }, Target::SMALLEST)).map(|kernel| kernel.name)
     }
 
     #[test]

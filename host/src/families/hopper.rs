@@ -167,6 +167,7 @@ mod tests {
     use crate::options::AttentionOptions;
     use crate::parameters::Access;
     use crate::sequences::Sequences;
+    use crate::target::Target;
     use cuda_std::DType;
     use kernels::flash3::FORWARD;
 
@@ -240,7 +241,7 @@ mod tests {
             let k = layout(seqlen_k, nheads_k);
             let options = AttentionOptions::new().causal(causal).num_splits(1);
             let problem = Problem::new(&layout(seqlen_q, nheads), &k, &k, &options).expect("valid");
-            let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true });
+            let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true }, Target::HOPPER);
             Family::flash3(&wanted).expect("it is built for this").kernels()[0].0
         };
         let [plain, few, large] = ["2x128", "2x128_few", "3x80"].map(|tile| format!("flash3_fwd_bf16_d128_{tile}"));

@@ -90,9 +90,9 @@ pub fn combine<T: Element>(p: Params) {
     let tile = p.packing.row(head, query) / block_m * block_m;
     let count = p.splits.of(key_blocks(mask, p.packing, tile, block_m, block_n));
     let row = a.first_row(&sequence, head) + query as usize;
-    let lse = |part: u32| parts.lse_of(part).load(row) * LOG2_E;
+    let lse = |part: u32| parts.lse_of(part).load(row);
 
-    let mut softmax = OnlineSoftmax::EMPTY;
+    let mut softmax = OnlineSoftmax::<true>::EMPTY;
     let mut part = lane_id();
     while part < count {
         softmax.push(lse(part));

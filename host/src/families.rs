@@ -225,7 +225,9 @@ impl Family {
             }
             Family::Flash1(kernel) => kernel.config.shared_bytes,
             Family::Flash2(kernel) => kernel.config.shared_bytes,
-            Family::Flash3(kernel) => kernel.config.shared_bytes,
+            Family::Flash3(Flash3 { forward, combine }) => {
+                forward.config.shared_bytes.max(combine.map_or(0, |combine| combine.config.shared_bytes))
+            }
         }
     }
 

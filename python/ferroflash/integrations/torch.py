@@ -64,7 +64,7 @@ def _options(
     window: Tuple[Optional[int], Optional[int]],
 ) -> "_core.Options":
     left, right = (None if side is None or side < 0 else side for side in window)
-    return _core.Options(*lengths, scale, is_causal, left, right, None, 0.0, False, False)
+    return _core.Options(*lengths, scale, is_causal, left, right, None, 0.0, False, False, 0)
 
 
 def _tensors(q: Tensor, k: Tensor, v: Tensor, cum_seq_q: Optional[Tensor], cum_seq_k: Optional[Tensor]) -> Any:

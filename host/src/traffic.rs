@@ -183,7 +183,8 @@ pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
 
 /// FlashAttention-3: what FlashAttention-2 moves with its tiles, but that a tile whose rows see no key loads a block of keys
 /// nevertheless. Where heads are packed, all of a pack load K and V together. Where keys are divided, each part of a tile's loads
-/// its Q, and stores O and LSE in f32, of which another kernel loads O once and LSE twice. `None` where [`formula`] has none.
+/// its Q, and stores O and LSE in f32. Another kernel loads the O of the parts that a row sees something of once, and the LSE of
+/// all of its tile's twice. `None` where [`formula`] has none.
 pub fn flash3(problem: &Problem) -> Option<Vec<Step>> {
     let plain = config(kernels::flash3::FORWARD, problem)?;
     let few = config_of(kernels::flash3::FORWARD, problem, true).filter(|few| has_few_queries(problem, few, &plain));
@@ -203,12 +204,18 @@ fn tile_by_tile(
     let Config { block_m, block_n, .. } = config;
     let Head { q, rows, element, mask, .. } = Head::of(problem);
     let (headdim, pack_rows) = (problem.headdim as u64, packing.rows(mask.seqlen_q));
-    let (mut keys, mut rows_of_parts) = (0, 0);
+    let (mut keys, mut rows_of_parts, mut rows_that_see) = (0, 0, 0);
     for first in (0..pack_rows).step_by(block_m as usize) {
         let blocks = needed(mask.key_blocks(packing.query(first), packing.query(block_m), block_n));
         keys += u64::from((blocks.end * block_n).min(mask.seqlen_k));
         let parts = if splits.are_divided() { splits.of(blocks) } else { 1 };
-        rows_of_parts += u64::from(parts) * u64::from(block_m.min(pack_rows - first));
+        let rows = first..pack_rows.min(first + block_m);
+        rows_of_parts += u64::from(parts) * rows.len() as u64;
+        for part in (0..parts).filter(|_| splits.are_divided()).map(|part| splits.part(blocks, part)) {
+            let sees =
+                |query: u32| mask.begin(query).max(part.begin * block_n) < mask.end(query).min(part.end * block_n);
+            rows_that_see += rows.clone().filter(|&row| sees(packing.query(row))).count() as u64;
+        }
     }
     let (heads, k) = (u64::from(packing.heads()), keys * element * headdim);
     let (o, lse) = (heads * q, heads * 4 * rows);
@@ -220,7 +227,7 @@ fn tile_by_tile(
         return for_all(packs, [fused(o, lse)]);
     }
     let moved = |tensor, loaded, stored| Moved { tensor, loaded, stored };
-    let combined = vec![moved("O", o_of_parts, o), moved("LSE", 2 * lse_of_parts, lse)];
+    let combined = vec![moved("O", 4 * headdim * rows_that_see, o), moved("LSE", 2 * lse_of_parts, lse)];
     for_all(packs, [fused(o_of_parts, lse_of_parts), (COMBINED, combined)])
 }
 

@@ -156,7 +156,7 @@ def _has_tangent(x: Optional[Tensor]) -> bool:
 
 
 _TENSORS = 10
-_NUMBERS = 10
+_NUMBERS = 11
 
 
 class _Attention(torch.autograd.Function):

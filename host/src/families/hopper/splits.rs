@@ -15,8 +15,11 @@ use crate::problem::Problem;
 /// the same bits on each, and the workspace is known before the device is.
 const MULTIPROCESSORS: u64 = 132;
 
-/// A part is worth its tile of Q, its O in f32 and what is left of it to combine from so many blocks of keys on.
-const BLOCKS_A_PART: u64 = 4;
+/// What it costs to divide at all, in keys that a block of threads walks over meanwhile: another launch. On an H100.
+const COST: u64 = 512;
+
+/// And what each part costs: it is loaded where parts are combined.
+const COST_OF_PART: u64 = 16;
 
 /// As many as the caller says, but at most one a block of keys; or, where queries are few, as many as fill the multiprocessors.
 pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Splits {
@@ -27,23 +30,26 @@ pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Sp
     }
     let blocks = problem.seqlen_k.div_ceil(config.block_n as usize) as u64;
     let parts = match problem.num_splits as u64 {
-        0 if has_many_keys_a_query(problem) => filling(tiles(problem, packing, config), blocks),
+        0 if has_many_keys_a_query(problem) => filling(tiles(problem, packing, config), blocks, config.block_n.into()),
         0 => 1,
         asked => asked.min(blocks),
     };
     Splits::new(parts as u32)
 }
 
-/// The fewest parts of the keys of so many tiles, of so many blocks each, with which it takes little more than the least time:
-/// that of the blocks that the multiprocessor with the most parts walks over, one after the other.
-fn filling(tiles: u64, blocks: u64) -> u64 {
-    let most = (blocks / BLOCKS_A_PART).clamp(1, AttentionOptions::MOST_SPLITS as u64);
+/// The parts of the keys of so many tiles, of so many blocks each, with which it takes the least time: that of the keys which
+/// the multiprocessor with the most parts walks over, one after the other, and of what dividing costs. The fewest of those.
+fn filling(tiles: u64, blocks: u64, block_n: u64) -> u64 {
     if tiles == 0 || 5 * tiles >= 4 * MULTIPROCESSORS {
         return 1;
     }
-    let time = |parts: u64| (tiles * parts).div_ceil(MULTIPROCESSORS) * blocks.div_ceil(parts);
-    let least = (1..=most).map(time).min().unwrap_or_default();
-    (1..=most).find(|&parts| 85 * time(parts) <= 100 * least).unwrap_or(1)
+    // Of many small parts none is left over for long: four a multiprocessor are enough.
+    let most = blocks.min(4 * MULTIPROCESSORS / tiles).clamp(1, AttentionOptions::MOST_SPLITS as u64);
+    let time = |parts: u64| {
+        let keys = (tiles * parts).div_ceil(MULTIPROCESSORS) * blocks.div_ceil(parts) * block_n;
+        if parts > 1 { keys + COST + COST_OF_PART * parts } else { keys }
+    };
+    (1..=most).min_by_key(|&parts| time(parts)).unwrap_or(1)
 }
 
 /// What the parts leave behind: O and the LSE of each.
@@ -70,12 +76,16 @@ mod tests {
 
     #[test]
     fn parts_fill_the_multiprocessors() {
-        // Eight tiles, as of a step of decoding one sequence, with 8 heads of K.
-        assert_eq!([4, 8, 16, 32, 64, 128, 1024].map(|blocks| filling(8, blocks)), [1, 2, 4, 8, 16, 15, 14]);
+        let filling = |tiles, blocks| filling(tiles, blocks, 128);
+        // Eight tiles, as of a step of decoding one sequence, with 8 heads of K. On an H100 such a step takes, in µs, with so many
+        // parts and undivided: 12.4, 15.0; 14.2, 23.2; 15.5, 39.1; 17.9, 71.6; 33.2, 136.9.
+        assert_eq!([8, 16, 32, 64, 128].map(|blocks| filling(8, blocks)), [8, 8, 16, 16, 16]);
+        // Of few keys another launch would cost more: 12.3 and 11.1 µs.
+        assert_eq!([1, 2, 4].map(|blocks| filling(8, blocks)), [1, 1, 1]);
         // Two parts of 64 tiles are 128 units; five of 100 take four turns, and 104 blocks instead of 128.
         assert_eq!([filling(64, 128), filling(66, 128), filling(100, 128)], [2, 2, 5]);
         assert_eq!([filling(106, 128), filling(132, 128), filling(1000, 128)], [1, 1, 1]);
-        assert_eq!([filling(0, 128), filling(1, 3), filling(2, 1 << 20)], [1, 1, 57]);
+        assert_eq!([filling(0, 128), filling(1, 3), filling(2, 1 << 20)], [1, 1, 66]);
     }
 
     #[test]
@@ -88,7 +98,7 @@ mod tests {
             let problem = Problem::new(&layout(seqlen_q), &k, &k, &options).expect("valid");
             splits(&problem, Packing::SINGLE, config).count()
         };
-        assert_eq!(splits_of((1, 16384), 0, &few), 15);
+        assert_eq!(splits_of((1, 16384), 0, &few), 16);
         assert_eq!(splits_of((1, 16384), 1, &few), 1);
         assert_eq!(splits_of((1, 16384), 5, &few), 5);
         assert_eq!(splits_of((1, 300), 5, &few), 3);

@@ -32,6 +32,42 @@ pub const TENSOR_MAP_BFLOAT16: c_int = 9;
 /// `CU_TENSOR_MAP_L2_PROMOTION_L2_256B`: what a copy misses in the L2 cache comes in pieces of so many bytes.
 pub const TENSOR_MAP_L2_PROMOTION_256B: c_int = 3;
 
+/// How a kernel is launched: a `CUlaunchConfig`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct LaunchConfig {
+    /// Blocks of threads.
+    pub grid: [c_uint; 3],
+    /// Threads of a block.
+    pub block: [c_uint; 3],
+    /// Dynamic shared memory, in bytes.
+    pub shared_bytes: c_uint,
+    /// Where the launch is put.
+    pub stream: Handle,
+    /// So many attributes.
+    pub attributes: *mut LaunchAttribute,
+    /// How many.
+    pub attributes_len: c_uint,
+}
+
+/// A `CUlaunchAttribute` whose value is an int.
+#[repr(C)]
+#[derive(Debug)]
+pub struct LaunchAttribute {
+    /// Which one.
+    pub id: c_int,
+    padding: [u8; 4],
+    value: c_int,
+    rest: [u8; 60],
+}
+
+impl LaunchAttribute {
+    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel may begin when the one before it in the stream says
+    /// so, and waits itself for its end.
+    pub const PROGRAMMATIC_STREAM_SERIALIZATION: Self =
+        LaunchAttribute { id: 6, padding: [0; 4], value: 1, rest: [0; 60] };
+}
+
 unsafe extern "C" {
     /// Reads an attribute of a device.
     pub fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) -> Code;
@@ -60,6 +96,13 @@ unsafe extern "C" {
         block_z: c_uint,
         shared_bytes: c_uint,
         stream: Handle,
+        parameters: *mut *mut c_void,
+        extra: *mut *mut c_void,
+    ) -> Code;
+    /// The same with attributes. Drivers older than CUDA 12 do not have it.
+    pub fn cuLaunchKernelEx(
+        config: *const LaunchConfig,
+        function: Handle,
         parameters: *mut *mut c_void,
         extra: *mut *mut c_void,
     ) -> Code;

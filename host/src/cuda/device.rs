@@ -4,7 +4,10 @@ use std::sync::{Mutex, PoisonError};
 use cust::CudaFlags;
 use cust::device::DeviceAttribute;
 use cust::error::CudaError;
-use driver::calls::{Handle, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, cuDeviceGetAttribute, cuLaunchKernel};
+use driver::calls::{
+    Handle, LaunchAttribute, LaunchConfig, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, cuDeviceGetAttribute, cuLaunchKernel,
+    cuLaunchKernelEx,
+};
 
 use super::codes::{check, error, through_cust};
 use super::context::{Entered, PrimaryContext};
@@ -17,6 +20,9 @@ use crate::target::{Resources, Target};
 
 /// The oldest GPUs that any kernel here runs on.
 const OLDEST: (u32, u32) = (8, 0);
+
+/// The oldest driver that lets kernels overlap in CUDA graphs too.
+const OVERLAPS_SINCE: (u32, u32) = (12, 3);
 
 /// What the driver says about a GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +50,8 @@ pub struct Device {
     info: DeviceInfo,
     context: PrimaryContext,
     modules: Modules,
+    /// Whether kernels that wait for those before them may begin before these have ended.
+    overlaps: bool,
 }
 
 /// All GPUs that the driver finds, also those that the kernels do not run on.
@@ -99,7 +107,8 @@ impl Device {
         if ptx::embedded().is_empty() {
             return Err(Error::NoKernels);
         }
-        Ok(Device { info, context: PrimaryContext::retain(device)?, modules: Modules::default() })
+        let overlaps = driver_version()? >= OVERLAPS_SINCE;
+        Ok(Device { info, context: PrimaryContext::retain(device)?, modules: Modules::default(), overlaps })
     }
 
     /// What the driver says about it.
@@ -136,21 +145,24 @@ impl Device {
         let Launch { entry, grid, block, shared_bytes, .. } = *launch;
         let function = self.modules.function(self, entry, shared_bytes)?;
         let mut parameters = [launch.parameters().cast_mut()];
-        // SAFETY: the kernel takes one struct by value, of the type that `Launch` was made with; the driver copies it.
+        let (parameters, extra) = (parameters.as_mut_ptr(), std::ptr::null_mut());
+        // SAFETY: the kernel takes one struct by value, of the type that `Launch` was made with; the driver copies it, as it
+        // does the attributes. A kernel that may begin before the one before it has ended waits for that itself.
         let code = unsafe {
-            cuLaunchKernel(
-                function,
-                grid,
-                1,
-                1,
-                block,
-                1,
-                1,
-                shared_bytes,
-                stream,
-                parameters.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+            if function.waits && self.overlaps {
+                let mut attributes = [LaunchAttribute::PROGRAMMATIC_STREAM_SERIALIZATION];
+                let config = LaunchConfig {
+                    grid: [grid, 1, 1],
+                    block: [block, 1, 1],
+                    shared_bytes,
+                    stream,
+                    attributes: attributes.as_mut_ptr(),
+                    attributes_len: attributes.len() as u32,
+                };
+                cuLaunchKernelEx(&config, function.handle, parameters, extra)
+            } else {
+                cuLaunchKernel(function.handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, extra)
+            }
         };
         if code == driver::SUCCESS { Ok(()) } else { Err(error("cuLaunchKernel", code, format!("of {entry}"))) }
     }

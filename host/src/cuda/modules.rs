@@ -19,19 +19,27 @@ use crate::ptx::Entry;
 #[derive(Debug, Default)]
 pub struct Modules(Mutex<HashMap<&'static str, Arc<Mutex<Option<Function>>>>>);
 
-/// A `CUfunction`.
+/// A kernel that has been loaded.
 #[derive(Clone, Copy, Debug)]
-struct Function(Handle);
+pub struct Function {
+    /// A `CUfunction`.
+    pub handle: Handle,
+    /// Whether it waits itself for the end of the kernel before it, so that it may begin earlier.
+    pub waits: bool,
+}
+
+/// What such a kernel says. PTX ISA: `griddepcontrol`.
+const WAIT: &[u8] = b"griddepcontrol.wait";
 
 // SAFETY: a handle, which the driver lets any thread use.
 unsafe impl Send for Function {}
 
 impl Modules {
     /// The kernel `entry`, ready for `shared_bytes` of dynamic shared memory. The device's context is current.
-    pub fn function(&self, device: &Device, entry: &'static str, shared_bytes: u32) -> Result<Handle> {
+    pub fn function(&self, device: &Device, entry: &'static str, shared_bytes: u32) -> Result<Function> {
         let place = Arc::clone(lock(&self.0).entry(entry).or_default());
         let mut place = lock(&place);
-        if let Some(Function(function)) = *place {
+        if let Some(function) = *place {
             return Ok(function);
         }
         let info = device.info();
@@ -40,9 +48,9 @@ impl Modules {
             return Err(Error::SharedMemory { entry, device, needed: shared_bytes, available });
         }
         let image = Entry::find(entry, &info.name, info.compute_capability)?.image()?;
-        let function = load(entry, &image, shared_bytes)?;
-        *place = Some(Function(function));
-        Ok(function)
+        let handle = load(entry, &image, shared_bytes)?;
+        let waits = image.windows(WAIT.len()).any(|said| said == WAIT);
+        Ok(*place.insert(Function { handle, waits }))
     }
 }
 

@@ -16,10 +16,10 @@ use crate::online_softmax::OnlineSoftmax;
 use crate::schedule::{QueryBlock, query_block};
 use crate::spoiled_rows::{Elements, attend_spoiled_rows, column, each, groups, load};
 use cuda_std::element::{Element, bf16, f16};
-use cuda_std::kernel;
 use cuda_std::math::{LOG2_E, fma, max};
 use cuda_std::thread::{WARP, lane_id, warp_id};
 use cuda_std::warp::{ALL, any, reduce, shuffle};
+use cuda_std::{grid, kernel};
 
 /// Rows of a block of threads, one a warp.
 const ROWS: u32 = 4;
@@ -79,6 +79,7 @@ const fn config<T: Element>() -> Config {
     table = COMBINE,
 )]
 pub fn combine<T: Element>(p: Params) {
+    grid::wait_for_prerequisites();
     let (a, parts) = (p.attention.of::<T>(), p.parts);
     let QueryBlock { first_row, head, sequence } = query_block(&a, ROWS);
     let query = first_row + warp_id();

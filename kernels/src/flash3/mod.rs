@@ -25,7 +25,7 @@ use cuda_std::matrix::PackedElement;
 use cuda_std::tensor::TensorMap;
 use cuda_std::thread::{sync_threads, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warpgroup_id};
-use cuda_std::{fence, kernel, wgmma};
+use cuda_std::{fence, grid, kernel, wgmma};
 use memory::Memory;
 use schedule::{Schedule, Tiles};
 use splits::Parts;
@@ -183,6 +183,10 @@ pub fn forward<
         memory.order.find::<T, CAUSAL, FEW>(&a, schedule, block_m);
     }
     sync_threads();
+    if FEW {
+        // Parts are combined by a kernel that may begin meanwhile.
+        grid::launch_dependents();
+    }
     let tiles = Tiles::<CAUSAL, FEW>::new(schedule, memory.order, block_m, BLOCK_N as u32);
     match warpgroup_id() {
         0 => {

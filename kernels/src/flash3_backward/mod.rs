@@ -41,13 +41,15 @@ mod finish;
 mod memory;
 mod prepare;
 mod producer;
+mod ring;
 mod split;
 mod whole;
 
-pub use finish::{FINISH, finish};
-pub use prepare::{PREPARE, PREPARE_HEADS, prepare, prepare_heads};
+pub use finish::{FINISH, FINISH_RING, finish, finish_ring};
+pub use prepare::{PREPARE, PREPARE_HEADS, PREPARE_RING, prepare, prepare_heads, prepare_ring};
+pub use ring::Ring;
 pub use split::{SPLIT, split};
-pub use whole::{HEADS, UNITS, WHOLE, heads, units, whole};
+pub use whole::{HEADS, RING, UNITS, WHOLE, heads, ring, units, whole};
 
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
@@ -96,6 +98,8 @@ pub struct Params {
     /// Heads of K whose blocks take turns under a causal mask ([`schedule::key_block_in_turn`]); not 0. Measured with
     /// as many as have their Q, dO and sums of dQ, 8 bytes an element, in 32 MB, at least one.
     pub heads_in_turn: u32,
+    /// For [`prepare_ring()`], [`ring()`] and [`finish_ring()`] alone: where the sums of dQ are.
+    pub ring: Ring,
 }
 
 const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config {
@@ -117,6 +121,11 @@ const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config
     }
 }
 
+/// Whether S, dP, dK and dV leave so few registers that the threads that copy have to give all up that they can.
+const fn is_tight(headdim: usize, block_m: usize) -> bool {
+    headdim + block_m > 192
+}
+
 /// Which blocks of keys a block of threads takes, as a constant.
 mod walk {
     /// One.
@@ -125,6 +134,8 @@ mod walk {
     pub const UNITS: u32 = 1;
     /// All of a head of K.
     pub const HEAD: u32 = 2;
+    /// One, with sums of dQ in a [ring](super::Ring).
+    pub const RING: u32 = 3;
 }
 
 /// The keys that a block of threads takes as its `number`th, where it takes units that cost the same, if there are any left.
@@ -232,16 +243,23 @@ impl Work {
     /// All of them, in the order in which they are taken.
     #[inline(always)]
     fn walk<T>(&self, a: &Attention<T>, block_m: u32) -> Walk {
-        let head = self.block.head_k * self.group;
         let first_place = |head| first_place(a, &self.block.sequence, head, block_m);
+        self.walk_from(first_place(self.block.head_k * self.group), first_place(1) - first_place(0), block_m)
+    }
+
+    /// The same where the first head begins in `first_place`, and each has so many places.
+    #[inline(always)]
+    #[track_caller]
+    fn walk_from(&self, first_place: u32, places_of_head: u32, block_m: u32) -> Walk {
+        let head = self.block.head_k * self.group;
         let (first_row, rows) = (self.blocks.begin * block_m, self.blocks.count() * block_m);
         Walk {
-            next: Step { head, first_row, place: first_place(head) + first_row },
+            next: Step { head, first_row, place: first_place + first_row },
             left: self.steps(),
             block_m,
             rows,
             end_row: first_row + rows,
-            to_next_head: first_place(1) - first_place(0) - rows,
+            to_next_head: places_of_head - rows,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, STAGES, Work, next_keys, walk};
+use super::{GROUPS, Params, STAGES, Work, next_keys, ring, walk};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::cluster::Blocks;
@@ -39,7 +39,7 @@ pub(super) fn load<
         let rank = if CLUSTER > 1 { cluster::block_rank() } else { 0 };
         let key = (block.sequence.first_k + block.first_key + BLOCK_N as u32 * rank) as i32;
         keys.acquire();
-        if WALK != walk::ONE {
+        if matches!(WALK, walk::UNITS | walk::HEAD) {
             inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
@@ -122,11 +122,21 @@ pub(super) fn add_queries<
     let mut parts = outgoing.parts.consumer();
     let mut number = 0;
     loop {
-        let mut walk = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32).walk(a, BLOCK_M as u32);
+        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+        let mut walk = if WALK == walk::RING {
+            let first_place = p.ring.first_place(a, &block.sequence, block.head_k * work.group, BLOCK_M as u32);
+            work.walk_from(first_place, ring::places_of_head(a, BLOCK_M as u32), BLOCK_M as u32)
+        } else {
+            work.walk(a, BLOCK_M as u32)
+        };
         // The step before the first: nothing to add.
         for _ in 0..GROUPS {
             parts.wait().release();
             parts.advance();
+        }
+        let pair = ring::pair(a, &block.sequence, block.head_k);
+        if WALK == walk::RING {
+            p.ring.take_over(a, pair, BLOCK_N as u32);
         }
         while let Some(step) = walk.next() {
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
@@ -142,6 +152,10 @@ pub(super) fn add_queries<
             first.release();
             bulk::wait_read::<0>();
             second.release();
+        }
+        if WALK == walk::RING {
+            bulk::wait::<0>();
+            p.ring.add(pair);
         }
         let Some(next) = next_keys::<T, CAUSAL, WALK>(a, block, BLOCK_N as u32, &mut number) else { break };
         block = next;

@@ -4,7 +4,8 @@
 //! memory: one more thread has the copy engine add it to its sums.
 use super::memory::{Destination, Inputs, Outgoing};
 use super::producer::{add_queries, load, sum_queries};
-use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, first_unit, next_keys, release, unit, walk};
+use super::ring::finish_share;
+use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, first_unit, is_tight, next_keys, release, unit, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -17,7 +18,7 @@ use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Producer;
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{block_idx_x, lane_id, pause, sync_threads, thread_idx_x, warp_id};
-use cuda_std::warp::{ALL, sync_warp};
+use cuda_std::warp::{ALL, shuffle, sync_warp};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
 use cuda_std::{Shared, SmemTile, fence, grid, kernel};
@@ -53,11 +54,6 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         let inputs = Inputs::at(bytes.cast(), others.cast());
         Memory { inputs, d_s, outgoing: Outgoing::at(d_q, inputs.end()) }
     }
-}
-
-/// Whether S, dP, dK and dV leave so few registers that the threads that copy have to give all up that they can.
-const fn is_tight(headdim: usize, block_m: usize) -> bool {
-    headdim + block_m > 192
 }
 
 const fn config<
@@ -139,6 +135,57 @@ pub fn whole<
         &a,
         || block,
     );
+}
+
+/// [`whole()`], with sums of dQ in a [`Ring`](super::Ring) of heads, which it also finishes: all but those of the last heads.
+/// All sequences are equally long. Grid: as for [`whole()`].
+#[kernel(
+    name = "flash3_bwd_ring_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
+            (128, 80, 128, 5, 10, 16, 10, true, 1500, true, 8192),
+        ],
+    config = config,
+    table = RING,
+)]
+pub fn ring<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn, block_idx_x()).block;
+    pass::<
+        T,
+        HEADDIM,
+        BLOCK_M,
+        BLOCK_N,
+        STEPS,
+        S_COLUMNS,
+        D_COLUMNS,
+        Q_COLUMNS,
+        TRANSPOSED,
+        LATE,
+        CAUSAL,
+        { walk::RING },
+    >(&p, &a, || block);
 }
 
 /// [`whole()`], by blocks of threads that take [units](unit) of keys until none is left: K, V and the first queries of the next
@@ -296,6 +343,10 @@ fn pass<
                         sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
                     }
                     32 => add_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block),
+                    thread @ 64.. if WALK == walk::RING => {
+                        let finisher = shuffle(ALL, thread / 32 - 2, 0);
+                        finish_share::<T, HEADDIM, BLOCK_M, BLOCK_N, Q_COLUMNS, TRANSPOSED>(p, a, finisher);
+                    }
                     _ => {}
                 }
             }
@@ -362,7 +413,7 @@ fn consume<
     let mut number = 0;
     loop {
         // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
-        let is_anew = WALK != walk::ONE;
+        let is_anew = matches!(WALK, walk::UNITS | walk::HEAD);
         let group = if is_anew { unknown_before(group, keys.first_key) } else { group };
         let found_anew = |keys: KeyBlock, number| match WALK {
             walk::HEAD => schedule::keys_of_head(a, keys.first_key),

@@ -62,9 +62,7 @@ pub fn wait_in_grid(address: u64, count: u32) {
     let mut there: u32 = 0;
     while there < count {
         // SAFETY: as above.
-        unsafe {
-            asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) there, in(reg64) address, options(nostack))
-        }
+        unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) there, in(reg64) address, options(nostack)) }
     }
     // SAFETY: orders memory, and touches none.
     unsafe { asm!("fence.proxy.async;", options(nostack)) }

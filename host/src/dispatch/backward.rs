@@ -9,6 +9,7 @@ use kernels::flash3_backward as flash3;
 
 use super::{FamilyFor, first_able, why};
 use crate::error::{Error, Result};
+use crate::families::hopper::backward::Turns;
 use crate::families::{Table, Wanted, hopper};
 use crate::features::Feature;
 use crate::inputs::GradientOutputs;
@@ -22,6 +23,7 @@ use crate::target::{Resources, Target};
 const ROW_SUMS_OF: &str = "D";
 const STATISTICS: &str = "LSE and D";
 const D_Q_SUMS: &str = "dQ";
+const COUNTERS: &str = "counters";
 
 /// The gradients that not every backward pass has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -119,6 +121,8 @@ enum Grid {
     KeyUnits,
     /// All keys of a head of K.
     KeyHeads,
+    /// `block_m` queries of a head of Q, of the last heads of a ring.
+    LastQueries,
     /// `block_n` keys and `block_m` rows of the bias, of one of its heads.
     Bias,
     /// A head of Q, of all sequences.
@@ -191,7 +195,12 @@ impl BackwardPlan {
         workspace: &[Global<Untyped>],
         machine: &Resources,
     ) -> Result<Vec<Launch>> {
+        let mut counters = Global::NULL;
         for (part, address) in self.workspace().iter().zip(workspace) {
+            if part.name == COUNTERS {
+                counters = address.cast();
+                continue;
+            }
             let of_part = match part.name {
                 ROW_SUMS_OF => &mut parameters.row_sums,
                 STATISTICS => &mut parameters.statistics,
@@ -207,7 +216,9 @@ impl BackwardPlan {
             };
             (blocks > 0).then(|| match step.kernel {
                 Entry::Plain(kernel) => Launch::new(kernel, blocks, parameters),
-                Entry::Mapped(kernel) => hopper::backward::launch(kernel, blocks, problem, parameters, machine),
+                Entry::Mapped(kernel) => {
+                    hopper::backward::launch(kernel, blocks, problem, parameters, counters, machine)
+                }
             })
         };
         self.steps_in(machine.shared_memory).iter().filter_map(launch).collect()
@@ -246,6 +257,12 @@ impl Passes {
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
+        if units.is_none()
+            && let Ok(pass) = find(&[flash3::RING])
+            && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
+        {
+            return Self::flash3_ring(wanted.problem, pass, turns);
+        }
         let (pass, grid) = units.map_or((pass, Grid::Keys), |units| (units, Grid::KeyUnits));
         Ok(Passes {
             family: "flash3",
@@ -271,6 +288,31 @@ impl Passes {
             leaner: None,
             how: WHOLE_HEADS.to_owned(),
             workspace: Self::fused_workspace(problem, pass.config.headdim, pass.config.block_m),
+        })
+    }
+
+    /// FlashAttention-3's, where heads take turns at the sums of dQ.
+    fn flash3_ring(
+        problem: &Problem,
+        pass: &'static EntryPoint<flash3::Params, Config>,
+        turns: Turns,
+    ) -> Result<Self, String> {
+        let Config { headdim, block_m, .. } = pass.config;
+        let mut workspace = Self::fused_workspace(problem, headdim, block_m);
+        workspace.retain(|part| part.name != D_Q_SUMS);
+        let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+        workspace.push(Workspace { name: D_Q_SUMS, dtype: DType::F32, len: turns.sums });
+        workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: heads.saturating_mul(2) });
+        Ok(Passes {
+            family: "flash3",
+            steps: vec![
+                Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_RING, pass)?), grid: Grid::Queries },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                Step { kernel: Entry::Mapped(in_step(flash3::FINISH_RING, pass)?), grid: Grid::LastQueries },
+            ],
+            leaner: None,
+            how: RING.to_owned(),
+            workspace,
         })
     }
 
@@ -367,11 +409,15 @@ const FUSED: &str = "fused: dQ is summed by atomic additions, unless determinist
 /// How a pass whose blocks of threads take whole heads is one.
 const WHOLE_HEADS: &str = "fused, short heads one after the other: dQ is summed in the same order in every run";
 
+/// How a pass whose heads take turns at the sums of dQ is one.
+const RING: &str =
+    "fused: dQ is summed by atomic additions, unless deterministic forbids it, in sums that heads take turns at";
+
 /// The kernel of a table that goes with a pass.
-fn in_step(
-    kernels: &'static [EntryPoint<Params, Config>],
+fn in_step<P>(
+    kernels: &'static [EntryPoint<P, Config>],
     pass: &'static EntryPoint<flash3::Params, Config>,
-) -> Result<&'static EntryPoint<Params, Config>, String> {
+) -> Result<&'static EntryPoint<P, Config>, String> {
     let key = |config: Config| (config.dtype, config.headdim, config.block_m);
     let found = kernels.iter().find(|kernel| key(kernel.config) == key(pass.config));
     found.ok_or_else(|| format!("flash3 backward: nothing goes with {}", pass.name))
@@ -407,6 +453,7 @@ impl Step {
             }
             Grid::KeyUnits => product([nheads_k, batch], hopper::backward::units_of_head(problem, block_n)),
             Grid::KeyHeads => product([nheads_k, batch], 1),
+            Grid::LastQueries => hopper::backward::ring(problem, &self.kernel.config()).map_or(0, |turns| turns.left),
             Grid::Bias => {
                 let [batch, heads, rows, keys] = problem.bias.unwrap_or_default();
                 let row_blocks = if rows == 1 { 1 } else { blocks(rows, block_m) };

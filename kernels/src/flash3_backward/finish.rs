@@ -1,9 +1,9 @@
 //! dQ from its sums.
 //!
 //! HBM traffic: the sums and dQ once.
-use super::{Params, config_of};
-use crate::config::Config;
+use super::{GROUP_ROWS, GROUPS, Params, config_of};
 use crate::attention::Attention;
+use crate::config::Config;
 use crate::flash2_backward;
 use crate::flash2_backward::fused::first_place;
 use crate::schedule::{self, QueryBlock};
@@ -36,6 +36,20 @@ const fn finish_config<
         barriers: 1,
         ..config_of(T::DTYPE, HEADDIM, None)
     }
+}
+
+/// For kernels whose arguments are those of a pass with blocks of so many keys.
+const fn finish_ring_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const COLUMNS: usize,
+    const STEPS: usize,
+    const TRANSPOSED: bool,
+    const FROM_REGISTERS: bool,
+>() -> Config {
+    let config = finish_config::<T, HEADDIM, BLOCK_M, COLUMNS, STEPS, TRANSPOSED, FROM_REGISTERS>();
+    Config { block_n: GROUPS * GROUP_ROWS, ..config }
 }
 
 /// dQ = softmax_scale times its sums. Grid: `ceil(seqlen_q / BLOCK_M) * nheads * batch`.
@@ -88,7 +102,7 @@ pub fn finish<
             (128, 64, 8, 4, true, false),
             (128, 80, 10, 5, true, false),
         ],
-    config = finish_config,
+    config = finish_ring_config,
     table = FINISH_RING,
 )]
 pub fn finish_ring<

@@ -22,6 +22,9 @@
 //!
 //! [`units()`] is [`whole()`] by blocks of threads that stay, and take one block of keys after the other, of any head.
 //!
+//! [`prepare_ring()`], [`ring()`] and [`finish_ring()`] are the first three where the sums of dQ stay in the L2 cache: heads
+//! take turns at them, and the pass finishes dQ of heads that it is done with ([`Ring`]).
+//!
 //! Where heads are wide, two blocks of threads are a cluster, which has twice the keys: [`split()`].
 //!
 //! Warps are specialised: a thread keeps copies of Q and dO in flight, and two warpgroups multiply. dQ of a step is
@@ -136,6 +139,11 @@ mod walk {
     pub const HEAD: u32 = 2;
     /// One, with sums of dQ in a [ring](super::Ring).
     pub const RING: u32 = 3;
+
+    /// Whether it may be several.
+    pub const fn goes_on(walk: u32) -> bool {
+        matches!(walk, UNITS | HEAD)
+    }
 }
 
 /// The keys that a block of threads takes as its `number`th, where it takes units that cost the same, if there are any left.

@@ -1,5 +1,5 @@
 //! What the pass needs of each row: the base of its exponents, D, and sums of dQ that are 0.
-use super::{Params, config_of, ring};
+use super::{GROUP_ROWS, GROUPS, Params, config_of, ring};
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
 use crate::flash2_backward;
@@ -19,6 +19,11 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
         min_blocks_per_sm: 4,
         ..config_of(T::DTYPE, HEADDIM, None)
     }
+}
+
+/// For kernels whose arguments are those of a pass with blocks of so many keys.
+const fn prepare_ring_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>() -> Config {
+    Config { block_n: GROUPS * GROUP_ROWS, ..prepare_config::<T, HEADDIM, BLOCK_M>() }
 }
 
 /// [`flash2_backward::fused::prepare`](crate::flash2_backward::fused::prepare()) in blocks of `BLOCK_M` rows. Grid:
@@ -42,7 +47,7 @@ pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: fl
     name = "flash3_bwd_prepare_ring_{T}_d{HEADDIM}_m{BLOCK_M}",
     arch = sm_90a,
     for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64), (128, 80)],
-    config = prepare_config,
+    config = prepare_ring_config,
     table = PREPARE_RING,
 )]
 pub fn prepare_ring<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {

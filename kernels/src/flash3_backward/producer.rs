@@ -39,7 +39,7 @@ pub(super) fn load<
         let rank = if CLUSTER > 1 { cluster::block_rank() } else { 0 };
         let key = (block.sequence.first_k + block.first_key + BLOCK_N as u32 * rank) as i32;
         keys.acquire();
-        if matches!(WALK, walk::UNITS | walk::HEAD) {
+        if const { walk::goes_on(WALK) } {
             inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;

@@ -12,14 +12,16 @@
 use super::{Params, is_tight};
 use crate::attention::{Attention, Sequence, divisor};
 use crate::schedule;
+use cuda_std::Global;
 use cuda_std::arrivals::Arrivals;
 use cuda_std::math::{unknown, unknown_before};
 use cuda_std::matrix::PackedElement;
 use cuda_std::thread::{WARP, block_idx_x, thread_idx_x};
 use cuda_std::warp::{ALL, sync_warp};
-use cuda_std::Global;
 
 /// Where the sums of dQ are, and who finishes them.
+///
+/// All sequences are equally long, so some query sees each key: every block of keys has something to add, and counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Ring {
@@ -112,7 +114,7 @@ fn key_blocks<T>(a: &Attention<T>, block_n: u32) -> u32 {
 ///
 /// The sums lie in the order of the registers of the warps that added them: of 16 rows and eight columns of dQ, or of its
 /// transpose, those of a lane follow each other. Here a lane takes eight columns of two rows of dQ at a time, or of one
-/// where there are few registers.
+/// where there are few registers. A loop in the loop, or more registers, would cost the warps that multiply instructions.
 #[inline(always)]
 #[track_caller]
 pub(super) fn finish_share<
@@ -134,14 +136,14 @@ pub(super) fn finish_share<
     }
     let pair = taken - p.ring.lag;
     let two = const { !is_tight(HEADDIM, BLOCK_M) };
-    // Blocks of 16 x 8 that a warp takes at a time, side by side in what was multiplied; and what those of two warps that
-    // multiplied have. They are 32 columns. Rows of a piece, and elements of the sums from one to the next, and to the next
-    // 32 columns.
+    // Blocks of 16 x 8 that a warp takes at a time, side by side in what was multiplied, and what two warps had that
+    // multiplied. A piece is 32 columns of so many rows, for both warps; so far it is to those below, and beside.
     let at_once = if two { 4 } else { 2 };
-    let both_warps = const { 2 * 16 * 8 * Q_COLUMNS as u32 };
-    let (rows, next_rows, next_columns) =
-        if TRANSPOSED { (8 * at_once, 128 * at_once, both_warps) } else { (32, both_warps, 128 * at_once) };
-    let (pieces_of_tile, pieces_of_rows) = (const { (BLOCK_M * HEADDIM) as u32 / 32 } / rows, const { HEADDIM as u32 / 32 });
+    let of_two_warps = const { 2 * 16 * 8 * Q_COLUMNS as u32 };
+    let (rows, below, beside) =
+        if TRANSPOSED { (8 * at_once, 128 * at_once, of_two_warps) } else { (32, of_two_warps, 128 * at_once) };
+    let (pieces_of_tile, pieces_of_rows) =
+        (const { (BLOCK_M * HEADDIM) as u32 / 32 } / rows, const { HEADDIM as u32 / 32 });
     let tiles = a.nheads / divisor(a.nheads_k) * a.seqlen_q.div_ceil(BLOCK_M as u32);
     let of_share = tiles.div_ceil(blocks);
     let first_of = |share: u32| pieces_of_tile * (share * of_share).min(tiles);
@@ -151,55 +153,35 @@ pub(super) fn finish_share<
         // What is the same in all pieces, or follows from the lane, is found anew for each: it would take the registers of
         // the sums.
         let anew = |x| unknown_before(x, piece);
-        let (tile, piece_of_tile) = (piece / pieces_of_tile, piece % pieces_of_tile);
-        let (of_rows, of_columns) = (piece_of_tile / pieces_of_rows, piece_of_tile % pieces_of_rows);
+        let (tile, of_tile) = (piece / pieces_of_tile, piece % pieces_of_tile);
+        let (of_rows, of_columns) = (of_tile / pieces_of_rows, of_tile % pieces_of_rows);
         let pair = anew(pair);
         let (head_k, batch) = schedule::head_of(pair, a.nheads_k);
         let group = a.nheads / divisor(a.nheads_k);
         let tiles_of_head = divisor(anew(a.seqlen_q).div_ceil(BLOCK_M as u32));
-        let place = pair % divisor(p.ring.heads) * group * tiles_of_head + tile;
-        let clears = pair + p.ring.heads < a.nheads_k * a.batch;
         let (head, first_row) = (head_k * group + tile / tiles_of_head, tile % tiles_of_head * BLOCK_M as u32);
         let thread = anew(thread_idx_x());
         let (warp, block, lane) = (anew(warp), thread % WARP / (32 / at_once), thread % (32 / at_once));
-        // The lane's row, how far below it the other is, its first column, and where these are among the sums.
-        let (row, below, column, own) = match (TRANSPOSED, two) {
+        // The lane's row, how far from it the other is, its first column, and where these are among the sums.
+        let (row, other, column, own) = match (TRANSPOSED, two) {
             (true, true) => (8 * block + lane / 2 * 2, 1, 16 * warp + 8 * (lane % 2), 2 * lane),
             (true, false) => (8 * block + lane / 4 * 2 + lane % 2, 0, 16 * warp + 8 * (lane / 2 % 2), lane),
             (false, _) => (16 * warp + lane, 8, 8 * block, 16 * lane),
         };
-        let own = of_rows * next_rows + of_columns * next_columns + both_warps / 2 * warp + 128 * block + own;
+        let own = of_rows * below + of_columns * beside + of_two_warps / 2 * warp + 128 * block + own;
+        let place = pair % divisor(p.ring.heads) * group * tiles_of_head + tile;
         let sums = p.backward.d_q_sums.offset(place as usize * const { BLOCK_M * HEADDIM } + own as usize);
-        let d_q = p.backward.d_q.cast::<T>();
         let (row, column) = (first_row + of_rows * rows + row, of_columns * 32 + column);
+        let d_q = p.backward.d_q.cast::<T>();
         let to = d_q.row(batch, head, row as u64).offset(column as usize);
         let rows_left = a.seqlen_q.saturating_sub(row);
-        let mut x = [[0.0; 8]; 2];
-        for i in 0..8 {
-            match (TRANSPOSED, two) {
-                (true, true) => [x[0][i], x[1][i]] = sums.load_vector(16 * i),
-                (true, false) => x[0][i] = sums.load(16 * i),
-                (false, _) if i % 2 == 0 => {
-                    [x[0][i], x[0][i + 1], x[1][i], x[1][i + 1]] = sums.load_vector(2 * i);
-                }
-                _ => {}
-            }
-        }
-        if clears {
-            for i in 0..8 {
-                match (TRANSPOSED, two) {
-                    (true, true) => sums.store_vector(16 * i, [0.0; 2]),
-                    (true, false) => sums.store(16 * i, 0.0),
-                    (false, _) if i % 2 == 0 => sums.store_vector(2 * i, [0.0; 4]),
-                    _ => {}
-                }
-            }
-        }
+        let is_taken_over = pair + p.ring.heads < a.nheads_k * a.batch;
+        let x = take::<TRANSPOSED>(sums, two, is_taken_over);
         for i in 0..if two { 2 } else { 1 } {
-            if rows_left > i * below && column < a.headdim {
+            if rows_left > i * other && column < a.headdim {
                 let x = x[i as usize].map(|x| x * a.softmax_scale);
                 let words = [T::pack(x[0], x[1]), T::pack(x[2], x[3]), T::pack(x[4], x[5]), T::pack(x[6], x[7])];
-                to.offset((i * below) as usize * d_q.row_stride as usize).cast::<u32>().store_vector(0, words);
+                to.offset((i * other) as usize * d_q.row_stride as usize).cast::<u32>().store_vector(0, words);
             }
         }
         piece = unknown(piece + 1);
@@ -208,4 +190,37 @@ pub(super) fn finish_share<
     if unknown(thread_idx_x()) % WARP == 0 {
         p.ring.finished(unknown_before(pair, end)).arrive();
     }
+}
+
+/// Eight sums of each of `two` rows, or of one, which it clears if they are taken over: `[0.0; 8]` is there for the other.
+#[inline(always)]
+#[track_caller]
+fn take<const TRANSPOSED: bool>(sums: Global<f32>, two: bool, is_taken_over: bool) -> [[f32; 8]; 2] {
+    let mut x = [[0.0; 8]; 2];
+    if TRANSPOSED {
+        for i in 0..8 {
+            if two {
+                [x[0][i], x[1][i]] = sums.load_vector(16 * i);
+            } else {
+                x[0][i] = sums.load(16 * i);
+            }
+        }
+    } else {
+        for i in 0..4 {
+            [x[0][2 * i], x[0][2 * i + 1], x[1][2 * i], x[1][2 * i + 1]] = sums.load_vector(4 * i);
+        }
+    }
+    if !is_taken_over {
+        return x;
+    }
+    if TRANSPOSED {
+        for i in 0..8 {
+            if two { sums.store_vector(16 * i, [0.0; 2]) } else { sums.store(16 * i, 0.0) }
+        }
+    } else {
+        for i in 0..4 {
+            sums.store_vector(4 * i, [0.0; 4]);
+        }
+    }
+    x
 }

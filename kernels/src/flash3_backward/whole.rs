@@ -413,7 +413,7 @@ fn consume<
     let mut number = 0;
     loop {
         // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
-        let is_anew = matches!(WALK, walk::UNITS | walk::HEAD);
+        let is_anew = const { walk::goes_on(WALK) };
         let group = if is_anew { unknown_before(group, keys.first_key) } else { group };
         let found_anew = |keys: KeyBlock, number| match WALK {
             walk::HEAD => schedule::keys_of_head(a, keys.first_key),

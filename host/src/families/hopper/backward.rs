@@ -1,8 +1,8 @@
-//! The launch of FlashAttention-3's backward pass: its tensor maps, and which heads take turns.
-use cuda_std::Kernel;
+//! The launch of FlashAttention-3's backward pass: its tensor maps, which heads take turns, and at what.
+use cuda_std::{Global, Kernel};
 use kernels::Config;
 use kernels::flash2_backward;
-use kernels::flash3_backward::Params;
+use kernels::flash3_backward::{Params, Ring};
 
 use super::maps::{Extents, map};
 use crate::error::Result;
@@ -10,12 +10,14 @@ use crate::launch::Launch;
 use crate::problem::Problem;
 use crate::target::Resources;
 
-/// The launch, in so many blocks of threads, for a problem with rows and keys.
+/// The launch, in so many blocks of threads, for a problem with rows and keys. `counters`: of a [`ring`]; null, if there is
+/// none.
 pub fn launch(
     kernel: &'static Kernel<Params, Config>,
     blocks: u64,
     problem: &Problem,
     backward: flash2_backward::Params,
+    counters: Global<u32>,
     machine: &Resources,
 ) -> Result<Launch> {
     let Config { dtype, headdim, headdim_v, block_m, block_n, .. } = kernel.config;
@@ -26,13 +28,15 @@ pub fn launch(
     let k = map("k", &attention.k, dtype, (block_n, headdim), of_keys(problem.headdim))?;
     let v = map("v", &attention.v, dtype, (block_n, headdim_v), of_keys(problem.headdim_v))?;
     let d_o = map("dout", &backward.d_o, dtype, (block_m, headdim_v), of_queries(problem.headdim_v))?;
+    let turns = ring(problem, &kernel.config).filter(|_| !counters.is_null());
     let parameters = Params {
         q: (machine.tensor_map)(&q)?,
         k: (machine.tensor_map)(&k)?,
         v: (machine.tensor_map)(&v)?,
         d_o: (machine.tensor_map)(&d_o)?,
         backward,
-        heads_in_turn: heads_in_turn(problem, &kernel.config),
+        heads_in_turn: turns.map_or_else(|| heads_in_turn(problem, &kernel.config), |turns| turns.in_turn),
+        ring: turns.map_or(Ring::NONE, |Turns { heads, lag, .. }| Ring { counters, heads, lag }),
     };
     Launch::new(kernel, blocks, parameters)
 }
@@ -89,6 +93,43 @@ pub fn units_of_head(problem: &Problem, block_n: u32) -> u64 {
     if problem.is_causal() { blocks.div_ceil(2) } else { blocks }
 }
 
+/// The most that the sums of dQ of a ring take, in bytes: with the Q and dO of the heads that run at the same time they stay
+/// in the L2 cache. 0: there are no rings.
+const RING_BYTES: u64 = 32 << 20;
+
+/// How heads of K take turns at sums of dQ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turns {
+    /// [`Params::heads_in_turn`].
+    pub in_turn: u32,
+    /// [`Ring::heads`].
+    pub heads: u32,
+    /// [`Ring::lag`].
+    pub lag: u32,
+    /// Elements of the sums.
+    pub sums: u64,
+    /// Blocks of queries of the last heads, which the pass does not finish.
+    pub left: u64,
+}
+
+/// How the heads of a problem take turns at sums of dQ, where that pays: where they fit the cache, and there are more heads
+/// than have a place. A head is finished a wave of blocks of threads after its last keys, and its place taken over another
+/// wave later, so that nobody waits. Under a causal mask half a wave's heads take turns: then waves mix long blocks and
+/// short ones.
+pub fn ring(problem: &Problem, config: &Config) -> Option<Turns> {
+    let rows = (problem.seqlen_q as u64).next_multiple_of(config.block_m.max(1).into());
+    let group = (problem.nheads / problem.nheads_k) as u64;
+    let of_head = rows.saturating_mul(group).saturating_mul(config.headdim.into());
+    let wave = MULTIPROCESSORS.div_ceil((problem.seqlen_k as u64).div_ceil(config.block_n.max(1).into()).max(1));
+    let in_turn = if problem.is_causal() { wave.div_ceil(2) } else { 1 };
+    let lag = in_turn + wave;
+    let (heads, all) = (2 * lag, (problem.nheads_k as u64).saturating_mul(problem.batch as u64));
+    let sums = of_head.saturating_mul(heads);
+    let pays = problem.varlen.is_none() && heads < all && sums.saturating_mul(4) <= RING_BYTES;
+    let left = lag * group * (rows / u64::from(config.block_m.max(1)));
+    pays.then_some(Turns { in_turn: in_turn as u32, heads: heads as u32, lag: lag as u32, sums, left })
+}
+
 /// What the queries of a head of K have of Q, dO and the sums of dQ, in bytes.
 fn of_head(problem: &Problem, config: &Config) -> u64 {
     // Two bytes each of Q and dO, four of the sums.
@@ -103,7 +144,7 @@ mod tests {
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
     use cuda_std::DType;
-    use kernels::flash3_backward::WHOLE;
+    use kernels::flash3_backward::{RING, WHOLE};
 
     #[test]
     fn whole_heads_where_they_fill_the_machine_and_fit_the_cache() {
@@ -129,6 +170,24 @@ mod tests {
         // Of nine blocks of keys under a causal mask one would be alone.
         assert_eq!((of(1100, false), of(1100, true)), ((true, 9), (false, 5)));
         assert!(!of(UNITS_UP_TO + 1, false).0);
+    }
+
+    #[test]
+    fn heads_take_turns_at_sums_that_fit_the_cache() {
+        let turns = |batch, seqlen, nheads, causal| {
+            let of = Layout::contiguous(DType::BF16, &[batch, seqlen, nheads, 128]).expect("small");
+            let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
+            let of_table =
+                |kernel: &&Kernel<Params, Config>| kernel.config.headdim == 128 && kernel.config.block_m == 64;
+            ring(&problem, &RING.iter().find(of_table).expect("a kernel").config)
+        };
+        // Eight blocks of keys a head: a wave takes 17 heads.
+        let full = Turns { in_turn: 1, heads: 36, lag: 18, sums: 36 * 1024 * 128, left: 18 * 16 };
+        assert_eq!(turns(16, 1024, 16, false), Some(full));
+        let causal = Turns { in_turn: 9, heads: 52, lag: 26, sums: 52 * 1024 * 128, left: 26 * 16 };
+        assert_eq!(turns(16, 1024, 16, true), Some(causal));
+        // As many places as heads; sums of 48 MB.
+        assert_eq!((turns(1, 1024, 36, false), turns(8, 16384, 16, false)), (None, None));
     }
 
     #[test]

@@ -177,14 +177,14 @@ fn news_are_passed_on() {
 fn a_bulk_addition_has_ended_before_its_thread_arrives() {
     for right in [true, false] {
         let memory = Memory::new();
-        let (sums, counters) = (memory.upload("sums", &[0f32; 4]), counters(&memory));
-        let at = sums.global();
+        let (sums, found) = (memory.upload("sums", &[0f32; 4]).global(), memory.allocate::<f32>("found", 4));
+        let (to, counters) = (found.global(), counters(&memory));
         let report = run_blocks(3, 1, &memory, move || {
             if block_idx_x() < 2 {
                 let x = dynamic_shared::<f32>();
                 x.store_vector(0, [1.0; 4]);
                 fence::proxy_async();
-                bulk::add(at, x, 4); // added
+                bulk::add(sums, x, 4); // added
                 bulk::commit();
                 if right {
                     bulk::wait::<0>();
@@ -194,12 +194,12 @@ fn a_bulk_addition_has_ended_before_its_thread_arrives() {
                 counters(0).arrive();
             } else {
                 counters(0).wait(2);
-                at.store_vector(0, at.load_vector::<4>(0).map(|x| 10.0 * x)); // all of it
+                to.store_vector(0, sums.load_vector::<4>(0)); // all of it
             }
         });
         if right {
             expect_clean(&report);
-            assert_eq!(memory.read(&sums), [20.0; 4]);
+            assert_eq!(memory.read(&found), [2.0; 4]);
         } else {
             HERE.expect(&report, FindingKind::Race, "all of it", Some("added"));
         }

@@ -509,7 +509,8 @@ fn ptx_prints_what_is_embedded() {
     refuses(["ptx", "flash9_fwd"], "no kernel \"flash9_fwd\" is embedded here");
 }
 
-/// Whole heads where sequences are short and there are enough of them, units of keys a while beyond, and blocks of keys.
+/// Whole heads where sequences are short and there are enough of them, units of keys a while beyond, and blocks of keys of heads
+/// that take turns at sums.
 #[test]
 fn info_explains_which_keys_a_block_of_threads_takes_backward() {
     if succeeds(["ptx", "--arch=sm_90a"]).is_empty() {
@@ -524,7 +525,7 @@ fn info_explains_which_keys_a_block_of_threads_takes_backward() {
     assert_eq!(pass(512), "flash3_bwd_heads_bf16_d64_m128_causal");
     assert_eq!(pass(1024), "flash3_bwd_units_bf16_d64_m128_causal");
     assert_eq!(pass(2048), "flash3_bwd_units_bf16_d64_m128_causal");
-    assert_eq!(pass(4096), "flash3_bwd_bf16_d64_m128_causal");
+    assert_eq!(pass(4096), "flash3_bwd_ring_bf16_d64_m128_causal");
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! What blocks know of each other: by the counters in global memory at which they arrive, and for which they wait.
 //!
 //! Each thread numbers its arrivals. An arrival tells what its thread knows to have happened in the block, and what it knows
-//! of other blocks; who waits for the counter hears that of all arrivals so far. So each use of global memory has two marks:
-//! the arrivals of its block that tell of it, and what its thread had heard of other blocks. With these the search for races
-//! between blocks ([`Footprints`](super::footprints::Footprints)) knows which uses are ordered.
+//! of other blocks; who waits for a count hears that of the arrivals that must be among so many, whatever their order. So each
+//! use of global memory has two marks: the arrivals of its block that tell of it, and what its thread had heard of other blocks.
+//! With these the search for races between blocks ([`Footprints`](super::footprints::Footprints)) knows which uses are ordered.
 use super::block::{Block, Stop};
 use super::clocks::Clocks;
 use super::global_shadow::Touch;
@@ -36,9 +36,42 @@ impl Heard {
     }
 }
 
-/// The counters of a launch: of each, by its address, what those have told that have arrived.
+/// The counters of a launch: of each, by its address, the arrivals so far.
 #[derive(Default)]
-pub(super) struct Counters(Mutex<HashMap<u64, Heard>>);
+pub(super) struct Counters(Mutex<HashMap<u64, Vec<Arrival>>>);
+
+/// An arrival of a thread of a block, and what it tells.
+struct Arrival {
+    block: u32,
+    teller: u32,
+    /// Which of that thread.
+    number: u32,
+    tells: Heard,
+}
+
+impl Arrival {
+    /// Whether it comes after another, or is that.
+    fn knows(&self, other: &Arrival) -> bool {
+        self.tells.0.get(&(other.block, other.teller)) >= Some(&other.number)
+    }
+}
+
+impl Counters {
+    /// What is heard of a counter by who has waited until `missing` fewer had arrived than have.
+    fn heard(&self, address: u64, missing: usize) -> Heard {
+        let counters = self.0.lock().unwrap();
+        let arrivals = counters.get(&address).map_or(&[][..], |arrivals| arrivals);
+        let mut heard = Heard::default();
+        for arrival in arrivals {
+            // Those that may have come without it are too few.
+            let without = arrivals.iter().filter(|other| !other.knows(arrival)).count();
+            if without + missing < arrivals.len() {
+                heard.join(&arrival.tells);
+            }
+        }
+        heard
+    }
+}
 
 /// Which arrivals tell of something: of each thread that has arrived anywhere the first; [`NEVER`], if none does.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
@@ -178,9 +211,10 @@ impl Block {
             let teller = self.news.teller(thread);
             let told = &mut self.news.tellers[teller].epochs;
             told.push(epochs);
-            tells.add(self.number, teller as u32, told.len() as u32);
+            let (block, teller, number) = (self.number, teller as u32, told.len() as u32);
+            tells.add(block, teller, number);
             let mut counters = self.context.counters_in_grid.0.lock().unwrap();
-            counters.entry(address).or_default().join(&tells);
+            counters.entry(address).or_default().push(Arrival { block, teller, number, tells });
         }
         Ok(())
     }
@@ -199,9 +233,9 @@ impl Block {
                     self.news.note_heard(granule, HeardUse { actor, usage, mask, heard: 0 });
                 }
             }
-            let told = self.context.counters_in_grid.0.lock().unwrap().get(&address).cloned();
+            let heard = self.context.counters_in_grid.heard(address, (arrived - count) as usize);
             let epoch = self.clocks.begin_epoch(thread);
-            self.news.waits.push((thread, epoch, told.unwrap_or_default()));
+            self.news.waits.push((thread, epoch, heard));
         }
         Ok(true)
     }

@@ -73,9 +73,7 @@ fn as_many_as_are_waited_for() {
         let report = run_blocks(9, 1, &memory, move || {
             if block_idx_x() < 8 {
                 x.store(block_idx_x() as usize, 1); // one of eight
-                if right || block_idx_x() < 7 {
-                    counters(0).arrive();
-                }
+                counters(0).arrive();
             } else {
                 counters(0).wait(if right { 8 } else { 7 });
                 (0..8).for_each(|i| _ = x.load(i)); // all eight
@@ -87,6 +85,23 @@ fn as_many_as_are_waited_for() {
             HERE.expect(&report, FindingKind::Race, "all eight", Some("one of eight"));
         }
     }
+}
+
+#[test]
+fn arrivals_in_an_order_are_known_by_their_number() {
+    let memory = Memory::new();
+    let (x, counters) = (memory.upload("x", &[0u32; 8]).global(), counters(&memory));
+    expect_clean(&run_blocks(9, 1, &memory, move || {
+        let i = block_idx_x();
+        if i < 8 {
+            counters(0).wait(i);
+            x.store(i as usize, 1);
+            counters(0).arrive();
+        } else {
+            counters(0).wait(3);
+            (0..3).for_each(|i| _ = x.load(i));
+        }
+    }));
 }
 
 #[test]

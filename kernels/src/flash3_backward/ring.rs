@@ -187,7 +187,7 @@ pub(super) fn finish_share<
         piece = unknown(piece + 1);
     }
     sync_warp(ALL);
-    if unknown(thread_idx_x()) % WARP == 0 {
+    if unknown(thread_idx_x()).is_multiple_of(WARP) {
         p.ring.finished(unknown_before(pair, end)).arrive();
     }
 }

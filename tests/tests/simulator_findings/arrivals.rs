@@ -150,7 +150,7 @@ fn an_arrival_is_that_of_one_thread() {
     let (x, counters) = (memory.upload("x", &[0u32; 2048]).global(), counters(&memory));
     let launch = |counter, right| {
         run_blocks(2, 33, &memory, || {
-            if thread_idx_x() % 32 == 0 {
+            if thread_idx_x().is_multiple_of(32) {
                 kernel(x, counter, right, &counters);
             }
         })

@@ -78,12 +78,14 @@ const STAGES: u32 = 2;
 /// are the field `backward`.
 ///
 /// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
-/// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]. Each may be launched before the one before it has
+/// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]; or [`prepare_ring()`], [`ring()`] and [`finish_ring()`], which
+/// all take these. Each may be launched before the one before it has
 /// ended ([`cuda_std::grid`]).
 ///
 /// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
 /// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`]
-/// fills both. It also writes `backward.row_sums`, unless that is null.
+/// fills both. It also writes `backward.row_sums`, unless that is null. In a ring the sums have the whole blocks of `block_m`
+/// queries of [`Ring::heads`] heads of K alone.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Params {

@@ -289,11 +289,10 @@ class Flash3Parameters(ctypes.Structure):
 
 
 class Flash3(Flash2):
-    """The family flash3, scheduled as `host/src/families/hopper.rs` does it where no heads are packed."""
+    """The family flash3, scheduled as `host/src/families/hopper.rs` does it where queries are not few."""
 
     ROWS = 64  # of a tile of Q
     LONG = 4096
-    KEYS_A_QUERY = 16
 
     def __init__(self, driver, command, dtype, headdim, causal):
         self.driver, self.command, self.dtype, self.headdim, self.causal = driver, command, dtype, headdim, causal
@@ -312,10 +311,9 @@ class Flash3(Flash2):
         kernel = self.kernel(seqlen_k)
         multiprocessors, entry = torch.cuda.get_device_properties(0).multi_processor_count, kernel.entry
         heads, tiles = batch * nheads, math.ceil(seqlen_q / entry["block_m"])
-        paired = self.causal and seqlen_q * self.KEYS_A_QUERY > seqlen_k
-        units = math.ceil(tiles / 2) if paired else tiles
+        units = math.ceil(tiles / 2) if self.causal else tiles
         is_long = seqlen_k >= self.LONG or tiles % 2 == 1
-        unwalked = math.ceil(3 * multiprocessors / (2 * units)) if paired and is_long else 0
+        unwalked = math.ceil(3 * multiprocessors / (2 * units)) if self.causal and is_long else 0
         walked_heads = max(0, heads - unwalked)
         walkers = min(multiprocessors, walked_heads * units)
         maps = [
@@ -327,7 +325,7 @@ class Flash3(Flash2):
             )
         ]
         attention = self.parameters(q, k, v, o, lse)
-        parameters = Flash3Parameters(*maps, attention, walkers, walked_heads, 0, paired)
+        parameters = Flash3Parameters(*maps, attention, walkers, walked_heads, 0, self.causal)
         kernel.launch_blocks((heads - walked_heads) * tiles + walkers, parameters)
 
 

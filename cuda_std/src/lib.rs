@@ -58,7 +58,7 @@ pub use cuda_std_macros::kernel;
 pub use element::{DType, Element, Scalar};
 pub use global::Global;
 pub use global_matrix::GlobalMatrix;
-pub use kernel::Kernel;
+pub use kernel::{HAS_SIMULATOR, Kernel, not_simulated};
 pub use shared::{Shared, SharedArray};
 pub use tile::{SmemTile, TileStream};
 

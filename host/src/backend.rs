@@ -34,12 +34,12 @@ impl Backend {
     ///
     /// # Errors
     /// Why it cannot run here: for CUDA [`Error::NoDriver`], [`Error::NoDevice`], [`Error::UnsupportedArchitecture`],
-    /// [`Error::MissingKernel`].
+    /// [`Error::MissingKernel`]; for the simulator [`Error::NoSimulator`].
     pub fn availability(self) -> Result<String> {
         match self {
             Backend::Cuda => cuda::Device::get(0).map(|device| device.info().name.clone()),
             Backend::Cpu => Ok(cpu::device_name()),
-            Backend::Simulator => Ok(simulator::device_name()),
+            Backend::Simulator => simulator::availability().map(|()| simulator::device_name()),
         }
     }
 

@@ -53,7 +53,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Unsupported`], with the reason of each family.
     pub fn new(problem: &Problem, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
-        let wanted = Wanted::new(problem, access);
+        let wanted = Wanted::new(problem, access, target);
         let flash3 = || target.allow_hopper(kernel).and_then(|()| Family::flash3(&wanted));
         let flash2 = || Family::flash2(&wanted);
         let flash1 = || Family::flash1(&wanted);
@@ -81,7 +81,7 @@ impl Plan {
             Backend::Cuda => target.allow_hopper(asked),
             _ => Err(format!("flash3: {} is PTX alone", variant.name())),
         };
-        let wanted = Wanted::new(problem, access);
+        let wanted = Wanted::new(problem, access, target);
         let family = runs().and_then(|()| Family::flash3_of(&wanted, std::slice::from_ref(variant.kernel)));
         let unsupported = |reason| Error::Unsupported { kernel: asked, backend: target.backend, reasons: vec![reason] };
         let family = family.map_err(unsupported)?;
@@ -108,6 +108,11 @@ impl Plan {
     /// Whether its kernels are for Hopper alone.
     pub fn is_for_hopper(&self) -> bool {
         matches!(self.family, Family::Flash3(_))
+    }
+
+    /// The shared memory that its kernels need, in bytes a block.
+    pub fn shared_bytes(&self) -> u32 {
+        self.family.shared_bytes()
     }
 
     /// Whether a kernel runs that asks its arguments for all features.

@@ -190,6 +190,9 @@ pub enum Error {
         /// How many are embedded.
         embedded: usize,
     },
+    /// The simulator, in a build without it.
+    #[error("backend simulator: this build leaves it out; the feature `simulator` of ferroflash has it")]
+    NoSimulator,
     /// This build embeds no kernels at all.
     #[error("this build embeds no kernels: `cargo xtask build-ptx` builds them")]
     NoKernels,

@@ -107,7 +107,7 @@ pub struct ChosenKernel {
 impl Explanation {
     /// For a problem of aligned tensors, on a GPU of this architecture.
     pub fn new(problem: &Problem, kernel: Kernel, architecture: Architecture) -> Self {
-        let target = Target::gpu(architecture.compute_capability);
+        let target = Target::gpu(architecture.compute_capability, architecture.shared_memory_per_block);
         let forward = Plan::new(problem, Access::ANY, kernel, target);
         let optional = Optional { dbias: problem.bias.is_some(), dsinks: problem.sinks };
         let backward = BackwardPlan::new(problem, optional, Access::ANY, kernel, target);
@@ -121,7 +121,7 @@ impl Explanation {
             backward: backward.map(|plan| Choice {
                 algorithm: plan.algorithm(),
                 reason: plan.reason(),
-                kernels: chosen(plan.kernels(architecture.shared_memory_per_block)),
+                kernels: chosen(plan.kernels()),
                 workspace_bytes: plan.extra_bytes(),
             }),
         }
@@ -135,6 +135,10 @@ fn chosen(kernels: Vec<(&'static str, Config)>) -> Vec<ChosenKernel> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inputs::Inputs;
+    use crate::layout::Layout;
+    use crate::options::AttentionOptions;
+    use cuda_std::DType;
 
     #[test]
     fn architectures_have_a_name_and_shared_memory() {
@@ -144,6 +148,42 @@ mod tests {
         for bad in ["sm_75", "sm_", "90", "sm_90a", ""] {
             let refused = bad.parse::<Architecture>().expect_err("unknown").to_string();
             assert_eq!(refused, format!("architecture: {bad:?}; allowed: sm_80 to sm_121"));
+        }
+    }
+
+    /// Each dtype and headdim has kernels, forward and backward, that the GPUs with the least shared memory can launch.
+    #[test]
+    fn every_gpu_can_launch_what_is_chosen_for_it() {
+        let small: Architecture = "sm_86".parse().expect("known");
+        let options = |change: fn(AttentionOptions) -> AttentionOptions| change(AttentionOptions::new());
+        let variants = [
+            options(|plain| plain),
+            options(|plain| plain.causal(true)),
+            options(|plain| plain.causal(true).deterministic(true)),
+            options(|plain| plain.softcap(5.0)),
+            options(|plain| plain.dropout(0.1, 1, 2)),
+            options(|plain| plain.allow_tf32(true)),
+        ];
+        let same = (8..=256).step_by(8).map(|headdim| (headdim, headdim));
+        for (headdim, headdim_v) in same.chain([(192, 128), (64, 256), (256, 64), (96, 24), (33, 33)]) {
+            let dtypes = [DType::F32, DType::F16, DType::BF16];
+            for (dtype, options) in dtypes.into_iter().flat_map(|dtype| variants.iter().map(move |of| (dtype, of))) {
+                let of = |headdim| Layout::contiguous(dtype, &[1, 100, 2, headdim]).expect("small");
+                let (q, v, bias) = (of(headdim), of(headdim_v), Layout::contiguous(dtype, &[1, 2, 100, 100]));
+                let bias = bias.expect("small");
+                for bias in [None, Some(&bias)] {
+                    let inputs = Inputs { bias, ..Inputs::new(&q, &q, &v) };
+                    let problem = Problem::of(&inputs, None, options).expect("valid");
+                    let explanation = Explanation::new(&problem, Kernel::Auto, small);
+                    for (pass, choice) in [("forward", explanation.forward), ("backward", explanation.backward)] {
+                        let what = format!("{pass} of {}, {problem}", dtype.name());
+                        let choice = choice.unwrap_or_else(|refused| panic!("{what}: {refused}"));
+                        for ChosenKernel { entry, config } in choice.kernels {
+                            assert!(config.shared_bytes <= small.shared_memory_per_block, "{what}: {entry}");
+                        }
+                    }
+                }
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::features::Feature;
 use crate::launch::{Launch, Workspace};
 use crate::parameters::Access;
 use crate::problem::Problem;
-use crate::target::Resources;
+use crate::target::{Resources, Target};
 
 pub(crate) mod hopper;
 
@@ -22,12 +22,14 @@ pub(crate) mod hopper;
 pub(crate) struct Wanted<'a> {
     pub problem: &'a Problem,
     features: Vec<Feature>,
+    /// The most shared memory that a block may have, in bytes.
+    shared_memory: u32,
 }
 
 impl<'a> Wanted<'a> {
-    /// A problem whose tensors may be accessed so.
-    pub fn new(problem: &'a Problem, access: Access) -> Self {
-        Wanted { problem, features: Feature::of(problem, access) }
+    /// A problem whose tensors may be accessed so, on this machine.
+    pub fn new(problem: &'a Problem, access: Access, target: Target) -> Self {
+        Wanted { problem, features: Feature::of(problem, access), shared_memory: target.shared_memory }
     }
 }
 
@@ -43,20 +45,21 @@ pub(crate) struct Table<'a, P: 'static> {
 }
 
 impl<P> Table<'_, P> {
-    /// The entry point that suits a problem best, or what stands against all of them: of those that can run it one in
-    /// tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
+    /// The entry point that suits a problem best, or what stands against all of them: of those that can run it on the machine
+    /// one in tf32 where that is allowed, one that does not ask its arguments what this problem does not need, the smallest, and
     /// of several tiles the one for sequences of this length.
     pub fn find(&self, wanted: &Wanted) -> Result<&'static Kernel<P, Config>, String> {
-        self.find_filled(wanted, |_| true)
+        self.find_among(wanted, |_| true, |_| true)
     }
 
-    /// The same, but of several tiles rather one that this problem fills.
-    pub fn find_filled(
+    /// The same among some entry points, but of several tiles rather one that this problem fills.
+    pub fn find_among(
         &self,
         wanted: &Wanted,
+        is_among: impl Fn(&Config) -> bool,
         is_filled: impl Fn(&Config) -> bool,
     ) -> Result<&'static Kernel<P, Config>, String> {
-        let Wanted { problem, features } = wanted;
+        let Wanted { problem, features, shared_memory } = wanted;
         let Problem { headdim, headdim_v, .. } = **problem;
         let all = || self.kernels.iter().copied().flatten();
         let dtypes = || all().map(|kernel| kernel.config.dtype.name());
@@ -85,16 +88,24 @@ impl<P> Table<'_, P> {
         let runs_mask =
             |config: &Config| config.general || config.causal.is_none_or(|causal| causal == problem.is_causal());
         let able = fitting().filter(|Kernel { config, .. }| {
-            runs_mask(config)
+            is_among(config)
+                && runs_mask(config)
                 && features.iter().all(|feature| knows(config, feature))
                 && config.from_keys as usize <= problem.seqlen_k
         });
+        let on_machine = able.clone().filter(|kernel| kernel.config.shared_bytes <= *shared_memory);
         let size = |config: &Config| (config.headdim == 0, config.headdim, config.headdim_v);
-        let best = able.min_by_key(|Kernel { config, .. }| {
+        let best = on_machine.min_by_key(|Kernel { config, .. }| {
             let is_unfilled = config.from_keys > 0 && !is_filled(config);
             (config.tf32 != problem.allow_tf32, config.general, size(config), is_unfilled, Reverse(config.from_keys))
         });
         best.ok_or_else(|| {
+            if let Some(needed) = able.map(|kernel| kernel.config.shared_bytes).min() {
+                let name = self.name;
+                return format!(
+                    "{name}: {needed} bytes of shared memory a block; allowed on this GPU: {shared_memory}"
+                );
+            }
             let unknown = |feature: &&Feature| !fitting().any(|kernel| knows(&kernel.config, feature));
             let unknown = listed(features.iter().filter(unknown));
             format!("{}: no kernel of {} and headdim {headdim} for {unknown}", self.name, problem.dtype.name())
@@ -173,8 +184,11 @@ impl Family {
     /// FlashAttention-3 with one of these entry points for this problem, or why there is none.
     pub fn flash3_of(wanted: &Wanted, kernels: &'static [Kernel<flash3::Params, Config>]) -> Result<Self, String> {
         let table = Table { name: "flash3", kernels: &[kernels], plain: Feature::OF_HOPPER, pads: true };
-        let is_filled = |config: &_| hopper::packing::fills_tiles(wanted.problem, config);
-        table.find_filled(wanted, is_filled).map(Family::Flash3)
+        let is_filled = |config: &_| hopper::fills_tiles(wanted.problem, config);
+        let find = |is_few| table.find_among(wanted, |config| config.few == is_few, is_filled);
+        let kernel = find(false)?;
+        let few = find(true).ok().filter(|few| hopper::has_few_queries(wanted.problem, &few.config, &kernel.config));
+        Ok(Family::Flash3(few.unwrap_or(kernel)))
     }
 
     /// Its name in reports.
@@ -197,6 +211,19 @@ impl Family {
             Family::Flash1(kernel) => vec![of(kernel)],
             Family::Flash2(kernel) => vec![of(kernel)],
             Family::Flash3(kernel) => vec![of(kernel)],
+        }
+    }
+
+    /// The shared memory that they need, in bytes a block.
+    pub fn shared_bytes(&self) -> u32 {
+        match self {
+            Family::Standard { scores, probabilities, output } => {
+                let scores_or_output = scores.config.shared_bytes.max(output.config.shared_bytes);
+                probabilities.config.shared_bytes.max(scores_or_output)
+            }
+            Family::Flash1(kernel) => kernel.config.shared_bytes,
+            Family::Flash2(kernel) => kernel.config.shared_bytes,
+            Family::Flash3(kernel) => kernel.config.shared_bytes,
         }
     }
 
@@ -303,6 +330,7 @@ mod tests {
         block_m: 64,
         block_n: 64,
         from_keys: 0,
+        few: false,
         threads: 128,
         min_blocks_per_sm: 1,
         shared_bytes: 0,
@@ -330,7 +358,7 @@ mod tests {
         let (q, v) = (layout(headdims[0]), layout(headdims[1]));
         let problem = Problem::new(&q, &q, &v, options).expect("valid");
         let table = Table { name: "test", kernels: &[&KERNELS], plain: Feature::PLAIN, pads: true };
-        table.find(&Wanted::new(&problem, Access { aligned, mapped: true })).map(|kernel| kernel.name)
+        table.find(&Wanted::new(&problem, Access { aligned, mapped: true }, Target::SMALLEST)).map(|kernel| kernel.name)
     }
 
     #[test]

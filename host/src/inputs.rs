@@ -26,7 +26,7 @@ pub struct Inputs<X> {
     /// V: (batch, seqlen_k, nheads_k, headdim_v); with `cu_seqlens_k` (total_k, nheads_k, headdim_v).
     pub v: X,
     /// Added to the scores: (batch, nheads, seqlen_q, seqlen_k) in the dtype of Q. Each of the first three may be 1: the same
-    /// for all. With `cu_seqlens_q` the lengths are the longest ones.
+    /// for all. With `cu_seqlens_q` the lengths are the longest ones. -inf hides the key, as the mask does.
     pub bias: Option<X>,
     /// Which keys a query sees: u8, 0 for those that it does not, of shape (batch, nheads, seqlen_q, seqlen_k). Each of the
     /// first three may be 1: a key-padding mask is (batch, 1, 1, seqlen_k).

@@ -43,6 +43,13 @@
 //! [`Backend::auto`] takes the GPU where there is one that the kernels run on, and else the CPU, and says why. Nothing falls
 //! back from a GPU that failed: that is an error. [`Backend::Simulator`] runs the GPU's kernels on the CPU, and reports each
 //! race, each uninitialised read, and every byte that moves.
+//!
+//! # Features
+//!
+//! Both are there by default, and an application may leave out both.
+//!
+//! - `cli`: the command `ferroflash`.
+//! - `simulator`: [`Backend::Simulator`]. Without it no kernel is compiled for the CPU, which is most of the time of a build.
 
 pub mod accuracy;
 mod backend;
@@ -83,6 +90,7 @@ pub use driver;
 pub use element::{Datum, Element};
 pub use error::{Error, Result};
 pub use inputs::{BackwardInputs, GradientOutputs, Inputs};
+pub use kernels::SHARED_BYTES_OF_EVERY_GPU;
 pub use layout::Layout;
 pub use options::{AttentionOptions, Dropout, Kernel, SoftmaxMethod, WindowSize};
 pub use problem::{Problem, Varlen};

@@ -366,6 +366,26 @@ mod tests {
     }
 
     #[test]
+    fn a_call_has_a_plan_for_gpus_with_less_shared_memory() {
+        let call = |target| {
+            let mut arguments = Arguments { kernel: Kernel::Flash2, ..arguments() };
+            let tokens = |address, headdim| tensor(DType::F16, address, &[1, 8, 2, headdim]);
+            arguments.inputs = Inputs::new(tokens(0x1_0000, 192), tokens(0x2_0000, 192), tokens(0x3_0000, 128));
+            arguments.out = tokens(0x4_0000, 128);
+            Call::planned(&arguments, target).expect("valid")
+        };
+        let shared_bytes =
+            |call: &Call, target| call.plans.on(target).map(Plan::shared_bytes).map_err(|error| error.to_string());
+        let everywhere = call(None);
+        for large in [Target::HOPPER, Target::OLDEST] {
+            assert_eq!(shared_bytes(&everywhere, large), Ok(131_072));
+        }
+        assert!(shared_bytes(&everywhere, Target::SMALLEST).is_ok_and(|bytes| bytes <= Target::SMALLEST.shared_memory));
+        let refused = shared_bytes(&call(Some(Target::HOPPER)), Target::SMALLEST).expect_err("it has less");
+        assert!(refused.ends_with("131072 bytes of shared memory a block; allowed on this GPU: 101376"), "{refused}");
+    }
+
+    #[test]
     fn a_call_for_one_gpu_has_one_plan() {
         let on = |planned_for, target| {
             let call = Call::planned(&arguments(), Some(planned_for)).expect("valid");

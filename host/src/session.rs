@@ -35,6 +35,8 @@ pub struct Session {
     kernel: Kernel,
     /// Instead of an entry point of FlashAttention-3's table.
     variant: Option<Flash3Variant>,
+    /// The most shared memory of a block that kernels are chosen for, in bytes.
+    shared_memory: u32,
     repetitions: Repetitions,
     reason: String,
     simulator: SimulatorOptions,
@@ -137,12 +139,13 @@ impl Session {
         let executor = match backend {
             Backend::Cuda => Executor::Cuda(Device::get(0)?),
             Backend::Cpu => Executor::Cpu,
-            Backend::Simulator => Executor::Simulator,
+            Backend::Simulator => simulator::availability().map(|()| Executor::Simulator)?,
         };
         Ok(Session {
             executor,
             kernel: Kernel::Auto,
             variant: None,
+            shared_memory: u32::MAX,
             repetitions: Repetitions { warmup: 0, timed: 1 },
             reason: format!("{backend} was asked for"),
             simulator: SimulatorOptions::default(),
@@ -160,6 +163,14 @@ impl Session {
     #[doc(hidden)]
     pub fn flash3_variant(mut self, variant: Flash3Variant) -> Self {
         self.variant = Some(variant);
+        self
+    }
+
+    /// With the kernels of a GPU whose blocks may have at most so many bytes of shared memory each, even where there is more.
+    /// Every GPU that kernels run on has [`SHARED_BYTES_OF_EVERY_GPU`](crate::SHARED_BYTES_OF_EVERY_GPU): with these the
+    /// kernels can be tried that the smallest GPUs run.
+    pub fn shared_memory(mut self, bytes: u32) -> Self {
+        self.shared_memory = bytes;
         self
     }
 
@@ -223,8 +234,8 @@ impl Session {
     fn target(&self) -> Option<Target> {
         match self.executor {
             Executor::Cpu => None,
-            Executor::Cuda(device) => Some(device.target()),
-            Executor::Simulator => Some(Target::SIMULATOR),
+            Executor::Cuda(device) => Some(device.target().with_at_most(self.shared_memory)),
+            Executor::Simulator => Some(Target::SIMULATOR.with_at_most(self.shared_memory)),
         }
     }
 

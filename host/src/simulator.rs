@@ -18,10 +18,14 @@ pub(crate) fn device_name() -> String {
     "simulated GPU".to_owned()
 }
 
+/// Whether this build has the simulated GPU.
+pub(crate) fn availability() -> Result<()> {
+    if cuda_std::HAS_SIMULATOR { Ok(()) } else { Err(Error::NoSimulator) }
+}
+
 /// What the simulated GPU has. Of multiprocessors so few that blocks which stay take several tiles each.
 pub(crate) const RESOURCES: Resources = Resources {
     multiprocessors: 2,
-    shared_memory: sim::MOST_SHARED_BYTES,
     tensor_map: |map| map.simulated().map_err(|reason| Error::TensorMap { argument: "a tensor", reason }),
 };
 
@@ -84,6 +88,7 @@ impl<'a> Simulator<'a> {
 
 /// Runs a launch, whose tensors are in this memory.
 pub(crate) fn run(launch: &Launch, memory: &Memory, options: &SimulatorOptions) -> Result<LaunchReport> {
+    availability()?;
     let entry = launch.entry;
     let progress = |done, total| {
         if let Some(progress) = &options.progress {

@@ -1,7 +1,9 @@
 //! The machines that kernels are chosen for, and what launches need to know of them.
 use std::fmt;
 
+use cuda_std::sim;
 use cuda_std::tensor::{TensorMap, TensorMapDescription};
+use kernels::SHARED_BYTES_OF_EVERY_GPU;
 
 use crate::backend::Backend;
 use crate::error::Result;
@@ -16,6 +18,8 @@ const HOPPER: (u32, u32) = (9, 0);
 pub(crate) struct Target {
     /// What it is.
     pub backend: Backend,
+    /// The most shared memory that a block may have, in bytes.
+    pub shared_memory: u32,
     against_hopper: Option<AgainstHopper>,
 }
 
@@ -32,17 +36,31 @@ enum AgainstHopper {
 
 impl Target {
     /// A GPU of Hopper's, and a build with all kernels.
-    pub const HOPPER: Target = Target { backend: Backend::Cuda, against_hopper: None };
+    pub const HOPPER: Target = Target { backend: Backend::Cuda, shared_memory: 227 << 10, against_hopper: None };
 
     /// The oldest GPU that any kernel here runs on.
-    pub const OLDEST: Target = Target { backend: Backend::Cuda, against_hopper: Some(AgainstHopper::Capability(8, 0)) };
+    pub const OLDEST: Target = Target {
+        backend: Backend::Cuda,
+        shared_memory: 163 << 10,
+        against_hopper: Some(AgainstHopper::Capability(8, 0)),
+    };
+
+    /// A GPU that has no more shared memory than every other.
+    pub const SMALLEST: Target = Target {
+        backend: Backend::Cuda,
+        shared_memory: SHARED_BYTES_OF_EVERY_GPU,
+        against_hopper: Some(AgainstHopper::Capability(8, 6)),
+    };
 
     /// The simulated GPU.
-    pub const SIMULATOR: Target =
-        Target { backend: Backend::Simulator, against_hopper: Some(AgainstHopper::NotAskedFor) };
+    pub const SIMULATOR: Target = Target {
+        backend: Backend::Simulator,
+        shared_memory: sim::MOST_SHARED_BYTES,
+        against_hopper: Some(AgainstHopper::NotAskedFor),
+    };
 
-    /// A GPU of this compute capability, and this build.
-    pub fn gpu(capability: (u32, u32)) -> Self {
+    /// A GPU of this compute capability with so much shared memory a block, in bytes, and this build.
+    pub fn gpu(capability: (u32, u32), shared_memory: u32) -> Self {
         let against_hopper = if capability != HOPPER {
             Some(AgainstHopper::Capability(capability.0, capability.1))
         } else if !ptx::embeds_hopper() {
@@ -50,7 +68,12 @@ impl Target {
         } else {
             None
         };
-        Target { backend: Backend::Cuda, against_hopper }
+        Target { backend: Backend::Cuda, shared_memory, against_hopper }
+    }
+
+    /// The same with at most so much shared memory a block, in bytes.
+    pub fn with_at_most(self, shared_memory: u32) -> Self {
+        Target { shared_memory: self.shared_memory.min(shared_memory), ..self }
     }
 
     /// Whether kernels for Hopper may run, where this kernel was asked for; else what stands against them.
@@ -78,8 +101,6 @@ impl fmt::Display for AgainstHopper {
 pub(crate) struct Resources {
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
-    /// The most shared memory that a block may have, in bytes.
-    pub shared_memory: u32,
     /// Makes the tensor map that its kernels take.
     pub tensor_map: fn(&TensorMapDescription) -> Result<TensorMap>,
 }

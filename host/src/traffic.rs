@@ -14,6 +14,7 @@ use kernels::Config;
 use kernels::flash3::packing::Packing;
 use kernels::mask::{Blocks, Mask, UNBOUNDED};
 
+use crate::families::hopper::has_few_queries;
 use crate::families::hopper::packing::packing;
 use crate::features::Feature;
 use crate::options::Kernel;
@@ -75,8 +76,15 @@ fn is_plain(problem: &Problem) -> bool {
 
 /// The configuration of the kernel of a table that is built for just this problem.
 fn config<P>(table: &[EntryPoint<P, Config>], problem: &Problem) -> Option<Config> {
-    let wanted = (problem.dtype, problem.headdim as u32, Some(problem.is_causal()), false);
-    let of = |config: &Config| (config.dtype, config.headdim, config.causal, config.general);
+    config_of(table, problem, false)
+}
+
+/// The same, or that of the kernel for few queries.
+fn config_of<P>(table: &[EntryPoint<P, Config>], problem: &Problem, few: bool) -> Option<Config> {
+    let headdims = [problem.headdim, problem.headdim_v].map(|headdim| headdim as u32);
+    let wanted = (problem.dtype, headdims, Some(problem.is_causal()), false, few);
+    let of =
+        |config: &Config| (config.dtype, [config.headdim, config.headdim_v], config.causal, config.general, config.few);
     let found = table.iter().map(|kernel| kernel.config).find(|config| of(config) == wanted);
     found.filter(|_| is_plain(problem))
 }
@@ -167,13 +175,15 @@ pub fn flash1(problem: &Problem) -> Vec<Step> {
 /// fewer under a causal mask. `None` where [`formula`] has none.
 pub fn flash2(problem: &Problem) -> Option<Vec<Step>> {
     let config = config(kernels::flash2::FORWARD, problem)?;
-    Some(tile_by_tile(problem, config, Packing::default(), |blocks| blocks))
+    Some(tile_by_tile(problem, config, Packing::SINGLE, |blocks| blocks))
 }
 
 /// FlashAttention-3: what FlashAttention-2 moves with its tiles, but that a tile whose rows see no key loads a block of keys
 /// nevertheless. Where heads are packed, all of a pack load K and V together. `None` where [`formula`] has none.
 pub fn flash3(problem: &Problem) -> Option<Vec<Step>> {
-    let config = config(kernels::flash3::FORWARD, problem)?;
+    let plain = config(kernels::flash3::FORWARD, problem)?;
+    let few = config_of(kernels::flash3::FORWARD, problem, true).filter(|few| has_few_queries(problem, few, &plain));
+    let config = few.unwrap_or(plain);
     Some(tile_by_tile(problem, config, packing(problem, &config), Blocks::or_one))
 }
 

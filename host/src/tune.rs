@@ -2,7 +2,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use cuda_std::Kernel;
+use cuda_std::{Kernel, not_simulated};
 use kernels::{Config, flash3};
 
 use crate::ptx::Entry;
@@ -42,10 +42,6 @@ impl Flash3Variant {
     pub fn config(&self) -> &'static Config {
         &self.kernel.config
     }
-}
-
-fn not_simulated(_: flash3::Params) {
-    unreachable!("sessions refuse a variant on the simulator")
 }
 
 #[cfg(test)]

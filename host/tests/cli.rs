@@ -385,6 +385,8 @@ fn selftest_passes() {
     assert!(groups.iter().all(|group| group["name"].as_str().is_some_and(|name| name.starts_with("flash1 "))));
     assert_eq!(answer["failed"], 0);
     refuses(["selftest", "--quick", "--backend=cpu", "--kernel=flash2"], "--kernel: the cpu backend has no flash2");
+    let too_little = fails(2, ["selftest", "--shared-memory=98"]);
+    assert!(too_little.contains("'--shared-memory <KIB>': 98 is not in 99..=1024"), "{too_little}");
 }
 
 #[test]
@@ -590,7 +592,11 @@ fn info_explains_which_kernels_would_run() {
     };
     let left = |reason| format!("flash2: flash2 is the newest kernel that can: {reason}");
     assert_eq!(backward(&[]), format!("{plain}; {fused}"));
-    assert_eq!(backward(&["--softcap=30"]), format!("{}; {owned}: no fused kernel can run this problem", left(capped)));
+    let unfused = "flash2 backward, fused: no kernel of bf16 and headdim 128 for softcap";
+    assert_eq!(backward(&["--softcap=30"]), format!("{}; {owned}: {unfused}", left(capped)));
+    let small = explained(&["--arch=sm_86"]);
+    let tight = "flash2 backward, fused: 164864 bytes of shared memory a block; allowed on this GPU: 101376";
+    assert!(small.iter().any(|line| line.ends_with(&format!("{owned}: {tight}"))), "{small:?}");
     assert_eq!(backward(&["--deterministic"]), format!("{}; {owned}: deterministic asks for it", left(ordered)));
 
     let answer = answers(["info", "--explain-dispatch", "--arch=sm_80", "--dtype=f32", "--headdim=300"]);

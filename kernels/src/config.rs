@@ -1,6 +1,10 @@
 //! What a host knows of an entry point.
 use cuda_std::DType;
 
+/// The most shared memory that a block may have on every GPU that the kernels run on, in bytes: that of compute capabilities
+/// 8.6, 8.9 and 12.0. Source: CUDA C++ Programming Guide, technical specifications per compute capability.
+pub const SHARED_BYTES_OF_EVERY_GPU: u32 = 99 << 10;
+
 /// What a host needs to choose and launch one entry point. Sizes are in elements, rows or threads; shared memory in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -24,6 +28,8 @@ pub struct Config {
     pub block_n: u32,
     /// From how many keys on it is the fastest of those that compute the same; 0 for one that always is.
     pub from_keys: u32,
+    /// Whether it is for few queries, of heads that share K and V: its tiles may hold rows of several.
+    pub few: bool,
     /// Threads a block.
     pub threads: u32,
     /// Blocks that must fit a multiprocessor at once: bounds the registers.

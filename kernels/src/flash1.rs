@@ -55,6 +55,7 @@ const fn config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(
         block_m: BLOCK as u32,
         block_n: BLOCK as u32,
         from_keys: 0,
+        few: false,
         threads: THREADS,
         min_blocks_per_sm: 1,
         shared_bytes: (3 * BLOCK * HEADDIM * size_of::<T>()) as u32,

@@ -70,6 +70,7 @@ const fn config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
+        few: false,
         threads,
         // 255 registers a thread.
         min_blocks_per_sm: 256 / threads,
@@ -132,7 +133,8 @@ pub(crate) const fn threads(block: usize, m: usize) -> u32 {
             (96, 96, 128, 32, 2, 0, 2, 4, 12),
             // 0.97 and 0.98; with 64 x 64 and one row block a warp 0.86 and 0.95.
             (128, 128, 128, 32, 2, 0, 2, 4, 16),
-            (192, 128, 128, 64, 2, 0, 1, 8, 16),
+            // One stage, as in two it is more shared memory than every GPU has.
+            (192, 128, 128, 64, 1, 0, 1, 8, 16),
             // 0.99 and 1.05; with 128 rows and two stages 0.87 and 0.89.
             (192, 192, 64, 64, 1, 0, 1, 8, 24),
             // 1.03 and 1.08; with 128 x 32 in two stages 0.77 and 0.78.
@@ -143,7 +145,7 @@ pub(crate) const fn threads(block: usize, m: usize) -> u32 {
             (f32, 32, 32, 64, 32, 2, 0, 1, 4, 4),
             (f32, 64, 64, 64, 32, 2, 0, 1, 4, 8),
             (f32, 128, 128, 64, 32, 2, 0, 1, 4, 16),
-            (f32, 256, 256, 64, 32, 1, 0, 1, 4, 32),
+            (f32, 256, 256, 32, 32, 1, 0, 1, 4, 32),
             (tf32, 32, 32, 128, 64, 2, 0, 2, 8, 4),
             (tf32, 64, 64, 128, 64, 2, 0, 2, 8, 8),
             (tf32, 128, 128, 128, 32, 2, 0, 1, 4, 16),

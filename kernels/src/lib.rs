@@ -24,7 +24,7 @@ pub mod softmax;
 pub mod spoiled_rows;
 pub mod standard;
 
-pub use config::Config;
+pub use config::{Config, SHARED_BYTES_OF_EVERY_GPU};
 pub use entries::{EntryInfo, entries};
 pub use online_softmax::OnlineSoftmax;
 pub use row_softmax::{Rescale, RowSoftmax};

@@ -2,22 +2,26 @@
 //!
 //! Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", Algorithm 3; FlashAttention, section 3.1.
 //! Kernels, reference checks and the merge of partial results all use this one state.
-use cuda_std::math::{LN_2, ex2, lg2, max, rcp};
+use cuda_std::math::{LN_2, LOG2_E, ex2, lg2, max, rcp};
 
 /// The state of one row's softmax, after some of its elements x: their maximum m, and l = Σ 2^(x - m).
 ///
-/// Elements and m are in log2 units: a score times log2(e). The state of no elements is [`EMPTY`](Self::EMPTY), and
-/// elements of -inf (masked keys) leave it as it is. A NaN or +inf among the elements makes l NaN, as it does the softmax.
+/// Elements and m are in log2 units: a score times log2(e), which a kernel has in the factor that scales Q Kᵀ. Where there is
+/// no such factor they are `NATURAL`, scores as they are: their differences are scaled, so that no large score is rounded
+/// or overflows.
+///
+/// The state of no elements is [`EMPTY`](Self::EMPTY), and elements of -inf (masked keys) leave it as it is. A NaN or +inf
+/// among the elements makes l NaN, as it does the softmax.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct OnlineSoftmax {
+pub struct OnlineSoftmax<const NATURAL: bool = false> {
     /// The maximum of the elements so far, or what has taken its place ([`rebase`](Self::rebase)); -inf if there was none
     /// above.
     pub m: f32,
-    /// The sum of the weights 2^(x - m) of the elements so far.
+    /// The sum of the weights 2^(x - m) of the elements so far; e^(x - m), if they are natural.
     pub l: f32,
 }
 
-impl OnlineSoftmax {
+impl<const NATURAL: bool> OnlineSoftmax<NATURAL> {
     /// No elements yet.
     pub const EMPTY: Self = OnlineSoftmax { m: f32::NEG_INFINITY, l: 0.0 };
 
@@ -39,22 +43,21 @@ impl OnlineSoftmax {
     pub fn rebase(&mut self, m: f32) -> f32 {
         let old = self.m;
         self.m = m;
-        let alpha = ex2(old - self.base());
+        let alpha = Self::exp(old - self.base());
         self.l *= alpha;
         alpha
-    }
-
-    /// How low m may be set, so that l becomes no larger than 2¹⁴: sums of weights stay far from the largest f32. -inf for
-    /// no elements.
-    #[inline(always)]
-    pub fn lowest(self) -> f32 {
-        self.m + lg2(self.l) - 14.0
     }
 
     /// The weight 2^(x - m) of an element, for an m that [`raise`](Self::raise) has brought to x or more.
     #[inline(always)]
     pub fn weight(self, x: f32) -> f32 {
-        ex2(x - self.base())
+        Self::exp(x - self.base())
+    }
+
+    /// The weight of an element that is `difference` above m.
+    #[inline(always)]
+    fn exp(difference: f32) -> f32 {
+        ex2(if NATURAL { difference * LOG2_E } else { difference })
     }
 
     /// Takes one element.
@@ -81,6 +84,15 @@ impl OnlineSoftmax {
     /// The normalisation log Σ e^score, a natural logarithm; -inf for a row of no elements.
     #[inline(always)]
     pub fn lse(self) -> f32 {
-        (self.m + lg2(self.l)) * LN_2
+        if NATURAL { self.m + lg2(self.l) * LN_2 } else { (self.m + lg2(self.l)) * LN_2 }
+    }
+}
+
+impl OnlineSoftmax {
+    /// How low m may be set, so that l becomes no larger than 2¹⁴: sums of weights stay far from the largest f32. -inf for
+    /// no elements.
+    #[inline(always)]
+    pub fn lowest(self) -> f32 {
+        self.m + lg2(self.l) - 14.0
     }
 }

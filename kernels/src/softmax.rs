@@ -5,12 +5,14 @@
 //! - Online softmax finds m and l in one pass (Milakov and Gimelshein, Algorithm 3): two reads and one write.
 use crate::attention::Untyped;
 use crate::config::Config;
-use crate::online_softmax::OnlineSoftmax;
 use cuda_std::element::{bf16, f16};
-use cuda_std::math::{LOG2_E, max};
+use cuda_std::math::max;
 use cuda_std::thread::{WARP, block_idx_x, lane_id, sync_threads, thread_idx_x, warp_id};
 use cuda_std::warp::{ALL, reduce, shuffle_xor};
 use cuda_std::{Element, Global, SharedArray, kernel, shared_array};
+
+/// Elements come without a factor of a kernel's.
+type OnlineSoftmax = crate::online_softmax::OnlineSoftmax<true>;
 
 const THREADS: u32 = 128;
 const WARPS: usize = (THREADS / WARP) as usize;
@@ -52,6 +54,7 @@ const fn config<T: Element, const ONLINE: bool>(family: &'static str, block_m: u
         block_m,
         block_n: 0,
         from_keys: 0,
+        few: false,
         threads: THREADS,
         min_blocks_per_sm: 8,
         shared_bytes: 0,
@@ -139,7 +142,7 @@ pub(crate) fn online_state<T: Element>(x: Global<T>, columns: u32) -> OnlineSoft
     reduce_state(lane_state(x, columns, lane_id(), WARP))
 }
 
-/// y = 2^(x - m) / l.
+/// y = e^(x - m) / l.
 #[inline(always)]
 #[track_caller]
 pub(crate) fn write_row<T: Element>(
@@ -152,7 +155,7 @@ pub(crate) fn write_row<T: Element>(
 ) {
     let inverse = state.inverse();
     for_each(columns, thread, threads, |i| {
-        y.store(i, T::from_f32(state.weight(log2_units(x.load(i))) * inverse));
+        y.store(i, T::from_f32(state.weight(x.load(i).to_f32()) * inverse));
     });
 }
 
@@ -161,7 +164,7 @@ pub(crate) fn write_row<T: Element>(
 #[track_caller]
 fn lane_state<T: Element>(x: Global<T>, columns: u32, thread: u32, threads: u32) -> OnlineSoftmax {
     let mut state = OnlineSoftmax::EMPTY;
-    for_each(columns, thread, threads, |i| state.push(log2_units(x.load(i))));
+    for_each(columns, thread, threads, |i| state.push(x.load(i).to_f32()));
     state
 }
 
@@ -169,7 +172,7 @@ fn lane_state<T: Element>(x: Global<T>, columns: u32, thread: u32, threads: u32)
 #[track_caller]
 fn row_max<T: Element>(x: Global<T>, columns: u32, thread: u32, threads: u32) -> f32 {
     let mut m = f32::NEG_INFINITY;
-    for_each(columns, thread, threads, |i| m = max(m, log2_units(x.load(i))));
+    for_each(columns, thread, threads, |i| m = max(m, x.load(i).to_f32()));
     m
 }
 
@@ -177,7 +180,7 @@ fn row_max<T: Element>(x: Global<T>, columns: u32, thread: u32, threads: u32) ->
 #[track_caller]
 fn row_sum<T: Element>(x: Global<T>, columns: u32, m: f32, thread: u32, threads: u32) -> f32 {
     let mut state = OnlineSoftmax { m, l: 0.0 };
-    for_each(columns, thread, threads, |i| state.l += state.weight(log2_units(x.load(i))));
+    for_each(columns, thread, threads, |i| state.l += state.weight(x.load(i).to_f32()));
     state.l
 }
 
@@ -192,11 +195,6 @@ fn reduce_state(mut state: OnlineSoftmax) -> OnlineSoftmax {
         lane_mask *= 2;
     }
     state
-}
-
-#[inline(always)]
-fn log2_units<T: Element>(x: T) -> f32 {
-    x.to_f32() * LOG2_E
 }
 
 #[inline(always)]

@@ -15,6 +15,7 @@ pub fn exception(error: Error) -> PyErr {
         | Error::UnsupportedArchitecture { .. }
         | Error::MissingKernel { .. }
         | Error::NoKernels
+        | Error::NoSimulator
         | Error::BrokenKernel { .. }
         | Error::SharedMemory { .. }
         | Error::Driver { .. }

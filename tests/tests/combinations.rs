@@ -1,6 +1,6 @@
 //! Random combinations of all options, forward and backward, against f64: on the CPU, on the simulated GPU, and on a real one,
 //! where the test else says `skipped:`.
-use ferroflash::{Backend, DType, Session};
+use ferroflash::{Backend, DType, SHARED_BYTES_OF_EVERY_GPU, Session};
 use ferroflash_tests::combination::{Combination, Limits, combinations};
 use ferroflash_tests::grid;
 use proptest::prelude::*;
@@ -60,6 +60,13 @@ fn wide_heads_on_the_simulator() {
     check(&session, 16, 2, Limits { dtypes: DTYPES, seqlen: 1..=50, batch: 1..=1, headdims: &[96, 128, 192, 256] });
 }
 
+/// With the kernels of GPUs that have the least shared memory.
+#[test]
+fn wide_heads_on_a_small_simulator() {
+    let session = Session::new(Backend::Simulator).expect("runs everywhere").shared_memory(SHARED_BYTES_OF_EVERY_GPU);
+    check(&session, 16, 2, Limits { dtypes: DTYPES, seqlen: 1..=50, batch: 1..=1, headdims: &[96, 128, 192, 256] });
+}
+
 #[test]
 fn on_the_gpu() {
     let session = match Session::new(Backend::Cuda) {
@@ -68,4 +75,14 @@ fn on_the_gpu() {
     };
     let headdims = &[8, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 256];
     check(&session, 2500, 50, Limits { dtypes: DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
+}
+
+#[test]
+fn on_the_gpu_as_on_a_small_one() {
+    let session = match Session::new(Backend::Cuda) {
+        Ok(session) => session.shared_memory(SHARED_BYTES_OF_EVERY_GPU),
+        Err(reason) => return println!("skipped: on_the_gpu_as_on_a_small_one: {reason}"),
+    };
+    let headdims = &[96, 111, 128, 160, 192, 256];
+    check(&session, 500, 50, Limits { dtypes: DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
 }

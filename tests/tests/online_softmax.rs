@@ -185,10 +185,22 @@ proptest! {
         columns in prop_oneof![Just(1usize), Just(31), Just(32), Just(33), 1usize..600],
         rows in 1usize..7,
         seed in vec(prop_oneof![6 => -8f32..8.0, 1 => Just(f32::NEG_INFINITY), 1 => -6e4f32..6e4], 4200),
+        // Where the elements lie: what they differ by is what counts.
+        far in prop_oneof![4 => Just(0f32), 1 => Just(5e3f32), 1 => Just(-5e3f32)],
     ) {
-        let x = &seed[..rows * columns];
-        check_kernels::<f32>(x, columns)?;
-        check_kernels::<f16>(x, columns)?;
-        check_kernels::<bf16>(x, columns)?;
+        let x: Vec<f32> = seed[..rows * columns].iter().map(|x| x + far).collect();
+        check_kernels::<f32>(&x, columns)?;
+        check_kernels::<f16>(&x, columns)?;
+        check_kernels::<bf16>(&x, columns)?;
     }
+}
+
+#[test]
+fn the_largest_numbers_have_a_softmax() -> Result<(), TestCaseError> {
+    for rows in [[f32::MAX, f32::MAX, 0.0, f32::MIN], [f32::MIN; 4], [f32::MIN, f32::MIN, f32::NEG_INFINITY, f32::MIN]]
+    {
+        check_kernels::<f32>(&rows, 4)?;
+    }
+    let largest = bf16::MAX.to_f32();
+    check_kernels::<bf16>(&[largest, -largest, largest, 0.0, -largest, -largest, -largest, -largest], 4)
 }

@@ -130,7 +130,7 @@ fn on_host(table: &Table, entries: &[Entry], arguments: &Arguments, function: &I
                 arch: #arch,
                 cluster: #cluster,
                 #[cfg(not(target_arch = "nvptx64"))]
-                run: #kernel #turbofish,
+                run: ::cuda_std::simulated!(#kernel #turbofish),
                 parameters: ::core::marker::PhantomData,
             }
         }
@@ -209,7 +209,7 @@ mod tests {
                     arch: "sm_80",
                     cluster: 1,
                     #[cfg(not(target_arch = "nvptx64"))]
-                    run: forward::<f16, 1>,
+                    run: ::cuda_std::simulated!(forward::<f16, 1>),
                     parameters: ::core::marker::PhantomData,
                 }
             ];

@@ -1,4 +1,4 @@
-//! Which keys the queries of a tile see: those that neither the window nor the boolean mask hides.
+//! Which keys the queries of a tile see: those that neither the window nor the boolean mask nor a bias of -inf hides.
 use super::blocks::Place;
 use super::tile::{BLOCK, KEYS, QUERIES};
 use crate::element::Element;
@@ -46,7 +46,8 @@ impl Seen {
         let rows_hide =
             softmax_lse.is_some_and(|lse| lse.iter().fold(false, |hides, &lse| hides | (lse == f32::NEG_INFINITY)));
         let mask_hides = problem.mask.is_some() && mask_hides(operands, place);
-        self.hides = window_hides || rows_hide || mask_hides;
+        let bias_hides = problem.bias.is_some() && bias_hides(operands, place);
+        self.hides = window_hides || rows_hide || mask_hides || bias_hides;
         if !self.hides {
             return true;
         }
@@ -67,7 +68,10 @@ impl Seen {
             }
         }
         if mask_hides {
-            self.apply_mask::<T, LANES>(operands, place);
+            self.apply::<LANES, _>(place, |i| mask_row(operands, place, i).iter().map(|&mask| mask != 0));
+        }
+        if bias_hides {
+            self.apply::<LANES, _>(place, |i| bias_row(operands, place, i).iter().map(|&bias| !is_hiding(bias)));
         }
         let any = self.tile.iter().fold([0; BLOCK], |mut any, seen| {
             for lane in 0..BLOCK {
@@ -78,12 +82,13 @@ impl Seen {
         any != [0; BLOCK]
     }
 
+    /// Hides the keys of query `i` that `are_seen(i)` says no of.
     #[inline(always)]
-    fn apply_mask<T: Element, const LANES: bool>(&mut self, operands: &Operands<T>, place: &Place) {
+    fn apply<const LANES: bool, S: Iterator<Item = bool>>(&mut self, place: &Place, are_seen: impl Fn(usize) -> S) {
         for i in 0..place.queries {
-            for (key, &mask) in mask_row(operands, place, i).iter().enumerate() {
+            for (key, is_seen) in are_seen(i).enumerate() {
                 let seen = if LANES == KEYS { &mut self.tile[i][key] } else { &mut self.tile[key][i] };
-                *seen &= u8::from(mask != 0);
+                *seen &= u8::from(is_seen);
             }
         }
     }
@@ -100,4 +105,22 @@ fn mask_hides<T: Element>(operands: &Operands<T>, place: &Place) -> bool {
 fn mask_row<'a, T: Element>(operands: &Operands<'a, T>, place: &Place, i: usize) -> &'a [u8] {
     let mask = operands.mask(&place.sequence, place.head, place.first_q + i);
     mask.map_or(&[], |mask| &mask[place.first_k..place.first_k + place.keys])
+}
+
+/// Whether a bias of -inf hides any key of a tile from any query of it.
+#[inline(always)]
+fn bias_hides<T: Element>(operands: &Operands<T>, place: &Place) -> bool {
+    (0..place.queries).any(|i| bias_row(operands, place, i).iter().fold(false, |hides, &bias| hides | is_hiding(bias)))
+}
+
+/// The bias of query `i` of a tile and its keys; empty, if there is none.
+#[inline(always)]
+fn bias_row<'a, T: Element>(operands: &Operands<'a, T>, place: &Place, i: usize) -> &'a [T] {
+    let bias = operands.bias(&place.sequence, place.head, place.first_q + i);
+    bias.map_or(&[], |bias| &bias[place.first_k..place.first_k + place.keys])
+}
+
+#[inline(always)]
+fn is_hiding<T: Element>(bias: T) -> bool {
+    bias.to_f32() == f32::NEG_INFINITY
 }

@@ -109,13 +109,12 @@ impl Device {
 
     /// What kernels are chosen for on it.
     pub(crate) fn target(&self) -> Target {
-        Target::gpu(self.info.compute_capability)
+        Target::gpu(self.info.compute_capability, self.info.shared_memory_per_block)
     }
 
     /// What launches need to know of it. The driver makes tensor maps only where a context is current.
     pub(crate) fn resources(&self, _entered: &Entered) -> Resources {
-        let DeviceInfo { multiprocessors, shared_memory_per_block, .. } = self.info;
-        Resources { multiprocessors, shared_memory: shared_memory_per_block, tensor_map: tensor_map::encode }
+        Resources { multiprocessors: self.info.multiprocessors, tensor_map: tensor_map::encode }
     }
 
     /// Makes its context current on this thread, for as long as the guard lives.

@@ -55,8 +55,6 @@ pub(crate) struct BackwardPlan {
 struct Passes {
     family: &'static str,
     steps: Vec<Step>,
-    /// The same in less shared memory, for machines that do not have as much as the steps take.
-    leaner: Option<Vec<Step>>,
     /// How the gradients are summed, and why so.
     how: String,
     workspace: Vec<Workspace>,
@@ -137,7 +135,7 @@ impl BackwardPlan {
     /// [`Error::Unsupported`], with the reason of each family.
     pub fn new(problem: &Problem, optional: Optional, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
         let unsupported = |reasons| Error::Unsupported { kernel, backend: target.backend, reasons };
-        let wanted = Wanted::new(problem, access);
+        let wanted = Wanted::new(problem, access, target);
         let flash3 = || target.allow_hopper(kernel).and_then(|()| Passes::flash3(&wanted));
         let flash2 = || Passes::flash2(&wanted, optional);
         let families: &[FamilyFor<Passes>] = match kernel {
@@ -221,18 +219,17 @@ impl BackwardPlan {
                 }
             })
         };
-        self.steps_in(machine.shared_memory).iter().filter_map(launch).collect()
+        self.passes.steps.iter().filter_map(launch).collect()
     }
 
-    /// The kernels on a machine with so many bytes of shared memory a block, in the order in which they run.
-    pub fn kernels(&self, shared_memory: u32) -> Vec<(&'static str, Config)> {
-        self.steps_in(shared_memory).iter().map(|Step { kernel, .. }| (kernel.name(), kernel.config())).collect()
+    /// The kernels, in the order in which they run.
+    pub fn kernels(&self) -> Vec<(&'static str, Config)> {
+        self.passes.steps.iter().map(|Step { kernel, .. }| (kernel.name(), kernel.config())).collect()
     }
 
-    fn steps_in(&self, shared_memory: u32) -> &[Step] {
-        let Passes { steps, leaner, .. } = &self.passes;
-        let fits = |step: &Step| step.kernel.config().shared_bytes <= shared_memory;
-        leaner.as_ref().filter(|_| !steps.iter().all(fits)).unwrap_or(steps)
+    /// The shared memory that they need, in bytes a block.
+    pub fn shared_bytes(&self) -> u32 {
+        self.passes.steps.iter().map(|step| step.kernel.config().shared_bytes).max().unwrap_or(0)
     }
 }
 
@@ -271,7 +268,6 @@ impl Passes {
                 Step { kernel: Entry::Mapped(pass), grid },
                 Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
             ],
-            leaner: None,
             how: FUSED.to_owned(),
             workspace: Self::fused_workspace(wanted.problem, pass.config.headdim, pass.config.block_m),
         })
@@ -285,7 +281,6 @@ impl Passes {
                 Step { kernel: Entry::Plain(in_step(flash3::PREPARE_HEADS, pass)?), grid: Grid::Queries },
                 Step { kernel: Entry::Mapped(pass), grid: Grid::KeyHeads },
             ],
-            leaner: None,
             how: WHOLE_HEADS.to_owned(),
             workspace: Self::fused_workspace(problem, pass.config.headdim, pass.config.block_m),
         })
@@ -310,7 +305,6 @@ impl Passes {
                 Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
                 Step { kernel: Entry::Mapped(in_step(flash3::FINISH_RING, pass)?), grid: Grid::LastQueries },
             ],
-            leaner: None,
             how: RING.to_owned(),
             workspace,
         })
@@ -321,32 +315,20 @@ impl Passes {
         let family = "flash2";
         let problem = wanted.problem;
         let row_sums = Workspace { name: ROW_SUMS_OF, dtype: DType::F32, len: problem.rows() as u64 };
-        if !problem.deterministic
-            && let Ok(pass) = Self::fused_pass(wanted)
-        {
-            let same = |other: &&EntryPoint<Params, Config>| {
-                let key = |config: Config| (config.dtype, config.headdim, config.causal);
-                key(other.config) == key(pass.config) && other.config.shared_bytes < pass.config.shared_bytes
-            };
-            let leaner = fused::SPLIT.iter().find(same);
-            let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
-            workspace.extend(optional.dsinks.then_some(row_sums));
-            return Ok(Passes {
+        let fused =
+            if problem.deterministic { Err("deterministic asks for it".to_owned()) } else { Self::fused_pass(wanted) };
+        Ok(match fused {
+            Ok(pass) => {
+                let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
+                workspace.extend(optional.dsinks.then_some(row_sums));
+                Passes { family, steps: Self::fused(pass, wanted, optional)?, how: FUSED.to_owned(), workspace }
+            }
+            Err(why) => Passes {
                 family,
-                steps: Self::fused(pass, wanted, optional)?,
-                leaner: leaner.map(|pass| Self::fused(pass, wanted, optional)).transpose()?,
-                how: FUSED.to_owned(),
-                workspace,
-            });
-        }
-        let why =
-            if problem.deterministic { "deterministic asks for it" } else { "no fused kernel can run this problem" };
-        Ok(Passes {
-            family,
-            steps: Self::apart(wanted, optional)?,
-            leaner: None,
-            how: format!("each gradient is computed where it is owned: {why}"),
-            workspace: vec![row_sums],
+                steps: Self::apart(wanted, optional)?,
+                how: format!("each gradient is computed where it is owned: {why}"),
+                workspace: vec![row_sums],
+            },
         })
     }
 

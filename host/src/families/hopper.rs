@@ -13,7 +13,7 @@ use crate::launch::Launch;
 use crate::problem::Problem;
 use crate::target::Resources;
 use maps::{Extents, map, map_of_packs};
-use packing::packing;
+use packing::{packing, tiles};
 
 pub(crate) mod backward;
 mod maps;
@@ -53,13 +53,36 @@ const LONG: usize = 4096;
 /// 128: 4096 keys 184, 109; 16384 keys 693, 403. 4 sequences of 512 queries, not packed: 193, 185; 760, 739.
 const KEYS_A_QUERY: usize = 16;
 
+/// Whether the tiles of a problem differ, and are paired.
+fn are_paired(problem: &Problem) -> bool {
+    problem.is_causal() && problem.seqlen_q.saturating_mul(KEYS_A_QUERY) > problem.seqlen_k
+}
+
+/// Whether the kernel for few queries is the faster of two: it packs heads, and has tiles with fewer rows in all; or it takes
+/// several tiles that cost the same, and the other one, which pairs them, has not the larger tiles of kernels for many keys.
+pub(crate) fn has_few_queries(problem: &Problem, few: &Config, other: &Config) -> bool {
+    let packing = packing(problem, few);
+    let rows = |config: &Config, packing| u128::from(tiles(problem, packing, config)) * u128::from(config.block_m);
+    let saves_rows = 10 * rows(few, packing) <= 9 * rows(other, Packing::SINGLE);
+    let of_one_cost = problem.is_causal() && !are_paired(problem) && problem.seqlen_q > few.block_m as usize;
+    saves_rows && packing.heads() > 1 || of_one_cost && other.from_keys == 0
+}
+
+/// Whether the queries of the longest sequence fill nine tenths of a kernel's tiles. Kernels for many keys have larger tiles,
+/// whose empty rows cost more than they gain: on an H100, with tiles of 192 instead of 128 rows, 64 queries of four packed
+/// heads of 128 take 654 µs instead of 404, and 128 queries 915 instead of 766.
+pub(super) fn fills_tiles(problem: &Problem, config: &Config) -> bool {
+    let (rows, block_m) = (problem.seqlen_q as u64, u64::from(config.block_m));
+    10 * u128::from(rows) >= 9 * u128::from(rows.div_ceil(block_m) * block_m)
+}
+
 /// Who does what, and how many blocks of threads that takes. There are no more than there are tiles.
 fn schedule(problem: &Problem, packing: Packing, config: &Config, multiprocessors: u32) -> Result<(Schedule, u64)> {
     let tiles = tiles_of_pack(packing.rows(problem.seqlen_q as u32), config.block_m);
     let packs = (problem.batch as u64).saturating_mul(packing.packs(problem.nheads as u32).into());
     Launch::check_blocks(packs.saturating_mul(u64::from(tiles)))?;
     let packs = packs as u32;
-    let is_paired = problem.is_causal() && problem.seqlen_q.saturating_mul(KEYS_A_QUERY) > problem.seqlen_k;
+    let is_paired = if config.few { are_paired(problem) } else { problem.is_causal() };
     let units = units_of_pack(tiles, is_paired);
     let is_long = problem.seqlen_k >= LONG || !tiles.is_multiple_of(2);
     let walked_packs = if problem.varlen.is_some() {
@@ -80,10 +103,13 @@ fn schedule(problem: &Problem, packing: Packing, config: &Config, multiprocessor
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::families::{Family, Wanted};
     use crate::inputs::Inputs;
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
+    use crate::parameters::Access;
     use crate::sequences::Sequences;
+    use crate::target::Target;
     use cuda_std::DType;
     use kernels::flash3::FORWARD;
 
@@ -97,7 +123,7 @@ mod tests {
     fn scheduled(shape: [usize; 4], causal: bool) -> (u32, u32, u64) {
         let config = Config { block_m: 128, block_n: 128, ..FORWARD[0].config };
         let problem = problem(shape, causal);
-        let (schedule, blocks) = schedule(&problem, Packing::default(), &config, 132).expect("small");
+        let (schedule, blocks) = schedule(&problem, Packing::SINGLE, &config, 132).expect("small");
         (schedule.walkers, schedule.walked_packs, blocks)
     }
 
@@ -124,7 +150,7 @@ mod tests {
             let sequences = Sequences::new(&begins, 4096, &begins, 4096).expect("they end with the tensor");
             let problem = Problem::of(&inputs, Some(sequences), &AttentionOptions::new()).expect("valid");
             let config = Config { block_m: 128, block_n: 128, ..FORWARD[0].config };
-            let (schedule, blocks) = schedule(&problem, Packing::default(), &config, 132).expect("small");
+            let (schedule, blocks) = schedule(&problem, Packing::SINGLE, &config, 132).expect("small");
             (schedule.walkers, schedule.walked_packs, blocks)
         };
         assert_eq!(scheduled(1024), (132, 2048, 132));
@@ -138,7 +164,7 @@ mod tests {
             let k = layout(4096, 4);
             let options = AttentionOptions::new().causal(causal);
             let problem = Problem::new(&layout(seqlen_q, 16), &k, &k, &options).expect("valid");
-            let config = Config { block_m: 128, block_n: 128, ..FORWARD[0].config };
+            let config = Config { block_m: 128, block_n: 128, few: true, ..FORWARD[0].config };
             let (schedule, blocks) = schedule(&problem, packing(&problem, &config), &config, 132).expect("small");
             (schedule.packing.heads(), schedule.paired, schedule.walkers, blocks)
         };
@@ -150,10 +176,44 @@ mod tests {
     }
 
     #[test]
+    fn kernels_for_few_queries_take_heads_that_are_packed_and_tiles_of_one_cost() {
+        let layout = |seqlen, nheads| Layout::contiguous(DType::BF16, &[2, seqlen, nheads, 128]).expect("small");
+        let chosen = |(seqlen_q, seqlen_k): (usize, usize), (nheads, nheads_k), causal| {
+            let k = layout(seqlen_k, nheads_k);
+            let options = AttentionOptions::new().causal(causal);
+            let problem = Problem::new(&layout(seqlen_q, nheads), &k, &k, &options).expect("valid");
+            let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true }, Target::HOPPER);
+            Family::flash3(&wanted).expect("it is built for this").kernels()[0].0
+        };
+        let [plain, few, large] = ["2x128", "2x128_few", "3x80"].map(|tile| format!("flash3_fwd_bf16_d128_{tile}"));
+        assert_eq!(chosen((1, 512), (8, 2), false), few);
+        assert_eq!(chosen((1, 512), (8, 8), false), plain);
+        // Four heads of 192 rows are 6 tiles of 128, and of 160 rows 5; a tile each of the larger ones is 4 of 192.
+        assert_eq!(chosen((192, 512), (4, 1), false), few);
+        assert_eq!(chosen((192, 4096), (4, 1), false), large);
+        assert_eq!(chosen((160, 4096), (4, 1), false), few);
+        assert_eq!(chosen((130, 4096), (4, 4), false), plain);
+        let [plain, few, large] =
+            ["2x128_causal", "2x128_causal_few", "3x64_causal"].map(|tile| format!("flash3_fwd_bf16_d128_{tile}"));
+        assert_eq!(chosen((200, 3000), (4, 4), true), plain);
+        assert_eq!(chosen((200, 3200), (4, 4), true), few);
+        assert_eq!(chosen((100, 3200), (4, 4), true), plain);
+        assert_eq!(chosen((190, 3200), (4, 4), true), large);
+    }
+
+    #[test]
+    fn queries_fill_tiles() {
+        let config = Config { block_m: 128, ..FORWARD[0].config };
+        let fills = |seqlen_q| fills_tiles(&problem([1, seqlen_q, 1, 128], false), &config);
+        assert!(fills(128) && fills(116) && fills(4000));
+        assert!(!fills(1) && !fills(115) && !fills(130));
+    }
+
+    #[test]
     fn too_many_tiles_are_refused() {
         let shape = [1 << 16, 1 << 16, 64, 8];
         let config = Config { block_m: 64, ..FORWARD[0].config };
-        let refused = schedule(&problem(shape, false), Packing::default(), &config, 132);
+        let refused = schedule(&problem(shape, false), Packing::SINGLE, &config, 132);
         let refused = refused.expect_err("2^32 tiles").to_string();
         assert_eq!(refused, "blocks of a kernel: 4294967296; allowed: at most 2147483647");
     }

@@ -11,6 +11,9 @@ pub(super) trait Planned {
     /// Whether its kernels are for Hopper alone.
     fn is_for_hopper(&self) -> bool;
 
+    /// The shared memory that they need, in bytes a block.
+    fn shared_bytes(&self) -> u32;
+
     /// The memory that its kernels work in.
     fn workspace(&self) -> &[Workspace];
 }
@@ -18,6 +21,10 @@ pub(super) trait Planned {
 impl Planned for Plan {
     fn is_for_hopper(&self) -> bool {
         self.is_for_hopper()
+    }
+
+    fn shared_bytes(&self) -> u32 {
+        self.shared_bytes()
     }
 
     fn workspace(&self) -> &[Workspace] {
@@ -28,6 +35,10 @@ impl Planned for Plan {
 impl Planned for BackwardPlan {
     fn is_for_hopper(&self) -> bool {
         self.is_for_hopper()
+    }
+
+    fn shared_bytes(&self) -> u32 {
+        self.shared_bytes()
     }
 
     fn workspace(&self) -> &[Workspace] {
@@ -41,8 +52,8 @@ pub(super) struct Plans<P> {
     kernel: Kernel,
     /// With the newest kernels.
     pub newest: P,
-    /// With those that all GPUs run, where the newest are for Hopper alone and these can run the problem too.
-    elsewhere: Option<P>,
+    /// With those for other machines, the larger ones first, where they cannot run the ones before.
+    others: Vec<P>,
 }
 
 impl<P: Planned> Plans<P> {
@@ -51,12 +62,15 @@ impl<P: Planned> Plans<P> {
     /// # Errors
     /// Those of `choose` for the target, or for Hopper, which runs every kernel.
     pub fn new(kernel: Kernel, target: Option<Target>, choose: impl Fn(Target) -> Result<P>) -> Result<Self> {
-        if let Some(target) = target {
-            return Ok(Plans { kernel, newest: choose(target)?, elsewhere: None });
+        let mut plans = Plans { kernel, newest: choose(target.unwrap_or(Target::HOPPER))?, others: Vec::new() };
+        if target.is_none() {
+            for other in [Target::OLDEST, Target::SMALLEST] {
+                if plans.on(other).is_err() {
+                    plans.others.extend(choose(other));
+                }
+            }
         }
-        let newest = choose(Target::HOPPER)?;
-        let elsewhere = if newest.is_for_hopper() { choose(Target::OLDEST).ok() } else { None };
-        Ok(Plans { kernel, newest, elsewhere })
+        Ok(plans)
     }
 
     /// The plan for a machine.
@@ -64,19 +78,28 @@ impl<P: Planned> Plans<P> {
     /// # Errors
     /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
     pub fn on(&self, target: Target) -> Result<&P> {
-        let refused = if self.newest.is_for_hopper() { target.allow_hopper(self.kernel).err() } else { None };
-        match (refused, &self.elsewhere) {
-            (None, _) => Ok(&self.newest),
-            (Some(_), Some(elsewhere)) => Ok(elsewhere),
-            (Some(reason), None) => {
-                Err(Error::Unsupported { kernel: self.kernel, backend: target.backend, reasons: vec![reason] })
-            }
+        let mut plans = std::iter::once(&self.newest).chain(&self.others);
+        plans.clone().find(|plan| self.refusal(plan, target).is_none()).ok_or_else(|| Error::Unsupported {
+            kernel: self.kernel,
+            backend: target.backend,
+            reasons: plans.by_ref().filter_map(|plan| self.refusal(plan, target)).collect(),
+        })
+    }
+
+    /// Why a plan does not run on a machine, if it does not.
+    fn refusal(&self, plan: &P, target: Target) -> Option<String> {
+        if plan.is_for_hopper()
+            && let Err(reason) = target.allow_hopper(self.kernel)
+        {
+            return Some(reason);
         }
+        let (needed, allowed) = (plan.shared_bytes(), target.shared_memory);
+        (needed > allowed).then(|| format!("{needed} bytes of shared memory a block; allowed on this GPU: {allowed}"))
     }
 
     /// Device memory that the kernels work in on any machine, in bytes.
     pub fn workspace_bytes(&self) -> u64 {
         let bytes = |plan: &P| workspace_offsets(plan.workspace()).1;
-        bytes(&self.newest).max(self.elsewhere.as_ref().map_or(0, bytes))
+        self.others.iter().map(bytes).fold(bytes(&self.newest), u64::max)
     }
 }

@@ -115,6 +115,11 @@ impl<'a, T: Element, X: Number> Definition<'a, T, X> {
         if !in_window || self.operands.mask(&sequence, head, row).is_some_and(|mask| mask[key] == 0) {
             return None;
         }
+        // A bias of -inf is a mask: what lies at the key, be it NaN, does not matter.
+        let bias = self.operands.bias(&sequence, head, row).map(|bias| bias[key].to_f32());
+        if bias == Some(f32::NEG_INFINITY) {
+            return None;
+        }
         let scale = X::of(self.problem.softmax_scale.into());
         let s = scale * dot(query.of(&self.q, self.problem), query.key(key, self.problem).of(&self.k, self.problem));
         let capped = self.softcap().map_or(s, |softcap| softcap * (s / softcap).tanh());
@@ -123,8 +128,8 @@ impl<'a, T: Element, X: Number> Definition<'a, T, X> {
             let distance = (row + sequence.seqlen_k).abs_diff(sequence.seqlen_q + key);
             score = score - X::of(slope.into()) * X::of(distance as f64);
         }
-        if let Some(bias) = self.operands.bias(&sequence, head, row) {
-            score += X::of(bias[key].to_f32().into());
+        if let Some(bias) = bias {
+            score += X::of(bias.into());
         }
         Some(Seen { key, capped, score: (self.rounding.store)(score) })
     }

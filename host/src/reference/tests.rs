@@ -184,6 +184,12 @@ fn hidden_keys_may_hold_anything() {
     inputs.v.as_mut_slice::<f32>().expect("f32")[2..4].fill(f32::NAN);
     inputs.bias.as_mut().and_then(Tensor::as_mut_slice::<f32>).expect("f32")[1] = f32::NAN;
     assert_eq!(run(&inputs, &AttentionOptions::new()), before);
+
+    // Hidden by the bias alone.
+    inputs.mask = None;
+    let bias = inputs.bias.as_mut().and_then(Tensor::as_mut_slice::<f32>).expect("f32");
+    (bias[1], bias[4]) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+    assert_eq!(run(&inputs, &AttentionOptions::new()), before);
 }
 
 #[test]

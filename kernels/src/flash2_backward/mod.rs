@@ -96,6 +96,7 @@ const fn config<T: MatrixElement>(headdim: usize, headdim_v: usize, causal: bool
         block_m: 0,
         block_n: 0,
         from_keys: 0,
+        few: false,
         threads: 0,
         min_blocks_per_sm: 1,
         shared_bytes: 0,

@@ -5,7 +5,7 @@
 use super::probabilities::Probabilities;
 use super::query_walk::QueryWalk;
 use super::{Params, config};
-use crate::config::Config;
+use crate::config::{Config, SHARED_BYTES_OF_EVERY_GPU};
 use crate::flash2::threads;
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
@@ -30,16 +30,22 @@ const fn wide_keys_and_values_config<
     const V_COLUMNS: usize,
     const CAUSAL: bool,
     const GENERAL: bool,
+    const LEAN: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_M && D_COLUMNS * 8 == HEADDIM && V_COLUMNS * 8 == HEADDIM_V);
+    // Eight threads copy a row of a slab: all of them together no more than a tile.
+    assert!(BLOCK_M.is_multiple_of(2 * threads(BLOCK_N, 1) as usize / 8));
     let weights = BLOCK_N * BLOCK_M * size_of::<f32>();
+    let bytes = weights as u32 + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES as u32;
+    assert!(!LEAN || bytes <= SHARED_BYTES_OF_EVERY_GPU);
     Config {
         family: "flash2.keys_and_values",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
+        few: false,
         threads: 2 * threads(BLOCK_N, 1),
-        shared_bytes: (weights + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES) as u32,
+        shared_bytes: bytes,
         barriers: 2 * QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS + 2,
         ..config::<T>(HEADDIM, HEADDIM_V, CAUSAL, GENERAL)
     }
@@ -47,9 +53,10 @@ const fn wide_keys_and_values_config<
 
 /// dK and dV of `BLOCK_N` keys of one head of K and V: [`keys_and_values`](super::keys_and_values()) for wide heads.
 ///
-/// Grid: `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`. Two warps have the same 16 keys.
+/// Grid: `ceil(seqlen_k / BLOCK_N) * nheads_k * batch`. Two warps have the same 16 keys. `LEAN`: every GPU has the shared
+/// memory; the others are faster where it is there.
 #[kernel(
-    name = "flash2_bwd_dkdv_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}",
+    name = "flash2_bwd_dkdv_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}{LEAN?_lean}",
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
             // On an H100, TFLOP/s of this kernel alone (four products) at 4k tokens, not causal: 292; with 32 queries 252.
@@ -59,17 +66,23 @@ const fn wide_keys_and_values_config<
             // 262.
             (256, 256, 32, 64, 4, 32, 32),
         ],
-        (CAUSAL, GENERAL) in [(false, false), (true, false)],
+        (CAUSAL, GENERAL, LEAN) in [(false, false, false), (true, false, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
             (192, 192, 32, 64, 4, 24, 24),
             (192, 128, 32, 64, 4, 24, 16),
             (256, 256, 32, 64, 4, 32, 32),
         ],
-        (CAUSAL, GENERAL) in [(false, true)],
+        (CAUSAL, GENERAL, LEAN) in [(false, true, false)],
+    for T in [f16, bf16],
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
+            (192, 192, 32, 32, 4, 24, 24),
+            (256, 256, 16, 32, 2, 32, 32),
+        ],
+        (CAUSAL, GENERAL, LEAN) in [(false, true, true)],
     for T in [f32, tf32],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 32, 2, 32, 32)],
-        (CAUSAL, GENERAL) in [(false, true)],
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 16, 2, 32, 32)],
+        (CAUSAL, GENERAL, LEAN) in [(false, true, false)],
     config = wide_keys_and_values_config,
     table = WIDE_KEYS_AND_VALUES,
 )]
@@ -84,6 +97,7 @@ pub fn wide_keys_and_values<
     const V_COLUMNS: usize,
     const CAUSAL: bool,
     const GENERAL: bool,
+    const LEAN: bool,
 >(
     p: Params,
 ) {

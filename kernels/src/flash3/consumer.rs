@@ -11,7 +11,7 @@ use crate::schedule::QueryBlock;
 use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::barrier::Turns;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{LOG2_E, unknown};
+use cuda_std::math::LOG2_E;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{self, Slot};
 use cuda_std::thread::lane_id;
@@ -32,10 +32,11 @@ pub struct Consumer<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
+    const FEW: bool,
 > {
     memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
     group: u32,
-    rows: Rows<CAUSAL>,
+    rows: Rows<CAUSAL, FEW>,
     queries: pipeline::Consumer<QUERIES>,
     /// Of the keys; the values are one stage behind.
     keys: pipeline::Consumer<STAGES>,
@@ -60,7 +61,8 @@ impl<
     const S_COLUMNS: usize,
     const O_COLUMNS: usize,
     const CAUSAL: bool,
-> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL>
+    const FEW: bool,
+> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, FEW>
 {
     const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
 
@@ -71,7 +73,7 @@ impl<
         memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
         group: u32,
         softmax_scale: f32,
-        packing: Packing,
+        packing: Packing<FEW>,
     ) -> Self {
         if group + 1 == GROUPS {
             Self::TURN.pass(group);
@@ -94,7 +96,7 @@ impl<
     /// first block of a tile while the rows of the tile before it are stored: if their Q has a stage of its own.
     #[inline(always)]
     #[track_caller]
-    pub fn run(mut self, a: &Attention<T>, mut tiles: Tiles<CAUSAL>) {
+    pub fn run(mut self, a: &Attention<T>, mut tiles: Tiles<CAUSAL, FEW>) {
         let mut next = self.next();
         let mut s = match next {
             Some(place) => self.first(a, place).wait(),
@@ -162,7 +164,7 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn tile(&self, a: &Attention<T>, place: Place) -> Tile {
-        place.tile::<T, CAUSAL>(a, self.rows.packing, GROUPS * GROUP_ROWS, BLOCK_N as u32)
+        place.tile::<T, CAUSAL, FEW>(a, self.rows.packing, GROUPS * GROUP_ROWS, BLOCK_N as u32)
     }
 
     /// S of the last block of keys that this warpgroup's rows of a tile see.
@@ -275,13 +277,13 @@ impl<const STAGES: u32, const N: usize> Scores<STAGES, N> {
 
 /// The rows of a tile that a consumer warpgroup has, from `first` on.
 #[derive(Clone, Copy)]
-struct Rows<const CAUSAL: bool> {
-    packing: Packing,
+struct Rows<const CAUSAL: bool, const FEW: bool> {
+    packing: Packing<FEW>,
     first: u32,
     block_n: u32,
 }
 
-impl<const CAUSAL: bool> Rows<CAUSAL> {
+impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
     /// The blocks of keys that they need; one at least. Rows behind the last query need no more.
     #[inline(always)]
     fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
@@ -325,12 +327,12 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
     ) -> bool {
         let block = self.of_warp(tile);
         let QueryBlock { first_row, head, sequence } = block;
-        let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
+        let lse = a.softmax_lse.offset(a.first_row(&sequence, head));
         softmax.finish(o, f32::NEG_INFINITY, |row, state| {
-            let (head, query) = (self.packing.head(row), self.packing.query(row));
+            let (head, query) = (self.packing.head(row), first_row + self.packing.query(row));
             // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.
             let index = head * a.lse_head_stride as u32 + query;
-            if lane_id().is_multiple_of(4) && query < block.rows() {
+            if lane_id().is_multiple_of(4) && query < sequence.seqlen_q {
                 lse.store(index as usize, state.lse());
             }
         });
@@ -351,14 +353,14 @@ impl<const CAUSAL: bool> Rows<CAUSAL> {
         a: &Attention<T>,
         tile: &Tile,
     ) {
-        let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
-        let (mask, scale) = (Mask::of::<T, CAUSAL, false>(a, &sequence), a.softmax_scale * LOG2_E);
-        for row in 0..unknown(16) {
-            let (head, query) = (head + self.packing.head(row), first_row + self.packing.query(row));
-            let row = QueryBlock { first_row: query, head, sequence };
-            let o_row = sequence.query_matrix(&a.o, head, query, a.headdim_v, true);
+        let first = self.of_warp(tile);
+        let (mask, scale) = (Mask::of::<T, CAUSAL, false>(a, &first.sequence), a.softmax_scale * LOG2_E);
+        let (heads, queries) = (self.packing.heads().min(16), self.packing.query(16).max(1));
+        for head in 0..heads {
+            let block = QueryBlock { head: first.head + head, ..first };
+            let o_rows = block.sequence.query_matrix(&a.o, block.head, block.first_row, a.headdim_v, true);
             let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
-            attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &row, mask, true, o_row, 0..1, weight);
+            attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &block, mask, true, o_rows, 0..queries, weight);
         }
     }
 

@@ -69,6 +69,7 @@ const fn config<
     const O_COLUMNS: usize,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
+    const FEW: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
     Config {
@@ -85,6 +86,7 @@ const fn config<
         min_blocks_per_sm: 1,
         shared_bytes: Memory::<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>::BYTES,
         from_keys: FROM_KEYS,
+        few: FEW,
         // Two at the start, one before the first turn, one after the last, and two a turn: at the first block of the first tile,
         // of the others, at blocks that are skipped before either, and at other blocks, which with a causal mask have two loops.
         barriers: if CAUSAL { 16 } else { 14 },
@@ -96,9 +98,9 @@ const fn config<
 /// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each
 /// ([`schedule`]). A tile has `GROUPS` times [`GROUP_ROWS`] query rows; Q has `QUERIES` stages of [`GROUP_ROWS`] rows, for a
 /// tile or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of
-/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`].
+/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`]; `FEW`: [`Config::few`].
 #[kernel(
-    name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}_{GROUPS}x{BLOCK_N}{CAUSAL?_causal}",
+    name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}_{GROUPS}x{BLOCK_N}{CAUSAL?_causal}{FEW?_few}",
     arch = sm_90a,
     // TFLOP/s on an H100, in bf16, at 16384 tokens and a hidden dimension of 2048. More warpgroups hide more of each other, but
     // larger tiles are filled worse by short sequences.
@@ -117,7 +119,7 @@ const fn config<
             (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
-        CAUSAL in [false],
+        CAUSAL in [false], FEW in [false],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
             // 399, 543, 596; three warpgroups and 128 keys: 325, 521, 598.
@@ -133,7 +135,17 @@ const fn config<
             (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
-        CAUSAL in [true],
+        CAUSAL in [true], FEW in [false],
+    // Of these the ones for few keys, again for few queries.
+    for T in [f16, bf16],
+        (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
+            (64, 64, 4, 8, 64, 6, 4, 8, 8, 0),
+            (96, 96, 2, 4, 128, 3, 8, 16, 12, 0),
+            (128, 128, 2, 4, 128, 2, 8, 16, 16, 0),
+            (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
+            (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
+        ],
+        CAUSAL in [false, true], FEW in [true],
     config = config,
     table = FORWARD,
 )]
@@ -150,6 +162,7 @@ pub fn forward<
     const O_COLUMNS: usize,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
+    const FEW: bool,
 >(
     p: Params,
 ) {
@@ -158,13 +171,13 @@ pub fn forward<
         memory.init_barriers(GROUPS);
         fence::mbarrier_init();
     }
-    let a = p.attention.of::<T>();
+    let (a, schedule) = (p.attention.of::<T>(), p.schedule.known::<FEW>());
     let block_m = GROUPS * GROUP_ROWS;
-    if !a.cu_seqlens_q.is_null() && p.schedule.walkers > 0 {
-        memory.order.find::<T, CAUSAL>(&a, p.schedule, block_m);
+    if !a.cu_seqlens_q.is_null() && schedule.walkers > 0 {
+        memory.order.find::<T, CAUSAL, FEW>(&a, schedule, block_m);
     }
     sync_threads();
-    let tiles = Tiles::<CAUSAL>::new(p.schedule, memory.order, block_m);
+    let tiles = Tiles::<CAUSAL, FEW>::new(schedule, memory.order, block_m);
     match warpgroup_id() {
         0 => {
             match GROUPS {
@@ -172,7 +185,7 @@ pub fn forward<
                 _ => release_registers::<32>(),
             }
             if thread_idx_x() == 0 {
-                producer::produce::<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, CAUSAL>(
+                producer::produce::<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, CAUSAL, FEW>(
                     &p, &a, memory, tiles,
                 );
             }
@@ -195,7 +208,8 @@ pub fn forward<
                 S_COLUMNS,
                 O_COLUMNS,
                 CAUSAL,
-            >::new(memory, group - 1, a.softmax_scale, p.schedule.packing);
+                FEW,
+            >::new(memory, group - 1, a.softmax_scale, schedule.packing);
             consumer.run(&a, tiles);
         }
     }

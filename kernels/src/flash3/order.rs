@@ -34,7 +34,7 @@ impl Order {
     /// Finds it. Said by all threads of the block, before a barrier.
     #[inline(always)]
     #[track_caller]
-    pub fn find<T, const CAUSAL: bool>(self, a: &Attention<T>, schedule: Schedule, block_m: u32) {
+    pub fn find<T, const CAUSAL: bool, const FEW: bool>(self, a: &Attention<T>, schedule: Schedule<FEW>, block_m: u32) {
         let Schedule { packing, .. } = schedule;
         let own = || Own { next: thread_idx_x(), end: a.batch };
         for i in own() {

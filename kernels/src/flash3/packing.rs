@@ -5,14 +5,18 @@
 //! query of each of the heads, then the second of each, and so on: one walk over the keys serves all of them.
 
 /// How many heads of Q lie in a tile together, a pack: a power of two, at most the rows of a warpgroup. Row r of a pack is
-/// query r / heads of its head r % heads. Packs of one head: nothing is packed.
+/// query r / heads of its head r % heads. Packs of one head: nothing is packed. Without `FEW` that is always so, and the
+/// compiler knows it: rows are queries.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Packing {
+pub struct Packing<const FEW: bool = true> {
     log2_heads: u32,
 }
 
 impl Packing {
+    /// Packs of one head.
+    pub const SINGLE: Self = Packing { log2_heads: 0 };
+
     /// The largest packs of heads that share one of K and V, of which there are `group`: its largest factor that is a power
     /// of two, but at most `most`.
     pub const fn of_group(group: u32, most: u32) -> Self {
@@ -20,9 +24,18 @@ impl Packing {
         Packing { log2_heads: if all < most { all } else { most } }
     }
 
+    /// As a kernel knows it.
+    #[inline(always)]
+    pub fn known<const FEW: bool>(self) -> Packing<FEW> {
+        Packing { log2_heads: self.log2_heads }
+    }
+}
+
+impl<const FEW: bool> Packing<FEW> {
     /// Heads of a pack.
-    pub const fn heads(self) -> u32 {
-        1 << self.log2_heads
+    #[inline(always)]
+    pub fn heads(self) -> u32 {
+        1 << self.log2()
     }
 
     /// Packs of so many heads.
@@ -58,13 +71,6 @@ impl Packing {
     #[inline(always)]
     fn log2(self) -> u32 {
         // Known to be less than 32: shifts take the number as it is.
-        self.log2_heads % 32
-    }
-}
-
-impl Default for Packing {
-    /// Packs of one head.
-    fn default() -> Self {
-        Packing { log2_heads: 0 }
+        if FEW { self.log2_heads % 32 } else { 0 }
     }
 }

@@ -20,11 +20,12 @@ pub fn produce<
     const BLOCK_N: usize,
     const STAGES: u32,
     const CAUSAL: bool,
+    const FEW: bool,
 >(
     p: &Params,
     a: &Attention<T>,
     memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
-    mut tiles: Tiles<CAUSAL>,
+    mut tiles: Tiles<CAUSAL, FEW>,
 ) {
     let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
     q_map.prefetch();
@@ -35,8 +36,9 @@ pub fn produce<
     let mut next = tiles.next(a);
     while let Some(place) = next {
         let block_m = GROUPS * GROUP_ROWS;
-        let packing = p.schedule.packing;
-        let Tile { first_row, pack, sequence, blocks } = place.tile::<T, CAUSAL>(a, packing, block_m, BLOCK_N as u32);
+        let packing = tiles.packing();
+        let Tile { first_row, pack, sequence, blocks } =
+            place.tile::<T, CAUSAL, FEW>(a, packing, block_m, BLOCK_N as u32);
         let batch = a.batch_of_map(sequence.batch) as i32;
         let head = packing.first_head(pack);
         let of_k = [a.head_k(head) as i32, batch];

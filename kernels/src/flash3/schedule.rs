@@ -66,7 +66,13 @@ impl Place {
     /// do not see.
     #[inline(always)]
     #[track_caller]
-    pub fn tile<T, const CAUSAL: bool>(self, a: &Attention<T>, packing: Packing, block_m: u32, block_n: u32) -> Tile {
+    pub fn tile<T, const CAUSAL: bool, const FEW: bool>(
+        self,
+        a: &Attention<T>,
+        packing: Packing<FEW>,
+        block_m: u32,
+        block_n: u32,
+    ) -> Tile {
         let Place { first_row, pack, batch } = self;
         let sequence = a.sequence(batch);
         let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
@@ -75,32 +81,41 @@ impl Place {
     }
 }
 
-/// Who does what: part of a kernel's parameters.
+/// Who does what: part of a kernel's parameters. Without `FEW` as kernels know it that are not for few queries.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Schedule {
+pub struct Schedule<const FEW: bool = true> {
     /// Blocks of threads that take units: the first of the grid. Each of the others takes a tile.
     pub walkers: u32,
     /// The packs of heads, counted over all batches, that the walkers do: the first ones.
     pub walked_packs: u32,
     /// Which heads of Q are packed.
-    pub packing: Packing,
+    pub packing: Packing<FEW>,
     /// 1 if a unit is two tiles, else 0. Only under a causal mask it may be.
     pub paired: u32,
 }
 
 impl Schedule {
+    /// As a kernel knows it.
+    #[inline(always)]
+    pub fn known<const FEW: bool>(self) -> Schedule<FEW> {
+        let Schedule { walkers, walked_packs, packing, paired } = self;
+        Schedule { walkers, walked_packs, packing: packing.known(), paired }
+    }
+}
+
+impl<const FEW: bool> Schedule<FEW> {
     /// Whether a unit is two tiles.
     #[inline(always)]
     pub fn is_paired<const CAUSAL: bool>(&self) -> bool {
-        CAUSAL && self.paired != 0
+        CAUSAL && (!FEW || self.paired != 0)
     }
 }
 
 /// The tiles of a block of threads.
 #[derive(Clone, Copy)]
-pub struct Tiles<const CAUSAL: bool> {
-    schedule: Schedule,
+pub struct Tiles<const CAUSAL: bool, const FEW: bool> {
+    schedule: Schedule<FEW>,
     order: Order,
     /// Which tile of its units comes next, as many a unit as may be.
     next: u32,
@@ -109,12 +124,18 @@ pub struct Tiles<const CAUSAL: bool> {
     block_m: u32,
 }
 
-impl<const CAUSAL: bool> Tiles<CAUSAL> {
+impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
     /// Those of this block of threads. A tile has `block_m` rows. The order is that of sequences of different lengths; others
     /// need none.
     #[inline(always)]
-    pub fn new(schedule: Schedule, order: Order, block_m: u32) -> Self {
+    pub fn new(schedule: Schedule<FEW>, order: Order, block_m: u32) -> Self {
         Tiles { schedule, order, next: 0, rank: 0, block_m }
+    }
+
+    /// Which heads of Q are packed.
+    #[inline(always)]
+    pub fn packing(&self) -> Packing<FEW> {
+        self.schedule.packing
     }
 
     /// Where the next tile is.
@@ -180,7 +201,7 @@ impl<const CAUSAL: bool> Tiles<CAUSAL> {
         let first_row = (tiles - 1 - tile / packs) * self.block_m;
         let is_first = self.next == 0;
         self.next = 1;
-        let is_there = packing.query(first_row) < a.sequence(batch).seqlen_q;
-        (is_first && is_there).then_some(Place { first_row, pack, batch })
+        let is_there = is_first && packing.query(first_row) < a.sequence(batch).seqlen_q;
+        is_there.then_some(Place { first_row, pack, batch })
     }
 }

@@ -117,6 +117,7 @@ const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config
         causal,
         general: false,
         from_keys: 0,
+        few: false,
         block_m: 0,
         block_n: 0,
         threads: 0,

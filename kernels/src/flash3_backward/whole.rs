@@ -74,6 +74,7 @@ const fn config<
     assert!(BLOCK_N == (GROUPS * GROUP_ROWS) as usize && Q_COLUMNS * 8 * BLOCK_N == BLOCK_M * HEADDIM);
     Config {
         from_keys: FROM_KEYS,
+        few: false,
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
@@ -293,7 +294,7 @@ pub fn heads<
     >(&p, &a, || schedule::keys_of_head(&a, 0));
 }
 
-/// A block of keys, or from it on all keys of its head if the block of threads takes whole `HEADS`.
+/// The blocks of keys of a `WALK` ([`walk`]), from the first on.
 #[inline(always)]
 #[track_caller]
 fn pass<
@@ -543,8 +544,8 @@ fn consume<
     }
 }
 
-/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. If a block of threads
-/// takes whole `HEADS`, these may be the last keys of dQ: then adds to it what the others have summed, and finishes it.
+/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. Where a
+/// `WALK` takes all keys of a head, these may be its last: then adds to it what the others have summed, and finishes it.
 #[inline(always)]
 #[track_caller]
 fn hand_over<

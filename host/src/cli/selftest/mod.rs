@@ -6,6 +6,7 @@ use super::answer::{print, print_json};
 use super::choices::{BackendArgument, one_of};
 use super::units;
 use anyhow::{Result, bail, ensure};
+use clap::value_parser;
 use ferroflash::{Kernel, Session};
 use grid::Group;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -27,6 +28,9 @@ pub struct Arguments {
     /// Only this kernel of a GPU or the simulator; `auto`: all of them
     #[arg(long, default_value = "auto", value_parser = one_of::<Kernel>(Kernel::NAMES))]
     kernel: Kernel,
+    /// With the kernels of a GPU whose blocks may have at most so many KiB of shared memory; every GPU has 99
+    #[arg(long, value_name = "KIB", value_parser = value_parser!(u32).range(99..=1024))]
+    shared_memory: Option<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -34,6 +38,9 @@ pub struct Arguments {
 
 pub fn execute(arguments: Arguments) -> Result<()> {
     let mut session = arguments.backend.session()?;
+    if let Some(kibibytes) = arguments.shared_memory {
+        session = session.shared_memory(kibibytes << 10);
+    }
     let mut groups = grid::groups(session.backend(), &session.kernels(), arguments.quick);
     if arguments.kernel != Kernel::Auto {
         groups.retain(|group| group.kernel == arguments.kernel);

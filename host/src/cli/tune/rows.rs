@@ -126,6 +126,7 @@ mod tests {
             block_m: groups * 64,
             block_n,
             from_keys: 0,
+            few: false,
             threads: (1 + groups) * 128,
             min_blocks_per_sm: 1,
             shared_bytes: 0,

@@ -68,6 +68,7 @@ fn named_config(value: &Value) -> Result<(String, Config)> {
         block_m: of("block_m")?,
         block_n: of("block_n")?,
         from_keys: 0,
+        few: false,
         threads: of("threads")?,
         min_blocks_per_sm: of("min_blocks_per_sm")?,
         shared_bytes: of("shared_bytes")?,

@@ -71,13 +71,21 @@ proptest! {
     }
 
     #[test]
-    fn a_bias_may_be_infinite(case in cases(), every in 1..4usize, nan: bool) {
+    fn a_bias_may_be_infinite(case in cases(), every in 1..4usize, nan: bool, spoiled: Option<(bool, prop::sample::Index)>) {
         let case = Case { dtype: DType::F32, bias: Some([true, false, false]), ..case };
         let mut tensors = case.tensors();
         let bias = tensors.bias.as_mut().and_then(Tensor::as_mut_slice::<f32>).expect("of f32");
         bias.iter_mut().step_by(every).for_each(|x| *x = f32::NEG_INFINITY);
         if let Some(x) = bias.iter_mut().last().filter(|_| nan) {
             *x = f32::NAN;
+        }
+        // At a key that is hidden, or not.
+        if let Some((of_k, index)) = spoiled {
+            let tensor = if of_k { &mut tensors.k } else { &mut tensors.v };
+            if !tensor.is_empty() {
+                let index = index.index(tensor.len());
+                tensor.as_mut_slice::<f32>().expect("f32")[index] = f32::NAN;
+            }
         }
         check(&case, &tensors);
     }

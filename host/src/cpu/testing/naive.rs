@@ -182,6 +182,10 @@ impl<'a> Naive<'a> {
             if too_far || self.case.mask.is_some_and(|broadcast| self.mask[self.at(broadcast, query, key)] == 0.0) {
                 continue;
             }
+            let bias = self.case.bias.map_or(0.0, |broadcast| self.bias[self.at(broadcast, query, key)]);
+            if bias == f64::NEG_INFINITY {
+                continue;
+            }
             let k = &self.k[self.of_key(query, key, headdim)..];
             let mut score = self.scale() * q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
             let mut cap_gradient = 1.0;
@@ -193,9 +197,7 @@ impl<'a> Naive<'a> {
                 let slope = self.slopes[if each { query.sequence * self.nheads() } else { 0 } + query.head];
                 score -= slope * distance.abs() as f64;
             }
-            if let Some(broadcast) = self.case.bias {
-                score += self.bias[self.at(broadcast, query, key)];
-            }
+            score += bias;
             let head = (query.sequence * self.nheads() + query.head) as u32;
             let factor = dropout.map_or(1.0, |dropout| f64::from(dropout.factor(head, query.row as u32, key as u32)));
             pairs.push(Pair { key, score, cap_gradient, factor });

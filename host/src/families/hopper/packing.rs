@@ -1,26 +1,25 @@
-//! Which heads of Q FlashAttention-3 packs into tiles together, and which tiles that fills.
+//! Which heads of Q FlashAttention-3 packs into tiles together.
 use kernels::Config;
 use kernels::flash3::GROUP_ROWS;
 use kernels::flash3::packing::Packing;
 
 use crate::problem::{MOST, Problem};
 
-/// As many of the heads that share K and V as can, where that saves a tenth of the tiles. Where it saves none it makes no
+/// As many of the heads that share K and V as can, where a kernel packs heads, and that saves a tenth of the tiles. Where it saves none it makes no
 /// difference to the time; on an H100, in µs without and with it, 16 sequences of 32 heads of 128 over 16384 keys of 8 heads: 1
 /// query 538, 350; 16 queries 537, 353; 64 queries 542, 404; 128 queries, which fill a tile, 768, 766.
 pub(crate) fn packing(problem: &Problem, config: &Config) -> Packing {
-    let (packed, plain) =
-        (Packing::of_group((problem.nheads / problem.nheads_k) as u32, GROUP_ROWS), Packing::default());
+    let (packed, plain) = (Packing::of_group((problem.nheads / problem.nheads_k) as u32, GROUP_ROWS), Packing::SINGLE);
     let tokens = problem.varlen.as_ref().map_or(problem.seqlen_q, |varlen| varlen.total_q);
     // Kernels count the rows of a pack in 32 bits.
     let are_counted = (tokens as u64).saturating_mul(packed.heads().into()) <= MOST as u64;
     let [fewer, most] = [packed, plain].map(|packing| u128::from(tiles(problem, packing, config)));
-    if are_counted && 10 * fewer <= 9 * most { packed } else { plain }
+    if config.few && are_counted && 10 * fewer <= 9 * most { packed } else { plain }
 }
 
 /// How many tiles there are, of all heads and sequences. Where the lengths of these differ, about so many: each pack leaves
 /// half of its last tile empty.
-fn tiles(problem: &Problem, packing: Packing, config: &Config) -> u64 {
+pub(crate) fn tiles(problem: &Problem, packing: Packing, config: &Config) -> u64 {
     let packs = (problem.batch as u64).saturating_mul(packing.packs(problem.nheads as u32).into());
     let tiles_of =
         |tokens: usize| (tokens as u64).saturating_mul(packing.heads().into()).div_ceil(config.block_m.into());
@@ -33,20 +32,10 @@ fn tiles(problem: &Problem, packing: Packing, config: &Config) -> u64 {
     }
 }
 
-/// Whether the queries of the longest sequence fill nine tenths of a kernel's tiles. Kernels for many keys have larger tiles,
-/// whose empty rows cost more than they gain: on an H100, with tiles of 192 instead of 128 rows, 64 queries of four packed
-/// heads of 128 take 654 µs instead of 404, and 128 queries 915 instead of 766.
-pub(crate) fn fills_tiles(problem: &Problem, config: &Config) -> bool {
-    let packing = packing(problem, config);
-    let rows = (problem.seqlen_q as u64).saturating_mul(packing.heads().into());
-    let block_m = u64::from(config.block_m);
-    10 * u128::from(rows) >= 9 * u128::from(rows.div_ceil(block_m) * block_m)
-}
-
 /// What is packed, in words; `None` if nothing is.
 pub(crate) fn in_words(problem: &Problem, config: &Config) -> Option<String> {
     let packing = packing(problem, config);
-    let [packed, plain] = [packing, Packing::default()].map(|packing| tiles(problem, packing, config));
+    let [packed, plain] = [packing, Packing::SINGLE].map(|packing| tiles(problem, packing, config));
     let about = if problem.varlen.is_some() { "about " } else { "" };
     let heads = packing.heads();
     (heads > 1).then(|| {
@@ -63,7 +52,7 @@ mod tests {
     use cuda_std::DType;
     use kernels::flash3::FORWARD;
 
-    const CONFIG: Config = Config { block_m: 128, ..FORWARD[0].config };
+    const CONFIG: Config = Config { block_m: 128, few: true, ..FORWARD[0].config };
 
     fn problem(seqlen_q: usize, nheads: usize, nheads_k: usize) -> Problem {
         let layout = |seqlen, nheads| Layout::contiguous(DType::BF16, &[3, seqlen, nheads, 64]).expect("small");
@@ -85,6 +74,8 @@ mod tests {
             Some("4 heads that share K and V are packed into tiles, 24 of them instead of 96")
         );
         assert_eq!(in_words(&problem(128, 32, 8), &CONFIG), None);
+        let plain = Config { few: false, ..CONFIG };
+        assert_eq!(packing(&problem(1, 32, 8), &plain), Packing::SINGLE);
     }
 
     #[test]
@@ -102,12 +93,5 @@ mod tests {
             )
         };
         assert_eq!([packed(10), packed(1280), packed(81920)], [(4, true), (4, true), (1, false)]);
-    }
-
-    #[test]
-    fn rows_fill_tiles() {
-        let fills = |seqlen_q, nheads_k| fills_tiles(&problem(seqlen_q, 32, nheads_k), &CONFIG);
-        assert!(fills(128, 32) && fills(32, 8) && fills(116, 8) && fills(4000, 8));
-        assert!(!fills(1, 8) && !fills(115, 32) && !fills(20, 8));
     }
 }

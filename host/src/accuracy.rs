@@ -132,7 +132,7 @@ fn is_narrow(dtype: DType, options: &AttentionOptions) -> bool {
 }
 
 /// The largest magnitude, or 1.
-fn largest(reference: &[f64]) -> f64 {
+pub(crate) fn largest(reference: &[f64]) -> f64 {
     reference.iter().filter(|x| x.is_finite()).fold(1.0, |largest: f64, x| largest.max(x.abs()))
 }
 

@@ -594,9 +594,13 @@ fn info_explains_which_kernels_would_run() {
     assert_eq!(backward(&[]), format!("{plain}; {fused}"));
     let unfused = "flash2 backward, fused: no kernel of bf16 and headdim 128 for softcap";
     assert_eq!(backward(&["--softcap=30"]), format!("{}; {owned}: {unfused}", left(capped)));
+    // How much the smallest of its kernels needs is their affair.
+    let tight = format!("{owned}: flash2 backward, fused: ");
+    let said = |line: &String| {
+        line.contains(&tight) && line.ends_with(" bytes of shared memory a block; allowed on this GPU: 101376")
+    };
     let small = explained(&["--arch=sm_86"]);
-    let tight = "flash2 backward, fused: 164864 bytes of shared memory a block; allowed on this GPU: 101376";
-    assert!(small.iter().any(|line| line.ends_with(&format!("{owned}: {tight}"))), "{small:?}");
+    assert!(small.iter().any(said), "{small:?}");
     assert_eq!(backward(&["--deterministic"]), format!("{}; {owned}: deterministic asks for it", left(ordered)));
 
     let answer = answers(["info", "--explain-dispatch", "--arch=sm_80", "--dtype=f32", "--headdim=300"]);

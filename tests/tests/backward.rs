@@ -37,6 +37,17 @@ fn on_the_simulator() {
     cases().chain(batches()).for_each(|case| case.check_backward(&session));
 }
 
+/// On GPUs with as much shared memory a block as an H100, an A100, and the smallest: other kernels each.
+#[test]
+fn wide_heads_in_the_shared_memory_of_every_gpu() {
+    for kibibytes in [227, 163, 99] {
+        let session = session(Backend::Simulator).shared_memory(kibibytes << 10);
+        for causal in [false, true] {
+            Case::single(DType::BF16, (65, 100), 256, causal).check_backward(&session);
+        }
+    }
+}
+
 #[test]
 fn on_the_cpu() {
     let session = session(Backend::Cpu);

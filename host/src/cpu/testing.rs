@@ -4,6 +4,7 @@ use cuda_std::DType;
 use proptest::prelude::*;
 
 use super::tile::BLOCK;
+use crate::accuracy::largest;
 use crate::element::Element;
 use crate::inputs::Inputs;
 use crate::operands::Operands;
@@ -244,15 +245,18 @@ impl Tensors {
     }
 }
 
+/// Puts a number into an f32 tensor, if there is a place for it.
+pub fn put(tensor: &mut Tensor, index: prop::sample::Index, x: f32) {
+    if !tensor.is_empty() {
+        let index = index.index(tensor.len());
+        tensor.as_mut_slice::<f32>().expect("of f32")[index] = x;
+    }
+}
+
 /// Checks numbers of a dtype: within a rounding of it and 1e-5 of the largest; NaN and infinities where they are
 /// expected.
 pub fn assert_close(what: &str, dtype: DType, found: &[f32], expected: &[f64]) {
     assert_close_beside(what, dtype, found, expected, largest(expected));
-}
-
-/// The largest magnitude, or 1.
-pub fn largest(expected: &[f64]) -> f64 {
-    expected.iter().filter(|x| x.is_finite()).fold(1.0, |largest: f64, x| largest.max(x.abs()))
 }
 
 /// The same where NaN may have taken the place of the largest, which are known from elsewhere.

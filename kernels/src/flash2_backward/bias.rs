@@ -35,7 +35,6 @@ const fn bias_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
-        few: false,
         threads: threads(BLOCK_M, 1),
         shared_bytes: (tiles + column_sums) as u32,
         barriers: 3,

@@ -30,7 +30,6 @@ const fn keys_and_values_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
-        few: false,
         threads: threads(BLOCK_N, M),
         shared_bytes: (QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES) as u32,
         barriers: QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS,

@@ -34,7 +34,6 @@ const fn queries_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
-        few: false,
         threads: threads(BLOCK_M, M),
         shared_bytes: bytes,
         barriers: if CAUSAL || GENERAL { 3 } else { 2 },

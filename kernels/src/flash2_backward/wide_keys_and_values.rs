@@ -43,7 +43,6 @@ const fn wide_keys_and_values_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
-        few: false,
         threads: 2 * threads(BLOCK_N, 1),
         shared_bytes: bytes,
         barriers: 2 * QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS + 2,

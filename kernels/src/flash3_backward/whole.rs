@@ -74,7 +74,6 @@ const fn config<
     assert!(BLOCK_N == (GROUPS * GROUP_ROWS) as usize && Q_COLUMNS * 8 * BLOCK_N == BLOCK_M * HEADDIM);
     Config {
         from_keys: FROM_KEYS,
-        few: false,
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,

@@ -1,7 +1,7 @@
 //! The CPU backend against the definition.
 use super::*;
 use crate::cpu::testing::naive::Naive;
-use crate::cpu::testing::{Case, Tensors, assert_close, cases, features};
+use crate::cpu::testing::{Case, Tensors, assert_close, cases, features, put};
 use crate::element::with_element;
 use crate::error::Result;
 use crate::options::AttentionOptions;
@@ -62,10 +62,7 @@ proptest! {
                 1 => &mut tensors.k,
                 _ => &mut tensors.v,
             };
-            if !tensor.is_empty() {
-                let index = index.index(tensor.len());
-                tensor.as_mut_slice::<f32>().expect("f32")[index] = value;
-            }
+            put(tensor, index, value);
         }
         check(&case, &tensors);
     }
@@ -81,11 +78,7 @@ proptest! {
         }
         // At a key that is hidden, or not.
         if let Some((of_k, index)) = spoiled {
-            let tensor = if of_k { &mut tensors.k } else { &mut tensors.v };
-            if !tensor.is_empty() {
-                let index = index.index(tensor.len());
-                tensor.as_mut_slice::<f32>().expect("f32")[index] = f32::NAN;
-            }
+            put(if of_k { &mut tensors.k } else { &mut tensors.v }, index, f32::NAN);
         }
         check(&case, &tensors);
     }

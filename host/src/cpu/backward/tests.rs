@@ -1,7 +1,8 @@
 //! The backward pass against the definition.
 use super::*;
+use crate::accuracy::largest;
 use crate::cpu::testing::naive::Naive;
-use crate::cpu::testing::{Case, Tensors, assert_close, assert_close_beside, cases, features, largest};
+use crate::cpu::testing::{Case, Tensors, assert_close, assert_close_beside, cases, features, put};
 use crate::element::with_element;
 use crate::error::Result;
 use crate::layout::Layout;
@@ -99,10 +100,7 @@ proptest! {
         for (which, index) in positions {
             let Tensors { q, k, v, dout, dlse, .. } = &mut tensors;
             let tensor = [q, k, v, dout, dlse].into_iter().nth(which).expect("five");
-            if !tensor.is_empty() {
-                let index = index.index(tensor.len());
-                tensor.as_mut_slice::<f32>().expect("f32")[index] = f32::NAN;
-            }
+            put(tensor, index, f32::NAN);
         }
         check_beside(&case, &tensors, others);
     }
@@ -121,11 +119,7 @@ proptest! {
         let others = largest_gradients(&case, &tensors);
         // At a key that is hidden, or not.
         if let Some((of_k, index)) = spoiled {
-            let tensor = if of_k { &mut tensors.k } else { &mut tensors.v };
-            if !tensor.is_empty() {
-                let index = index.index(tensor.len());
-                tensor.as_mut_slice::<f32>().expect("f32")[index] = f32::NAN;
-            }
+            put(if of_k { &mut tensors.k } else { &mut tensors.v }, index, f32::NAN);
         }
         check_beside(&case, &tensors, others);
     }

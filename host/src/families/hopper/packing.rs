@@ -5,9 +5,9 @@ use kernels::flash3::packing::Packing;
 
 use crate::problem::{MOST, Problem};
 
-/// As many of the heads that share K and V as can, where a kernel packs heads, and that saves a tenth of the tiles. Where it saves none it makes no
-/// difference to the time; on an H100, in µs without and with it, 16 sequences of 32 heads of 128 over 16384 keys of 8 heads: 1
-/// query 538, 350; 16 queries 537, 353; 64 queries 542, 404; 128 queries, which fill a tile, 768, 766.
+/// As many of the heads that share K and V as can, where a kernel packs heads, and that saves a tenth of the tiles. Where it
+/// saves none it makes no difference to the time; on an H100, in µs without and with it, 16 sequences of 32 heads of 128 over
+/// 16384 keys of 8 heads: 1 query 538, 350; 16 queries 537, 353; 64 queries 542, 404; 128 queries, which fill a tile, 768, 766.
 pub(crate) fn packing(problem: &Problem, config: &Config) -> Packing {
     let (packed, plain) = (Packing::of_group((problem.nheads / problem.nheads_k) as u32, GROUP_ROWS), Packing::SINGLE);
     let tokens = problem.varlen.as_ref().map_or(problem.seqlen_q, |varlen| varlen.total_q);

@@ -39,7 +39,6 @@ const fn split_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
-        few: false,
         threads: SPLIT_THREADS,
         min_blocks_per_sm: 1,
         shared_bytes: (tiles + QueryStream::<T, BLOCK_M, HEADDIM>::BYTES) as u32,

@@ -35,7 +35,6 @@ const fn whole_config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
-        few: false,
         threads: (BLOCK_N / (16 * M) * 32) as u32,
         min_blocks_per_sm: BLOCKS,
         shared_bytes: (tiles + QueryStream::<T, BLOCK_M, HEADDIM>::BYTES) as u32,

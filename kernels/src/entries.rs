@@ -39,7 +39,6 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash3_backward::PREPARE_RING))
         .chain(info(flash3_backward::WHOLE))
         .chain(info(flash3_backward::RING))
-        .chain(info(flash3_backward::UNITS))
         .chain(info(flash3_backward::HEADS))
         .chain(info(flash3_backward::SPLIT))
         .chain(info(flash3_backward::FINISH))

@@ -8,7 +8,7 @@ use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
 use kernels::flash3_backward::{FINISH, FINISH_RING, HEADS, PREPARE, PREPARE_HEADS, PREPARE_RING};
-use kernels::flash3_backward::{Params, RING, Ring, SPLIT, UNITS, WHOLE};
+use kernels::flash3_backward::{Params, RING, Ring, SPLIT, WHOLE};
 use kernels::{Config, mask};
 
 /// A problem: sequences of `(seqlen_q, seqlen_k)`, which follow each other if `packed`, and are all alike if not.
@@ -139,12 +139,6 @@ fn check<T: Element>(p: Problem, seed: u64) {
     for pass in kernels_of([WHOLE, SPLIT], T::DTYPE, p.headdim, is_causal) {
         check_pass::<T>(p, pass, Takes::OneBlock, (seed, seed));
     }
-    let has_units = UNITS.iter().any(|kernel| is_causal(&kernel.config) && p.headdim <= kernel.config.headdim as usize);
-    if has_units && !p.packed && (!p.causal || p.lengths[0].1.div_ceil(128).is_multiple_of(2)) {
-        for pass in kernels_of([UNITS, &[]], T::DTYPE, p.headdim, is_causal) {
-            check_pass::<T>(p, pass, Takes::Units, (seed, seed));
-        }
-    }
     if p.headdim <= 128 {
         for pass in kernels_of([HEADS, &[]], T::DTYPE, p.headdim, is_causal) {
             let found = check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed));
@@ -165,7 +159,6 @@ enum Takes {
         heads: u32,
         lag: u32,
     },
-    Units,
     WholeHead,
 }
 
@@ -331,8 +324,6 @@ fn check_pass<T: Element>(
     let key_blocks = seqlen_k.div_ceil(block_n as usize * cluster) * cluster;
     let key_blocks = match takes {
         Takes::OneBlock | Takes::OneOfRing { .. } => of_heads(key_blocks),
-        // So few that some take several.
-        Takes::Units => of_heads(if causal { key_blocks / 2 } else { key_blocks }).min(3),
         Takes::WholeHead => of_heads(1),
     };
     fn of_queries<P>(table: &'static [Kernel<P, Config>], pass: &Config) -> &'static Kernel<P, Config> {
@@ -344,13 +335,13 @@ fn check_pass<T: Element>(
     match takes {
         Takes::OneOfRing { .. } => of_queries_in_ring(PREPARE_RING, query_blocks),
         Takes::WholeHead => of_queries(PREPARE_HEADS),
-        Takes::OneBlock | Takes::Units => of_queries(PREPARE),
+        Takes::OneBlock => of_queries(PREPARE),
     }
     run(pass, key_blocks, order, &memory, parameters);
     match takes {
         Takes::OneOfRing { lag, .. } => of_queries_in_ring(FINISH_RING, query_blocks / pairs * lag as usize),
         Takes::WholeHead => {}
-        Takes::OneBlock | Takes::Units => of_queries(FINISH),
+        Takes::OneBlock => of_queries(FINISH),
     }
 
     let tolerance = if T::DTYPE == DType::F16 { 5e-4 } else { 4e-3 };

@@ -115,8 +115,6 @@ enum Grid {
     Queries,
     /// `block_n` keys of a head of K.
     Keys,
-    /// Units of keys, one after the other until none is left.
-    KeyUnits,
     /// All keys of a head of K.
     KeyHeads,
     /// `block_m` queries of a head of Q, of the last heads of a ring.
@@ -208,10 +206,7 @@ impl BackwardPlan {
             *of_part = address.cast();
         }
         let launch = |step: &Step| {
-            let blocks = match step.grid {
-                Grid::KeyUnits => step.blocks(problem).min(machine.multiprocessors.into()),
-                _ => step.blocks(problem),
-            };
+            let blocks = step.blocks(problem);
             (blocks > 0).then(|| match step.kernel {
                 Entry::Plain(kernel) => Launch::new(kernel, blocks, parameters),
                 Entry::Mapped(kernel) => {
@@ -245,27 +240,21 @@ impl Passes {
         if wanted.problem.deterministic {
             return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
         }
-        let takes_units = |units: &&EntryPoint<_, Config>| hopper::backward::takes_units(wanted.problem, &units.config);
-        let units = find(&[flash3::UNITS]).ok().filter(takes_units);
-        let is_short = wanted.problem.seqlen_k <= hopper::backward::HEADS_RATHER_THAN_UNITS_UP_TO;
-        if (units.is_none() || is_short)
-            && hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
+        if hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
             && let Ok(heads) = find(&[flash3::HEADS])
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
-        if units.is_none()
-            && let Ok(pass) = find(&[flash3::RING])
+        if let Ok(pass) = find(&[flash3::RING])
             && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
         {
             return Self::flash3_ring(wanted.problem, pass, turns);
         }
-        let (pass, grid) = units.map_or((pass, Grid::Keys), |units| (units, Grid::KeyUnits));
         Ok(Passes {
             family: "flash3",
             steps: vec![
                 Step { kernel: Entry::Plain(in_step(flash3::PREPARE, pass)?), grid: Grid::Queries },
-                Step { kernel: Entry::Mapped(pass), grid },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
                 Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
             ],
             how: FUSED.to_owned(),
@@ -433,7 +422,6 @@ impl Step {
                 let cluster = self.kernel.cluster();
                 product([nheads_k, batch], blocks(seqlen_k, block_n * cluster).saturating_mul(u64::from(cluster)))
             }
-            Grid::KeyUnits => product([nheads_k, batch], hopper::backward::units_of_head(problem, block_n)),
             Grid::KeyHeads => product([nheads_k, batch], 1),
             Grid::LastQueries => hopper::backward::ring(problem, &self.kernel.config()).map_or(0, |turns| turns.left),
             Grid::Bias => {

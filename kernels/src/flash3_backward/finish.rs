@@ -100,7 +100,6 @@ pub fn finish<
         (HEADDIM, BLOCK_M, COLUMNS, STEPS, TRANSPOSED, FROM_REGISTERS) in [
             (64, 128, 8, 4, false, false),
             (128, 64, 8, 4, true, false),
-            (128, 80, 10, 5, true, false),
         ],
     config = finish_ring_config,
     table = FINISH_RING,

@@ -6,6 +6,7 @@
 //! What threads wrote to shared memory is stored only after [`fence::proxy_async`](crate::fence::proxy_async).
 use crate::element::Scalar;
 use crate::mbarrier::Mbarrier;
+use crate::tensor::CachePolicy;
 use crate::{Global, Shared, machine};
 
 /// Copies `elements` from global to shared memory, and tells `barrier` of their bytes. Both addresses and the bytes are
@@ -40,6 +41,28 @@ pub fn store<T: Scalar>(to: Global<T>, from: Shared<T>, elements: u32) {
 #[track_caller]
 pub fn add(to: Global<f32>, from: Shared<f32>, elements: u32) {
     machine::bulk_add(to.address(), from.address(), elements * 4);
+}
+
+/// As [`load`], of what the L2 cache treats by `policy`. PTX ISA: `.L2::cache_hint`.
+#[inline(always)]
+#[track_caller]
+pub fn load_cached<T: Scalar>(to: Shared<T>, from: Global<T>, elements: u32, barrier: Mbarrier, policy: CachePolicy) {
+    let bytes = elements * size_of::<T>() as u32;
+    machine::bulk_load_cached(to.address(), from.address(), bytes, barrier.address(), policy.bits());
+}
+
+/// As [`store`], of what the L2 cache treats by `policy`. PTX ISA: `.L2::cache_hint`.
+#[inline(always)]
+#[track_caller]
+pub fn store_cached<T: Scalar>(to: Global<T>, from: Shared<T>, elements: u32, policy: CachePolicy) {
+    machine::bulk_store_cached(to.address(), from.address(), elements * size_of::<T>() as u32, policy.bits());
+}
+
+/// As [`add`], to what the L2 cache treats by `policy`. PTX ISA: `.L2::cache_hint`.
+#[inline(always)]
+#[track_caller]
+pub fn add_cached(to: Global<f32>, from: Shared<f32>, elements: u32, policy: CachePolicy) {
+    machine::bulk_add_cached(to.address(), from.address(), elements * 4, policy.bits());
 }
 
 /// Makes a group of the thread's stores since the last commit. PTX ISA: `cp.async.bulk.commit_group`.

@@ -19,6 +19,7 @@
 #![cfg_attr(target_arch = "nvptx64", feature(asm_experimental_arch, link_llvm_intrinsics, stdarch_nvptx))]
 #![cfg_attr(target_arch = "nvptx64", allow(internal_features))]
 
+pub mod arrivals;
 pub mod atomic;
 pub mod barrier;
 pub mod bulk;

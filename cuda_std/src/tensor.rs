@@ -59,6 +59,11 @@ impl CachePolicy {
     pub fn evict_last() -> Self {
         CachePolicy(machine::policy_evict_last())
     }
+
+    #[inline(always)]
+    pub(crate) fn bits(self) -> u64 {
+        self.0
+    }
 }
 
 impl<'a> TensorMapRef<'a> {

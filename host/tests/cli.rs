@@ -511,22 +511,23 @@ fn ptx_prints_what_is_embedded() {
     refuses(["ptx", "flash9_fwd"], "no kernel \"flash9_fwd\" is embedded here");
 }
 
-/// Whole heads where sequences are short and there are enough of them, units of keys a while beyond, and blocks of keys.
+/// Whole heads where sequences are short and there are enough of them, beyond that blocks of keys of heads that take turns at
+/// sums, and where sequences are so long that these would leave the cache, of heads that have sums of their own.
 #[test]
 fn info_explains_which_keys_a_block_of_threads_takes_backward() {
     if succeeds(["ptx", "--arch=sm_90a"]).is_empty() {
         return println!("skipped: this build embeds no PTX for sm_90a");
     }
     let pass = |seqlen: usize| {
-        let sizes = [format!("--batch={}", 16384 / seqlen), format!("--seqlen={seqlen}")];
+        let sizes = [format!("--batch={}", 16384_usize.div_ceil(seqlen)), format!("--seqlen={seqlen}")];
         let of = ["info", "--explain-dispatch", "--arch=sm_90", "--causal", "--headdim=64", "--nheads=32"];
         let explained = answers(of.map(String::from).into_iter().chain(sizes));
         explained["backward"]["launches"][1]["entry"].as_str().expect("a name").to_owned()
     };
     assert_eq!(pass(512), "flash3_bwd_heads_bf16_d64_m128_causal");
-    assert_eq!(pass(1024), "flash3_bwd_units_bf16_d64_m128_causal");
-    assert_eq!(pass(2048), "flash3_bwd_units_bf16_d64_m128_causal");
-    assert_eq!(pass(4096), "flash3_bwd_bf16_d64_m128_causal");
+    assert_eq!(pass(1024), "flash3_bwd_ring_bf16_d64_m128_causal");
+    assert_eq!(pass(16384), "flash3_bwd_ring_bf16_d64_m128_causal");
+    assert_eq!(pass(65536), "flash3_bwd_bf16_d64_m128_causal");
 }
 
 #[test]

@@ -37,11 +37,13 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash3::COMBINE))
         .chain(info(flash3_backward::PREPARE))
         .chain(info(flash3_backward::PREPARE_HEADS))
+        .chain(info(flash3_backward::PREPARE_RING))
         .chain(info(flash3_backward::WHOLE))
-        .chain(info(flash3_backward::UNITS))
+        .chain(info(flash3_backward::RING))
         .chain(info(flash3_backward::HEADS))
         .chain(info(flash3_backward::SPLIT))
         .chain(info(flash3_backward::FINISH))
+        .chain(info(flash3_backward::FINISH_RING))
 }
 
 fn info<P>(table: &'static [Kernel<P, Config>]) -> impl Iterator<Item = EntryInfo> {

@@ -35,7 +35,7 @@ impl QueryBlock {
 #[inline(always)]
 #[track_caller]
 pub fn query_block<T>(a: &Attention<T>, block_m: u32) -> QueryBlock {
-    nth_query_block(a, block_m, block_idx_x())
+    query_block_at(a, block_m, block_idx_x())
 }
 
 /// [`query_block`] once more, to be said after a loop: it is found anew once `x` is known, and takes no registers in the loop.
@@ -44,14 +44,15 @@ pub fn query_block<T>(a: &Attention<T>, block_m: u32) -> QueryBlock {
 pub fn query_block_anew<T>(a: &Attention<T>, block_m: u32, x: u32) -> QueryBlock {
     let anew = |n| unknown_before(n, x);
     let a = Attention { seqlen_q: anew(a.seqlen_q), nheads: anew(a.nheads), ..*a };
-    nth_query_block(&a, block_m, anew(block_idx_x()))
+    query_block_at(&a, block_m, anew(block_idx_x()))
 }
 
+/// Query block `number` of these, where it is not that of the block of threads.
 #[inline(always)]
 #[track_caller]
-fn nth_query_block<T>(a: &Attention<T>, block_m: u32, n: u32) -> QueryBlock {
+pub fn query_block_at<T>(a: &Attention<T>, block_m: u32, number: u32) -> QueryBlock {
     let blocks = divisor(a.seqlen_q.div_ceil(block_m));
-    let (index, pair) = (n % blocks, n / blocks);
+    let (index, pair) = (number % blocks, number / blocks);
     let (head, batch) = head_of(pair, a.nheads);
     QueryBlock { first_row: (blocks - 1 - index) * block_m, head, sequence: a.sequence(batch) }
 }

@@ -319,6 +319,19 @@ fn gradients_of_many_keys() {
     assert_eq!(gradients.report.launches[1].entry, "flash3_bwd_bf16_d128_m80");
 }
 
+/// Gradients of so many heads that these take turns at the sums of dQ: two more than have a place.
+#[test]
+fn gradients_of_many_heads() {
+    let case = Case { batch: 67, nheads: 4, nheads_k: 4, ..Case::single(DType::BF16, (20, 30), 64, false) };
+    let (gradients, accuracy) = case.run_backward(&session());
+    assert!(accuracy.passed(), "{accuracy}");
+    let launches: Vec<_> = gradients.report.launches.iter().map(|launch| (launch.entry, launch.grid)).collect();
+    let in_ring = |what: &str| format!("flash3_bwd_{what}ring_bf16_d64_m128");
+    assert_eq!(launches.iter().map(|&(entry, _)| entry).collect::<Vec<_>>(), ["prepare_", "", "finish_"].map(in_ring));
+    // The last heads, as many as a wave of blocks of threads takes, and one.
+    assert_eq!(launches.iter().map(|&(_, grid)| grid).collect::<Vec<_>>(), [268, 268, 133]);
+}
+
 /// Gradients of heads that share K and V, and of more queries than keys.
 #[test]
 fn gradients_of_grouped_queries() {

@@ -7,7 +7,8 @@ use cuda_std::{DType, Element, Global, Kernel};
 use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
-use kernels::flash3_backward::{FINISH, HEADS, PREPARE, PREPARE_HEADS, Params, SPLIT, UNITS, WHOLE};
+use kernels::flash3_backward::{FINISH, FINISH_RING, HEADS, PREPARE, PREPARE_HEADS, PREPARE_RING};
+use kernels::flash3_backward::{Params, RING, Ring, SPLIT, WHOLE};
 use kernels::{Config, mask};
 
 /// A problem: sequences of `(seqlen_q, seqlen_k)`, which follow each other if `packed`, and are all alike if not.
@@ -138,12 +139,6 @@ fn check<T: Element>(p: Problem, seed: u64) {
     for pass in kernels_of([WHOLE, SPLIT], T::DTYPE, p.headdim, is_causal) {
         check_pass::<T>(p, pass, Takes::OneBlock, (seed, seed));
     }
-    let has_units = UNITS.iter().any(|kernel| is_causal(&kernel.config) && p.headdim <= kernel.config.headdim as usize);
-    if has_units && !p.packed && (!p.causal || p.lengths[0].1.div_ceil(128).is_multiple_of(2)) {
-        for pass in kernels_of([UNITS, &[]], T::DTYPE, p.headdim, is_causal) {
-            check_pass::<T>(p, pass, Takes::Units, (seed, seed));
-        }
-    }
     if p.headdim <= 128 {
         for pass in kernels_of([HEADS, &[]], T::DTYPE, p.headdim, is_causal) {
             let found = check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed));
@@ -159,8 +154,24 @@ fn check<T: Element>(p: Problem, seed: u64) {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Takes {
     OneBlock,
-    Units,
+    /// One, with sums of dQ in a ring of so many heads, which are finished so many heads later.
+    OneOfRing {
+        heads: u32,
+        lag: u32,
+    },
     WholeHead,
+}
+
+/// The gradients of a problem by all kernels for it whose heads take turns at the sums of dQ: at as few as may be, and so many
+/// `more`.
+fn check_ring<T: Element>(p: Problem, more: &[u32], seed: u64) {
+    let in_turn = if p.causal { 2 } else { 1 };
+    for pass in kernels_of([RING, &[]], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
+        for more in more {
+            let (places, lag) = (2 * in_turn + more, in_turn + more);
+            check_pass::<T>(p, pass, Takes::OneOfRing { heads: places, lag }, (seed, seed));
+        }
+    }
 }
 
 /// By one pass.
@@ -217,10 +228,6 @@ fn check_pass<T: Element>(
     let o: Vec<T> = exact[3].iter().map(|&x| T::from_f32(x as f32)).collect();
 
     let Config { headdim: tile_columns, block_m, block_n, .. } = pass.config;
-    let in_step = |config: &Config| config.block_m == block_m && config.headdim == tile_columns;
-    let of_queries = |table| kernels_of([table, &[]], T::DTYPE, headdim, in_step)[0];
-    let whole_heads = takes == Takes::WholeHead;
-    let prepare = of_queries(if whole_heads { PREPARE_HEADS } else { PREPARE });
 
     let memory = Memory::new();
     let batches = if packed { 1 } else { batch };
@@ -250,6 +257,14 @@ fn check_pass<T: Element>(
     };
     let places = fused::places_in_blocks(block_m, batch as u64, seqlen_q as u64, packed.then_some(tokens_q as u64));
     let places = places as usize * nheads;
+    let pairs = nheads_k * batch;
+    let (sums, ring) = match takes {
+        Takes::OneOfRing { heads, lag } => {
+            let counters = memory.allocate::<u32>("counters", 2 * pairs).global();
+            (places / pairs * heads as usize, Ring { counters, heads, lag })
+        }
+        _ => (places, Ring::NONE),
+    };
     let nothing = Tensor { data: Global::NULL, batch_stride: 0, row_stride: 0, head_stride: 0 };
     let parameters = Params {
         q: map(q_at, tokens_q, nheads, block_m),
@@ -298,24 +313,35 @@ fn check_pass<T: Element>(
             bias_rows: 0,
             d_sinks: Global::NULL,
             statistics: memory.allocate::<f32>("statistics", 2 * places).global(),
-            d_q_sums: memory.allocate::<f32>("d_q_sums", places * tile_columns as usize).global(),
+            d_q_sums: memory.allocate::<f32>("d_q_sums", sums * tile_columns as usize).global(),
         },
         heads_in_turn: 2,
+        ring,
     };
     let query_blocks = seqlen_q.div_ceil(block_m as usize) * nheads * batch;
     let of_heads = |blocks: usize| blocks * nheads_k * batch;
     let cluster = pass.cluster as usize;
     let key_blocks = seqlen_k.div_ceil(block_n as usize * cluster) * cluster;
     let key_blocks = match takes {
-        Takes::OneBlock => of_heads(key_blocks),
-        // So few that some take several.
-        Takes::Units => of_heads(if causal { key_blocks / 2 } else { key_blocks }).min(3),
+        Takes::OneBlock | Takes::OneOfRing { .. } => of_heads(key_blocks),
         Takes::WholeHead => of_heads(1),
     };
-    run(prepare, query_blocks, order, &memory, parameters.backward);
+    fn of_queries<P>(table: &'static [Kernel<P, Config>], pass: &Config) -> &'static Kernel<P, Config> {
+        let key = |config: &Config| (config.dtype, config.headdim, config.block_m);
+        table.iter().find(|kernel| key(&kernel.config) == key(pass)).expect("a kernel in step")
+    }
+    let of_queries_in_ring = |table, blocks| run(of_queries(table, &pass.config), blocks, order, &memory, parameters);
+    let of_queries = |table| run(of_queries(table, &pass.config), query_blocks, order, &memory, parameters.backward);
+    match takes {
+        Takes::OneOfRing { .. } => of_queries_in_ring(PREPARE_RING, query_blocks),
+        Takes::WholeHead => of_queries(PREPARE_HEADS),
+        Takes::OneBlock => of_queries(PREPARE),
+    }
     run(pass, key_blocks, order, &memory, parameters);
-    if !whole_heads {
-        run(of_queries(FINISH), query_blocks, order, &memory, parameters.backward);
+    match takes {
+        Takes::OneOfRing { lag, .. } => of_queries_in_ring(FINISH_RING, query_blocks / pairs * lag as usize),
+        Takes::WholeHead => {}
+        Takes::OneBlock => of_queries(FINISH),
     }
 
     let tolerance = if T::DTYPE == DType::F16 { 5e-4 } else { 4e-3 };
@@ -370,5 +396,27 @@ fn packed_sequences() {
         check::<bf16>(Problem { lengths, packed: true, nheads_k: 1, causal, ..FIXED }, 7);
         check::<f16>(Problem { lengths, packed: true, headdim: 64, causal, ..FIXED }, 8);
         check::<bf16>(Problem { lengths, packed: true, headdim: 256, nheads_k: 1, causal, ..FIXED }, 11);
+    }
+}
+
+/// Places are taken over, and shares of heads are uneven: blocks of queries are more or fewer than blocks of keys.
+#[test]
+fn heads_take_turns_at_sums() {
+    for causal in [false, true] {
+        let few = Problem { lengths: &[(200, 200); 4], causal, ..FIXED };
+        // With six more each has a place, and the pass finishes one of them, or none.
+        check_ring::<bf16>(few, &[0, 1, 6], 12);
+        check_ring::<f16>(Problem { headdim: 64, ..few }, &[0], 13);
+        check_ring::<bf16>(Problem { lengths: &[(130, 330); 4], headdim: 96, nheads: 4, ..few }, &[0], 14);
+        check_ring::<bf16>(Problem { lengths: &[(330, 130); 4], headdim: 40, ..few }, &[0], 15);
+    }
+}
+
+#[test]
+fn grouped_queries_take_turns_at_sums() {
+    for causal in [false, true] {
+        let grouped = Problem { lengths: &[(200, 260); 4], nheads: 6, nheads_k: 2, causal, ..FIXED };
+        check_ring::<bf16>(grouped, &[0], 16);
+        check_ring::<bf16>(Problem { headdim: 64, ..grouped }, &[0], 17);
     }
 }

@@ -50,3 +50,20 @@ macro_rules! compare_and_swap {
 }
 compare_and_swap!(global_cas_u32, u64, reg64, "atom.relaxed.gpu.global.cas.b32");
 compare_and_swap!(shared_cas_u32, u32, reg32, "atom.relaxed.cta.shared.cas.b32");
+
+#[inline(always)]
+pub fn arrive_in_grid(address: u64) {
+    // SAFETY: as above.
+    unsafe { asm!("fence.proxy.async; red.release.gpu.global.add.u32 [{0}], 1;", in(reg64) address, options(nostack)) }
+}
+
+#[inline(always)]
+pub fn wait_in_grid(address: u64, count: u32) {
+    let mut there: u32 = 0;
+    while there < count {
+        // SAFETY: as above.
+        unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) there, in(reg64) address, options(nostack)) }
+    }
+    // SAFETY: orders memory, and touches none.
+    unsafe { asm!("fence.proxy.async;", options(nostack)) }
+}

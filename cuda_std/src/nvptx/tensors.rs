@@ -142,6 +142,15 @@ pub fn bulk_load(to: u32, from: u64, bytes: u32, barrier: u32) {
 }
 
 #[inline(always)]
+pub fn bulk_load_cached(to: u32, from: u64, bytes: u32, barrier: u32, policy: u64) {
+    // SAFETY: as above.
+    unsafe {
+        asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [{0}], [{1}], {2}, [{3}], {4};",
+            in(reg32) to, in(reg64) from, in(reg32) bytes, in(reg32) barrier, in(reg64) policy, options(nostack))
+    }
+}
+
+#[inline(always)]
 pub fn bulk_send(to: u32, from: u32, bytes: u32, barrier: u32, rank: u32) {
     // SAFETY: as above, in another block of the cluster.
     unsafe {
@@ -161,11 +170,29 @@ pub fn bulk_store(to: u64, from: u32, bytes: u32) {
 }
 
 #[inline(always)]
+pub fn bulk_store_cached(to: u64, from: u32, bytes: u32, policy: u64) {
+    // SAFETY: as above.
+    unsafe {
+        asm!("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [{0}], [{1}], {2}, {3};",
+            in(reg64) to, in(reg32) from, in(reg32) bytes, in(reg64) policy, options(nostack))
+    }
+}
+
+#[inline(always)]
 pub fn bulk_add(to: u64, from: u32, bytes: u32) {
     // SAFETY: as above.
     unsafe {
         asm!("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{0}], [{1}], {2};",
             in(reg64) to, in(reg32) from, in(reg32) bytes, options(nostack))
+    }
+}
+
+#[inline(always)]
+pub fn bulk_add_cached(to: u64, from: u32, bytes: u32, policy: u64) {
+    // SAFETY: as above.
+    unsafe {
+        asm!("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [{0}], [{1}], {2}, {3};",
+            in(reg64) to, in(reg32) from, in(reg32) bytes, in(reg64) policy, options(nostack))
     }
 }
 

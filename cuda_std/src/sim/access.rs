@@ -232,6 +232,7 @@ impl Block {
             let granule = self.global.granule(address, allocation);
             let span = Span { offset: address as u32 % GRANULE as u32, bytes };
             let actor = self.actor(self.current, site);
+            self.news.note(address / GRANULE as u64, span.mask(), usage, actor, &self.clocks);
             if let Some(wrong) = self.global.shadow.access(granule, span, usage, actor, &self.clocks) {
                 self.wrong_global(address, bytes, usage, site, wrong);
             }
@@ -244,7 +245,7 @@ impl Block {
 
     /// Counts an access of the running thread.
     #[inline(always)]
-    fn count(&mut self, what: What, address: u64, bytes: u32, site: Site) {
+    pub fn count(&mut self, what: What, address: u64, bytes: u32, site: Site) {
         if self.context.counters {
             self.traffic.log(self.current, what, address, bytes, site);
         }

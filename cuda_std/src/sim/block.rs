@@ -4,6 +4,7 @@
 //! is suspended: another changes it in the meantime, which a compiler that sees `&mut` does not expect. Words therefore
 //! change the state in the closures of [`with`], which cannot suspend, and suspend between them.
 use super::WARP;
+use super::arrivals::News;
 use super::barriers::Barrier;
 use super::bulk::BulkGroups;
 use super::clocks::Clocks;
@@ -60,6 +61,7 @@ pub(super) struct Block {
     pub shared: SharedMemory,
     pub global: GlobalShadow,
     pub first_reads: Vec<FirstRead>,
+    pub news: News,
     pub traffic: Traffic,
     pub findings: Findings,
 }
@@ -181,6 +183,7 @@ impl Block {
             shared: SharedMemory::default(),
             global: GlobalShadow::default(),
             first_reads: Vec::new(),
+            news: News::default(),
             traffic: Traffic::new(count as usize, context.allocations.len()),
             findings: Findings::default(),
             context,
@@ -210,6 +213,7 @@ impl Block {
         self.shared.reset(self.context.shared_bytes);
         self.global.clear();
         self.first_reads.clear();
+        self.news.clear();
     }
 
     /// The number of its first thread among those of the cluster.

@@ -127,7 +127,7 @@ impl Clocks {
             *all = (*all).max(known);
         }
         released[thread] = released[thread].max(self.own[thread]);
-        self.own[thread] = self.own[thread].saturating_add(1);
+        self.begin_epoch(thread);
     }
 
     /// What was released happens before the present of the thread.
@@ -137,6 +137,20 @@ impl Clocks {
         for (known, &other) in self.known[thread * len..][..len].iter_mut().zip(released) {
             *known = (*known).max(other);
         }
+    }
+
+    /// The epochs of all threads that happened before the present of the thread; another epoch of it begins.
+    pub fn tell(&mut self, thread: usize) -> Vec<u32> {
+        let mut told = Vec::new();
+        self.release(thread, &mut told);
+        told[..self.threads].iter_mut().for_each(|epoch| *epoch = (*epoch).max(self.floor));
+        told
+    }
+
+    /// Another epoch of the thread begins.
+    pub fn begin_epoch(&mut self, thread: usize) -> u32 {
+        self.own[thread] = self.own[thread].saturating_add(1);
+        self.own[thread]
     }
 
     /// A new agent, behind all threads.
@@ -193,7 +207,7 @@ impl Clocks {
     pub fn fence(&mut self, thread: usize) {
         self.fences.resize(self.threads, Vec::new());
         self.fences[thread].push(self.own[thread]);
-        self.own[thread] = self.own[thread].saturating_add(1);
+        self.begin_epoch(thread);
     }
 
     /// Whether the async proxy sees, on behalf of `reader`, what `writer` wrote in `epoch`: a fence of the writer lies

@@ -60,8 +60,9 @@ fn end(block: &mut Block, context: &Context, progress: &impl Fn(u64)) {
     }
     let ended = Ended {
         findings: block.findings.take(),
-        touches: block.global.footprint(),
+        footprint: block.global.footprint(&block.news),
         first_reads: std::mem::take(&mut block.first_reads),
+        heard: block.news.take_heard(),
     };
     context.order.end(block.number, ended, context, progress);
     block.traffic.tally.blocks += 1;

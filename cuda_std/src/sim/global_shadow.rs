@@ -1,4 +1,5 @@
 //! The shadow of what one block uses of global memory: pages that are made when they are first used.
+use super::arrivals::{News, Told};
 use super::memory::{self, Allocation};
 use super::shadow::{GRANULE, Shadow};
 use super::unit::{Actor, Rival, Use};
@@ -13,6 +14,17 @@ pub(super) struct Touch {
     pub usage: Use,
     /// Which pairs of bytes.
     pub mask: u8,
+    /// Which arrivals of the block tell of it and of what was before it there, by number: 0, none.
+    pub told: u32,
+    /// What the block had heard of others then, by number: 0, nothing.
+    pub heard: u32,
+}
+
+/// All that a block has used.
+pub(super) struct Footprint {
+    pub touches: Vec<Touch>,
+    /// What touches refer to.
+    pub told: Vec<Told>,
 }
 
 /// Granules of a page: 4 KiB of memory.
@@ -84,17 +96,34 @@ impl GlobalShadow {
         })
     }
 
-    /// All that the block has used, in a fixed order.
-    pub fn footprint(&self) -> Vec<Touch> {
-        let mut touches = Vec::new();
+    /// All that the block has used, in a fixed order, with its news.
+    pub fn footprint(&self, news: &News) -> Footprint {
+        let (mut touches, mut told, mut numbers) = (Vec::new(), vec![Told::default()], HashMap::new());
         for page in &self.pages {
             for index in (0..PAGE_GRANULES).filter(|i| page.used[i / 64] >> (i % 64) & 1 == 1) {
-                let granule = page.number * PAGE_GRANULES as u64 + index as u64;
-                self.shadow.uses(page.first_granule + index, &mut |Rival { usage, actor }, mask| {
-                    touches.push(Touch { granule, actor, usage, mask });
-                });
+                let (granule, unit) = (page.number * PAGE_GRANULES as u64 + index as u64, page.first_granule + index);
+                let first = touches.len();
+                match news.split(granule) {
+                    Some(split) => touches.extend(split),
+                    None => self.shadow.uses(unit, &mut |Rival { usage, actor }, mask| {
+                        touches.push(Touch { granule, actor, usage, mask, told: 0, heard: 0 });
+                    }),
+                }
+                if news.has_told() {
+                    let mut epochs = Vec::new();
+                    self.shadow.epochs(unit, &mut |thread, epoch, mask| epochs.push((mask, news.told(thread, epoch))));
+                    for touch in &mut touches[first..] {
+                        let mut uses = epochs.iter().filter(|(mask, _)| mask & touch.mask != 0).map(|(_, told)| told);
+                        let mut all = uses.next().cloned().unwrap_or_default();
+                        uses.for_each(|told| all.join(told));
+                        touch.told = *numbers.entry(all).or_insert_with_key(|all| {
+                            told.push(all.clone());
+                            told.len() as u32 - 1
+                        });
+                    }
+                }
             }
         }
-        touches
+        Footprint { touches, told }
     }
 }

@@ -1,4 +1,5 @@
 //! Launches of kernels.
+use super::arrivals;
 use super::cluster;
 use super::memory::{Allocation, Memory};
 use super::order::Order;
@@ -84,6 +85,7 @@ pub fn launch_clusters(
         seed: options.seed,
         allocations: memory.allocations(),
         order: Order::default(),
+        counters_in_grid: arrivals::Counters::default(),
     });
     let (next, tally) = (AtomicU32::new(0), Mutex::new(Tally::new(context.allocations.len())));
     let progress = |done| options.progress.iter().for_each(|progress| progress(done, blocks));
@@ -167,6 +169,8 @@ pub(super) struct Context {
     pub seed: u64,
     pub allocations: Vec<Arc<Allocation>>,
     pub order: Order,
+    /// What blocks that have arrived at counters in global memory tell others.
+    pub counters_in_grid: arrivals::Counters,
 }
 
 impl Context {

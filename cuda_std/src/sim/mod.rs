@@ -27,8 +27,9 @@
 //!   same word and the same members; where PTX says `.aligned` (matrix words, barriers), at the same place in the
 //!   source too.
 //! - **Memory order.** `sync_warp` orders the accesses of its members, [`sync_threads`](crate::thread::sync_threads)
-//!   those of the block, a named barrier what those that arrive did before with what those that wait do after. Nothing
-//!   else orders memory: no shuffle, no vote, no atomic.
+//!   those of the block, a named barrier what those that arrive did before with what those that wait do after,
+//!   [`Arrivals`](crate::arrivals::Arrivals) the same between blocks. Nothing else orders memory: no shuffle, no vote, no
+//!   atomic.
 //! - **Asynchronous copies** take effect as late as they may, at the wait of the thread that issued them.
 //! - **Hopper.** An mbarrier orders what those that arrive did before with what those that wait do after. Copies of the
 //!   tensor copy engine bring their data when the first thread that waits for their phase could go on; stores read
@@ -50,7 +51,8 @@
 //!
 //! What is not found: a race that hides behind another data-dependent branch than the one taken; a loop that says no
 //! word (it hangs, here as there); too many registers; what depends on how many blocks are resident at once.
-//! Blocks of a cluster that hand each other data through global memory are reported as racing, whatever orders them.
+//! Blocks of a cluster that hand each other data through global memory are reported as racing, unless
+//! [`Arrivals`](crate::arrivals::Arrivals) order them.
 //!
 //! # What is counted
 //!
@@ -94,6 +96,7 @@ mod transfers;
 mod products;
 
 // The race detector: within a block, and between blocks.
+mod arrivals;
 mod clocks;
 mod footprints;
 mod global_shadow;

@@ -1,8 +1,9 @@
 //! The order of blocks. They start in it and run in parallel; what depends on their order happens in it: atomics on global
 //! memory, and the search for races between blocks. So each run of a launch gives the same report.
 use super::access::{noun, verb};
+use super::arrivals::Heard;
 use super::footprints::{BlockRival, Footprints};
-use super::global_shadow::Touch;
+use super::global_shadow::Footprint;
 use super::launch::Context;
 use super::memory::{self, Allocation};
 use super::report::{Finding, FindingKind, Findings, Party};
@@ -15,8 +16,10 @@ use std::sync::{Arc, Condvar, Mutex};
 /// What is left of a block that has ended.
 pub(super) struct Ended {
     pub findings: Vec<Finding>,
-    pub touches: Vec<Touch>,
+    pub footprint: Footprint,
     pub first_reads: Vec<FirstRead>,
+    /// What its threads have heard of other blocks, which touches refer to.
+    pub heard: Vec<Heard>,
 }
 
 /// The blocks of a launch that have ended.
@@ -82,15 +85,20 @@ impl Folded {
                 add(findings, context, FindingKind::Uninitialised, (block, read.actor), None, message);
             }
         }
-        footprints.fold(block, &ended.touches, |touch, BlockRival { block: other, actor, usage, mask }| {
-            let message = || {
-                let address = touch.granule * GRANULE as u64 + 2 * mask.trailing_zeros() as u64;
-                let place = memory::describe(address, &context.allocations);
-                let (verb, noun) = (verb(touch.usage), noun(usage));
-                format!("{verb} {place}, and nothing orders it after the {noun} by another block")
-            };
-            add(findings, context, FindingKind::Race, (block, touch.actor), Some((other, actor)), message);
-        });
+        footprints.fold(
+            block,
+            ended.footprint,
+            &ended.heard,
+            |touch, BlockRival { block: other, actor, usage, mask }| {
+                let message = || {
+                    let address = touch.granule * GRANULE as u64 + 2 * mask.trailing_zeros() as u64;
+                    let place = memory::describe(address, &context.allocations);
+                    let (verb, noun) = (verb(touch.usage), noun(usage));
+                    format!("{verb} {place}, and nothing orders it after the {noun} by another block")
+                };
+                add(findings, context, FindingKind::Race, (block, touch.actor), Some((other, actor)), message);
+            },
+        );
     }
 }
 

@@ -128,6 +128,23 @@ impl Shadow {
         (!clocks.is_visible(writer.thread(), epoch, reader)).then_some(writer)
     }
 
+    /// Calls `found` for all threads that have used a granule since its last write, and for those that wrote it, with the epoch
+    /// and the pairs of bytes.
+    pub fn epochs(&self, granule: usize, found: &mut impl FnMut(usize, u32, u8)) {
+        self.epochs_of_part(granule, Span::WHOLE, found);
+    }
+
+    fn epochs_of_part(&self, unit: usize, span: Span, found: &mut impl FnMut(usize, u32, u8)) {
+        let unit = &self.units[unit];
+        if unit.is_split() {
+            for (part, span) in parts(span) {
+                self.epochs_of_part(unit.link as usize + part, span, found);
+            }
+        } else {
+            unit.epochs(&self.more).for_each(|(thread, epoch)| found(thread, epoch, span.mask()));
+        }
+    }
+
     /// Calls `found` for the uses of a granule that may race with other blocks', each with its pairs of bytes.
     pub fn uses(&self, granule: usize, found: &mut impl FnMut(Rival, u8)) {
         self.uses_of_part(granule, Span::WHOLE, found);

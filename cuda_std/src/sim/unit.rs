@@ -235,6 +235,13 @@ impl Unit {
         [write, first(Use::Read), first(Use::Atomic)].into_iter().flatten()
     }
 
+    /// Who wrote it last and who has used it since, each with the epoch.
+    pub fn epochs<'a>(&'a self, more: &'a MoreReaders) -> impl Iterator<Item = (usize, u32)> + 'a {
+        let write = self.last_write().map(|(actor, epoch)| (actor.thread(), epoch));
+        let reads = self.all_readers(more).flat_map(|r| r.actors().map(move |actor| (actor.thread(), r.epoch)));
+        write.into_iter().chain(reads)
+    }
+
     fn all_readers<'a>(&'a self, more: &'a MoreReaders) -> impl Iterator<Item = Readers> + 'a {
         let rest: &[Readers] = if self.flags & MORE_READERS != 0 { &more.lists[self.link as usize] } else { &[] };
         self.readers[..self.count as usize].iter().chain(rest).copied()

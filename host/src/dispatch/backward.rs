@@ -9,6 +9,7 @@ use kernels::flash3_backward as flash3;
 
 use super::{FamilyFor, first_able, why};
 use crate::error::{Error, Result};
+use crate::families::hopper::backward::Turns;
 use crate::families::{Table, Wanted, hopper};
 use crate::features::Feature;
 use crate::inputs::GradientOutputs;
@@ -22,6 +23,7 @@ use crate::target::{Resources, Target};
 const ROW_SUMS_OF: &str = "D";
 const STATISTICS: &str = "LSE and D";
 const D_Q_SUMS: &str = "dQ";
+const COUNTERS: &str = "counters";
 
 /// The gradients that not every backward pass has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -113,10 +115,10 @@ enum Grid {
     Queries,
     /// `block_n` keys of a head of K.
     Keys,
-    /// Units of keys, one after the other until none is left.
-    KeyUnits,
     /// All keys of a head of K.
     KeyHeads,
+    /// `block_m` queries of a head of Q, of the last heads of a ring.
+    LastQueries,
     /// `block_n` keys and `block_m` rows of the bias, of one of its heads.
     Bias,
     /// A head of Q, of all sequences.
@@ -189,7 +191,12 @@ impl BackwardPlan {
         workspace: &[Global<Untyped>],
         machine: &Resources,
     ) -> Result<Vec<Launch>> {
+        let mut counters = Global::NULL;
         for (part, address) in self.workspace().iter().zip(workspace) {
+            if part.name == COUNTERS {
+                counters = address.cast();
+                continue;
+            }
             let of_part = match part.name {
                 ROW_SUMS_OF => &mut parameters.row_sums,
                 STATISTICS => &mut parameters.statistics,
@@ -199,13 +206,12 @@ impl BackwardPlan {
             *of_part = address.cast();
         }
         let launch = |step: &Step| {
-            let blocks = match step.grid {
-                Grid::KeyUnits => step.blocks(problem).min(machine.multiprocessors.into()),
-                _ => step.blocks(problem),
-            };
+            let blocks = step.blocks(problem);
             (blocks > 0).then(|| match step.kernel {
                 Entry::Plain(kernel) => Launch::new(kernel, blocks, parameters),
-                Entry::Mapped(kernel) => hopper::backward::launch(kernel, blocks, problem, parameters, machine),
+                Entry::Mapped(kernel) => {
+                    hopper::backward::launch(kernel, blocks, problem, parameters, counters, machine)
+                }
             })
         };
         self.passes.steps.iter().filter_map(launch).collect()
@@ -234,21 +240,21 @@ impl Passes {
         if wanted.problem.deterministic {
             return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
         }
-        let takes_units = |units: &&EntryPoint<_, Config>| hopper::backward::takes_units(wanted.problem, &units.config);
-        let units = find(&[flash3::UNITS]).ok().filter(takes_units);
-        let is_short = wanted.problem.seqlen_k <= hopper::backward::HEADS_RATHER_THAN_UNITS_UP_TO;
-        if (units.is_none() || is_short)
-            && hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
+        if hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
             && let Ok(heads) = find(&[flash3::HEADS])
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
-        let (pass, grid) = units.map_or((pass, Grid::Keys), |units| (units, Grid::KeyUnits));
+        if let Ok(pass) = find(&[flash3::RING])
+            && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
+        {
+            return Self::flash3_ring(wanted.problem, pass, turns);
+        }
         Ok(Passes {
             family: "flash3",
             steps: vec![
                 Step { kernel: Entry::Plain(in_step(flash3::PREPARE, pass)?), grid: Grid::Queries },
-                Step { kernel: Entry::Mapped(pass), grid },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
                 Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
             ],
             how: FUSED.to_owned(),
@@ -266,6 +272,30 @@ impl Passes {
             ],
             how: WHOLE_HEADS.to_owned(),
             workspace: Self::fused_workspace(problem, pass.config.headdim, pass.config.block_m),
+        })
+    }
+
+    /// FlashAttention-3's, where heads take turns at the sums of dQ.
+    fn flash3_ring(
+        problem: &Problem,
+        pass: &'static EntryPoint<flash3::Params, Config>,
+        turns: Turns,
+    ) -> Result<Self, String> {
+        let Config { headdim, block_m, .. } = pass.config;
+        let mut workspace = Self::fused_workspace(problem, headdim, block_m);
+        workspace.retain(|part| part.name != D_Q_SUMS);
+        let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+        workspace.push(Workspace { name: D_Q_SUMS, dtype: DType::F32, len: turns.sums });
+        workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: heads.saturating_mul(2) });
+        Ok(Passes {
+            family: "flash3",
+            steps: vec![
+                Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_RING, pass)?), grid: Grid::Queries },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                Step { kernel: Entry::Mapped(in_step(flash3::FINISH_RING, pass)?), grid: Grid::LastQueries },
+            ],
+            how: RING.to_owned(),
+            workspace,
         })
     }
 
@@ -350,11 +380,15 @@ const FUSED: &str = "fused: dQ is summed by atomic additions, unless determinist
 /// How a pass whose blocks of threads take whole heads is one.
 const WHOLE_HEADS: &str = "fused, short heads one after the other: dQ is summed in the same order in every run";
 
+/// How a pass whose heads take turns at the sums of dQ is one.
+const RING: &str =
+    "fused: dQ is summed by atomic additions, unless deterministic forbids it, in sums that heads take turns at";
+
 /// The kernel of a table that goes with a pass.
-fn in_step(
-    kernels: &'static [EntryPoint<Params, Config>],
+fn in_step<P>(
+    kernels: &'static [EntryPoint<P, Config>],
     pass: &'static EntryPoint<flash3::Params, Config>,
-) -> Result<&'static EntryPoint<Params, Config>, String> {
+) -> Result<&'static EntryPoint<P, Config>, String> {
     let key = |config: Config| (config.dtype, config.headdim, config.block_m);
     let found = kernels.iter().find(|kernel| key(kernel.config) == key(pass.config));
     found.ok_or_else(|| format!("flash3 backward: nothing goes with {}", pass.name))
@@ -388,8 +422,8 @@ impl Step {
                 let cluster = self.kernel.cluster();
                 product([nheads_k, batch], blocks(seqlen_k, block_n * cluster).saturating_mul(u64::from(cluster)))
             }
-            Grid::KeyUnits => product([nheads_k, batch], hopper::backward::units_of_head(problem, block_n)),
             Grid::KeyHeads => product([nheads_k, batch], 1),
+            Grid::LastQueries => hopper::backward::ring(problem, &self.kernel.config()).map_or(0, |turns| turns.left),
             Grid::Bias => {
                 let [batch, heads, rows, keys] = problem.bias.unwrap_or_default();
                 let row_blocks = if rows == 1 { 1 } else { blocks(rows, block_m) };

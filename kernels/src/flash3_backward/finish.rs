@@ -1,7 +1,8 @@
 //! dQ from its sums.
 //!
 //! HBM traffic: the sums and dQ once.
-use super::config_of;
+use super::{GROUP_ROWS, GROUPS, Params, config_of};
+use crate::attention::Attention;
 use crate::config::Config;
 use crate::flash2_backward;
 use crate::flash2_backward::fused::first_place;
@@ -10,7 +11,7 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::matrix::PackedElement;
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{sync_threads, warp_id};
+use cuda_std::thread::{block_idx_x, grid_dim_x, sync_threads, warp_id};
 use cuda_std::wgmma::{Registers, TransposedRows};
 use cuda_std::{SmemTile, grid, kernel};
 
@@ -35,6 +36,20 @@ const fn finish_config<
         barriers: 1,
         ..config_of(T::DTYPE, HEADDIM, None)
     }
+}
+
+/// For kernels whose arguments are those of a pass with blocks of so many keys.
+const fn finish_ring_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const COLUMNS: usize,
+    const STEPS: usize,
+    const TRANSPOSED: bool,
+    const FROM_REGISTERS: bool,
+>() -> Config {
+    let config = finish_config::<T, HEADDIM, BLOCK_M, COLUMNS, STEPS, TRANSPOSED, FROM_REGISTERS>();
+    Config { block_n: GROUPS * GROUP_ROWS, ..config }
 }
 
 /// dQ = softmax_scale times its sums. Grid: `ceil(seqlen_q / BLOCK_M) * nheads * batch`.
@@ -68,12 +83,65 @@ pub fn finish<
     grid::wait_for_prerequisites();
     grid::launch_dependents();
     let a = p.attention.of::<T>();
-    let QueryBlock { first_row, head, sequence } = schedule::query_block(&a, BLOCK_M as u32);
-    if first_row >= sequence.seqlen_q {
+    let block = schedule::query_block(&a, BLOCK_M as u32);
+    if block.rows() == 0 {
         return;
     }
+    let place = first_place(&a, &block.sequence, block.head, BLOCK_M as u32) + block.first_row;
+    finish_block::<T, HEADDIM, BLOCK_M, COLUMNS, STEPS, TRANSPOSED, FROM_REGISTERS>(&p, &a, block, place);
+}
+
+/// The same for the last heads of K of [`ring`](super::ring()), as many as its lag, which it leaves. Grid:
+/// `ceil(seqlen_q / BLOCK_M)` for each of their heads of Q.
+#[kernel(
+    name = "flash3_bwd_finish_ring_{T}_d{HEADDIM}_m{BLOCK_M}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, COLUMNS, STEPS, TRANSPOSED, FROM_REGISTERS) in [
+            (64, 128, 8, 4, false, false),
+            (128, 64, 8, 4, true, false),
+        ],
+    config = finish_ring_config,
+    table = FINISH_RING,
+)]
+pub fn finish_ring<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const COLUMNS: usize,
+    const STEPS: usize,
+    const TRANSPOSED: bool,
+    const FROM_REGISTERS: bool,
+>(
+    p: Params,
+) {
+    grid::wait_for_prerequisites();
+    grid::launch_dependents();
+    let a = p.backward.attention.of::<T>();
+    let blocks = a.nheads * a.batch * a.seqlen_q.div_ceil(BLOCK_M as u32);
+    let block = schedule::query_block_at(&a, BLOCK_M as u32, blocks - grid_dim_x() + block_idx_x());
+    let place = p.ring.first_place(&a, &block.sequence, block.head, BLOCK_M as u32) + block.first_row;
+    finish_block::<T, HEADDIM, BLOCK_M, COLUMNS, STEPS, TRANSPOSED, FROM_REGISTERS>(&p.backward, &a, block, place);
+}
+
+/// dQ of a block of queries, whose sums begin in `place`.
+#[inline(always)]
+#[track_caller]
+fn finish_block<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const COLUMNS: usize,
+    const STEPS: usize,
+    const TRANSPOSED: bool,
+    const FROM_REGISTERS: bool,
+>(
+    p: &flash2_backward::Params,
+    a: &Attention<T>,
+    QueryBlock { first_row, head, sequence }: QueryBlock,
+    place: u32,
+) {
     let tile = SmemTile::<T, BLOCK_M, HEADDIM>::at(dynamic_shared());
-    let place = first_place(&a, &sequence, head, BLOCK_M as u32) + first_row;
     let own = warp_id() as usize * Accumulator::<1, COLUMNS>::ELEMENTS;
     let sums = p.d_q_sums.offset(place as usize * HEADDIM + own);
     let mut d_q: Accumulator<1, COLUMNS> =

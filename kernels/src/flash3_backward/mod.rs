@@ -20,7 +20,8 @@
 //! block of keys of its head after the other, and has dQ to itself. The first keys store what they have of it, the last
 //! finish it. Nothing is cleared or read again, and dQ too is the same bits in every run.
 //!
-//! [`units()`] is [`whole()`] by blocks of threads that stay, and take one block of keys after the other, of any head.
+//! [`prepare_ring()`], [`ring()`] and [`finish_ring()`] are the first three where the sums of dQ stay in the L2 cache: heads
+//! take turns at them, and the pass finishes dQ of heads that it is done with ([`Ring`]).
 //!
 //! Where heads are wide, two blocks of threads are a cluster, which has twice the keys: [`split()`].
 //!
@@ -38,16 +39,19 @@
 //! [`flash2_backward::fused`]. Where sequences follow each other, the last block of one
 //! reaches into the next: then that counts as part of it.
 mod finish;
+mod finisher;
 mod memory;
 mod prepare;
 mod producer;
+mod ring;
 mod split;
 mod whole;
 
-pub use finish::{FINISH, finish};
-pub use prepare::{PREPARE, PREPARE_HEADS, prepare, prepare_heads};
+pub use finish::{FINISH, FINISH_RING, finish, finish_ring};
+pub use prepare::{PREPARE, PREPARE_HEADS, PREPARE_RING, prepare, prepare_heads, prepare_ring};
+pub use ring::Ring;
 pub use split::{SPLIT, split};
-pub use whole::{HEADS, UNITS, WHOLE, heads, units, whole};
+pub use whole::{HEADS, RING, WHOLE, heads, ring, whole};
 
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
@@ -57,7 +61,7 @@ use crate::schedule::{self, KeyBlock};
 use cuda_std::math::unknown;
 use cuda_std::pipeline::Slot;
 use cuda_std::tensor::TensorMap;
-use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id};
+use cuda_std::thread::lane_id;
 use cuda_std::{DType, wgmma};
 
 /// Rows of a product: keys, queries or columns of a head.
@@ -73,12 +77,14 @@ const STAGES: u32 = 2;
 /// are the field `backward`.
 ///
 /// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
-/// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]. Each may be launched before the one before it has
+/// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]; or [`prepare_ring()`], [`ring()`] and [`finish_ring()`], which
+/// all take these. Each may be launched before the one before it has
 /// ended ([`cuda_std::grid`]).
 ///
 /// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
 /// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`]
-/// fills both. It also writes `backward.row_sums`, unless that is null.
+/// fills both. It also writes `backward.row_sums`, unless that is null. In a ring the sums have the whole blocks of `block_m`
+/// queries of [`Ring::heads`] heads of K alone.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Params {
@@ -96,6 +102,8 @@ pub struct Params {
     /// Heads of K whose blocks take turns under a causal mask ([`schedule::key_block_in_turn`]); not 0. Measured with
     /// as many as have their Q, dO and sums of dQ, 8 bytes an element, in 32 MB, at least one.
     pub heads_in_turn: u32,
+    /// For [`prepare_ring()`], [`ring()`] and [`finish_ring()`] alone: where the sums of dQ are.
+    pub ring: Ring,
 }
 
 const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config {
@@ -118,60 +126,27 @@ const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config
     }
 }
 
+/// Whether S, dP, dK and dV leave so few registers that the threads that copy have to give all up that they can.
+const fn is_tight(headdim: usize, block_m: usize) -> bool {
+    headdim + block_m > 192
+}
+
 /// Which blocks of keys a block of threads takes, as a constant.
 mod walk {
     /// One.
     pub const ONE: u32 = 0;
-    /// [Units](super::unit) of keys, until none is left.
-    pub const UNITS: u32 = 1;
     /// All of a head of K.
-    pub const HEAD: u32 = 2;
+    pub const HEAD: u32 = 1;
+    /// One, with sums of dQ in a [ring](super::Ring).
+    pub const RING: u32 = 2;
 }
 
-/// The keys that a block of threads takes as its `number`th, where it takes units that cost the same, if there are any left.
-/// A unit is a block of keys; or under a causal mask two of one head, the first and the last and so on, that as many queries
-/// see together, of which the number is even then. Said again the keys are found anew, and take no registers in between.
+/// The next keys of a walk, if there are any.
 #[inline(always)]
 #[track_caller]
-fn unit<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, number: u32) -> Option<KeyBlock> {
-    let number = unknown(number);
-    let blocks = divisor(a.seqlen_k.div_ceil(block_n));
-    let (units, round) = if CAUSAL { (divisor(blocks / 2), number / 2) } else { (blocks, number) };
-    let unit = round * grid_dim_x() + block_idx_x();
-    let (place, pair) = (unit % units, unit / units);
-    if pair >= a.nheads_k * a.batch {
-        return None;
-    }
-    let (head_k, batch) = schedule::head_of(pair, a.nheads_k);
-    let index = if CAUSAL && number % 2 == 1 { blocks - 1 - place } else { place };
-    Some(KeyBlock { first_key: index * block_n, head_k, sequence: a.sequence(batch) })
-}
-
-/// The first unit.
-#[inline(always)]
-#[track_caller]
-fn first_unit<T, const BLOCK_N: usize, const CAUSAL: bool>(a: &Attention<T>) -> KeyBlock {
-    let none = KeyBlock { first_key: a.seqlen_k, head_k: 0, sequence: a.sequence(0) };
-    unit::<T, CAUSAL>(a, BLOCK_N as u32, 0).unwrap_or(none)
-}
-
-/// The next keys of a walk, and their `number` in it, if there are any.
-#[inline(always)]
-#[track_caller]
-fn next_keys<T, const CAUSAL: bool, const WALK: u32>(
-    a: &Attention<T>,
-    mut block: KeyBlock,
-    block_n: u32,
-    number: &mut u32,
-) -> Option<KeyBlock> {
-    match WALK {
-        walk::HEAD => block.advance(block_n).then(|| schedule::keys_of_head(a, block.first_key)),
-        walk::UNITS => {
-            *number += 1;
-            unit::<T, CAUSAL>(a, block_n, *number)
-        }
-        _ => None,
-    }
+fn next_keys<T, const WALK: u32>(a: &Attention<T>, mut block: KeyBlock, block_n: u32) -> Option<KeyBlock> {
+    let goes_on = WALK == walk::HEAD && block.advance(block_n);
+    goes_on.then(|| schedule::keys_of_head(a, block.first_key))
 }
 
 /// What a block of threads does: its keys, and the blocks of queries that they need, of each of its heads.
@@ -233,16 +208,23 @@ impl Work {
     /// All of them, in the order in which they are taken.
     #[inline(always)]
     fn walk<T>(&self, a: &Attention<T>, block_m: u32) -> Walk {
-        let head = self.block.head_k * self.group;
         let first_place = |head| first_place(a, &self.block.sequence, head, block_m);
+        self.walk_from(first_place(self.block.head_k * self.group), first_place(1) - first_place(0), block_m)
+    }
+
+    /// The same where the first head begins in `first_place`, and each has so many places.
+    #[inline(always)]
+    #[track_caller]
+    fn walk_from(&self, first_place: u32, places_of_head: u32, block_m: u32) -> Walk {
+        let head = self.block.head_k * self.group;
         let (first_row, rows) = (self.blocks.begin * block_m, self.blocks.count() * block_m);
         Walk {
-            next: Step { head, first_row, place: first_place(head) + first_row },
+            next: Step { head, first_row, place: first_place + first_row },
             left: self.steps(),
             block_m,
             rows,
             end_row: first_row + rows,
-            to_next_head: first_place(1) - first_place(0) - rows,
+            to_next_head: places_of_head - rows,
         }
     }
 }

@@ -1,8 +1,8 @@
 //! What the pass needs of each row: the base of its exponents, D, and sums of dQ that are 0.
-use super::config_of;
+use super::{GROUP_ROWS, GROUPS, Params, config_of, ring};
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
-use crate::flash2_backward::Params;
+use crate::flash2_backward;
 use crate::flash2_backward::fused::{PREPARE_THREADS, prepare_block};
 use crate::mask::Mask;
 use crate::schedule::{self, QueryBlock};
@@ -21,6 +21,11 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
     }
 }
 
+/// For kernels whose arguments are those of a pass with blocks of so many keys.
+const fn prepare_ring_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>() -> Config {
+    Config { block_n: GROUPS * GROUP_ROWS, ..prepare_config::<T, HEADDIM, BLOCK_M>() }
+}
+
 /// [`flash2_backward::fused::prepare`](crate::flash2_backward::fused::prepare()) in blocks of `BLOCK_M` rows. Grid:
 /// `ceil(seqlen_q / BLOCK_M) * nheads * batch`.
 #[kernel(
@@ -30,10 +35,39 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
     config = prepare_config,
     table = PREPARE,
 )]
-pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
+pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: flash2_backward::Params) {
     grid::wait_for_prerequisites();
     grid::launch_dependents();
     prepare_block::<T, HEADDIM, BLOCK_M>(p, true);
+}
+
+/// The same for [`ring`](super::ring()): of the sums it clears those of the heads that begin, and the counters of all. Grid:
+/// as for [`prepare()`].
+#[kernel(
+    name = "flash3_bwd_prepare_ring_{T}_d{HEADDIM}_m{BLOCK_M}",
+    arch = sm_90a,
+    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64)],
+    config = prepare_ring_config,
+    table = PREPARE_RING,
+)]
+pub fn prepare_ring<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
+    grid::wait_for_prerequisites();
+    grid::launch_dependents();
+    prepare_block::<T, HEADDIM, BLOCK_M>(p.backward, false);
+    let a: Attention<T> = p.backward.attention.of::<T>();
+    let QueryBlock { first_row, head, sequence } = schedule::query_block(&a, BLOCK_M);
+    let group = divisor(a.nheads / divisor(a.nheads_k));
+    let pair = ring::pair(&a, &sequence, head / group);
+    if first_row == 0 && head % group == 0 && thread_idx_x() == 0 {
+        p.ring.clear(pair);
+    }
+    if p.ring.is_first(pair) {
+        let place = p.ring.first_place(&a, &sequence, head, BLOCK_M) + first_row;
+        let sums = p.backward.d_q_sums.offset(place as usize * HEADDIM + 4 * thread_idx_x() as usize);
+        for i in 0..const { BLOCK_M as usize * HEADDIM / (4 * PREPARE_THREADS as usize) } {
+            sums.store_vector(4 * i * PREPARE_THREADS as usize, [0.0; 4]);
+        }
+    }
 }
 
 /// The same for [`heads`](super::heads()), which stores the first of the sums: nothing is cleared. dQ of queries that
@@ -45,7 +79,7 @@ pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Pa
     config = prepare_config,
     table = PREPARE_HEADS,
 )]
-pub fn prepare_heads<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
+pub fn prepare_heads<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: flash2_backward::Params) {
     grid::wait_for_prerequisites();
     grid::launch_dependents();
     prepare_block::<T, HEADDIM, BLOCK_M>(p, false);

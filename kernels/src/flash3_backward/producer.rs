@@ -1,12 +1,12 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, STAGES, Work, next_keys, walk};
+use super::{GROUPS, Params, STAGES, Work, next_keys, ring, walk};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::cluster::Blocks;
 use cuda_std::matrix::PackedElement;
 use cuda_std::mbarrier::Mbarrier;
-use cuda_std::tensor::TensorMapRef;
+use cuda_std::tensor::{CachePolicy, TensorMapRef};
 use cuda_std::{Global, SmemTile, bulk, cluster};
 
 /// Q and dO of each step with their statistics, K with the first Q and V with the first dO: the first products wait for no
@@ -29,9 +29,10 @@ pub(super) fn load<
     mut block: KeyBlock,
 ) {
     let map = |map| TensorMapRef::of(p, map);
+    // K and V are read once.
+    let once = |map| TensorMapRef::of(p, map).cached(CachePolicy::evict_first());
     let mut queries = inputs.queries.producer();
     let mut keys = inputs.keys.producer();
-    let mut number = 0;
     loop {
         let batch = a.batch_of_map(block.sequence.batch) as i32;
         let of_keys = [block.head_k as i32, batch];
@@ -39,7 +40,7 @@ pub(super) fn load<
         let rank = if CLUSTER > 1 { cluster::block_rank() } else { 0 };
         let key = (block.sequence.first_k + block.first_key + BLOCK_N as u32 * rank) as i32;
         keys.acquire();
-        if WALK != walk::ONE {
+        if WALK == walk::HEAD {
             inputs.lengths.store_vector(0, [block.sequence.seqlen_q, block.sequence.seqlen_k]);
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
@@ -54,7 +55,7 @@ pub(super) fn load<
             let slot = queries.acquire();
             slot.expect(bytes + if is_first { of_tile } else { 0 });
             if is_first {
-                map(&p.k).load_tile(inputs.k, key, of_keys, slot.full());
+                once(&p.k).load_tile(inputs.k, key, of_keys, slot.full());
             }
             load_queries::<_, _, _, CLUSTER>(map(&p.q), inputs.q.stage(slot.index), row, matrix, slot.full());
             bulk::load(inputs.bases(slot.index), statistics, BLOCK_M as u32, slot.full());
@@ -66,14 +67,14 @@ pub(super) fn load<
             let slot = d_outputs.acquire();
             slot.expect(bytes + if is_first { of_tile } else { 0 });
             if is_first {
-                map(&p.v).load_tile(inputs.v, key, of_keys, slot.full());
+                once(&p.v).load_tile(inputs.v, key, of_keys, slot.full());
                 is_first = false;
             }
             load_queries::<_, _, _, CLUSTER>(map(&p.d_o), inputs.d_o_at(slot.index), row, matrix, slot.full());
             bulk::load(inputs.sums(slot.index), statistics.offset(BLOCK_M), BLOCK_M as u32, slot.full());
             queries.advance();
         }
-        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, block, BLOCK_N as u32, &mut number) else { break };
+        let Some(next) = next_keys::<T, WALK>(a, block, BLOCK_N as u32) else { break };
         block = next;
         keys.advance();
     }
@@ -120,19 +121,33 @@ pub(super) fn add_queries<
 ) {
     let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
     let mut parts = outgoing.parts.consumer();
-    let mut number = 0;
     loop {
-        let mut walk = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32).walk(a, BLOCK_M as u32);
+        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+        let mut walk = if WALK == walk::RING {
+            let first_place = p.ring.first_place(a, &block.sequence, block.head_k * work.group, BLOCK_M as u32);
+            work.walk_from(first_place, ring::places_of_head(a, BLOCK_M as u32), BLOCK_M as u32)
+        } else {
+            work.walk(a, BLOCK_M as u32)
+        };
         // The step before the first: nothing to add.
         for _ in 0..GROUPS {
             parts.wait().release();
             parts.advance();
         }
+        let pair = ring::pair(a, &block.sequence, block.head_k);
+        if WALK == walk::RING {
+            p.ring.take_over(a, pair, BLOCK_N as u32);
+        }
         while let Some(step) = walk.next() {
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
             let mut add = || {
                 let slot = parts.wait();
-                bulk::add(sums.offset((slot.index * part) as usize), outgoing.part(slot.index), part);
+                let (to, from) = (sums.offset((slot.index * part) as usize), outgoing.part(slot.index));
+                if WALK == walk::RING {
+                    bulk::add_cached(to, from, part, CachePolicy::evict_last());
+                } else {
+                    bulk::add(to, from, part);
+                }
                 bulk::commit();
                 parts.advance();
                 slot
@@ -143,7 +158,11 @@ pub(super) fn add_queries<
             bulk::wait_read::<0>();
             second.release();
         }
-        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, block, BLOCK_N as u32, &mut number) else { break };
+        if WALK == walk::RING {
+            bulk::wait::<0>();
+            p.ring.add(pair);
+        }
+        let Some(next) = next_keys::<T, WALK>(a, block, BLOCK_N as u32) else { break };
         block = next;
     }
 }

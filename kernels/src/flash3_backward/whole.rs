@@ -2,9 +2,10 @@
 //!
 //! The second group starts late, so that one's exponentials fall under the other's products. dQ leaves through shared
 //! memory: one more thread has the copy engine add it to its sums.
+use super::finisher::{FINISHERS, Finisher};
 use super::memory::{Destination, Inputs, Outgoing};
 use super::producer::{add_queries, load, sum_queries};
-use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, first_unit, next_keys, release, unit, walk};
+use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -17,7 +18,7 @@ use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Producer;
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{block_idx_x, lane_id, pause, sync_threads, thread_idx_x, warp_id};
-use cuda_std::warp::{ALL, sync_warp};
+use cuda_std::warp::{ALL, shuffle, sync_warp};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
 use cuda_std::{Shared, SmemTile, fence, grid, kernel};
@@ -53,11 +54,12 @@ impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N
         let inputs = Inputs::at(bytes.cast(), others.cast());
         Memory { inputs, d_s, outgoing: Outgoing::at(d_q, inputs.end()) }
     }
-}
 
-/// Whether S, dP, dK and dV leave so few registers that the threads that copy have to give all up that they can.
-const fn is_tight(headdim: usize, block_m: usize) -> bool {
-    headdim + block_m > 192
+    /// What warp `warp` of those that finish dQ has, where some do: behind all else.
+    #[inline(always)]
+    fn finisher(self, warp: u32) -> Finisher<T, HEADDIM> {
+        Finisher::at(dynamic_shared::<u8>().offset(const { Self::BYTES.next_multiple_of(16) }), warp)
+    }
 }
 
 const fn config<
@@ -85,6 +87,38 @@ const fn config<
         barriers: 5,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
     }
+}
+
+/// With what the warps have that finish dQ.
+const fn ring_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>() -> Config {
+    let whole = config::<
+        T,
+        HEADDIM,
+        BLOCK_M,
+        BLOCK_N,
+        STEPS,
+        S_COLUMNS,
+        D_COLUMNS,
+        Q_COLUMNS,
+        TRANSPOSED,
+        LATE,
+        CAUSAL,
+        FROM_KEYS,
+    >();
+    Config { shared_bytes: whole.shared_bytes.next_multiple_of(16) + Finisher::<T, HEADDIM>::BYTES, ..whole }
 }
 
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ. Grid:
@@ -141,23 +175,22 @@ pub fn whole<
     );
 }
 
-/// [`whole()`], by blocks of threads that take [units](unit) of keys until none is left: K, V and the first queries of the next
-/// come in while dK and dV are stored. All sequences are equally long. Grid: no more than there are units.
+/// [`whole()`], with sums of dQ in a [`Ring`](super::Ring) of heads, which it also finishes: all but those of the last heads.
+/// All sequences are equally long. Grid: as for [`whole()`].
 #[kernel(
-    name = "flash3_bwd_units_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    name = "flash3_bwd_ring_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
         (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
-            // On an H100, TFLOP/s at 512, 1k, 2k and 4k tokens; in brackets those of `whole`, cuDNN's.
-            // 165, 269, 387, 482 (149, 248, 377, 489; 149, 233, 315, 381). Others gain nothing: 64 columns without a mask
-            // 300, 411, 490, 543 (280, 407, 506, 564), 128 of them 309, 456, 555, 619 (318, 457, 557, 621), and with one 162,
-            // 293, 429, 532 (173, 298, 437, 510).
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
             (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
         ],
-    config = config,
-    table = UNITS,
+    config = ring_config,
+    table = RING,
 )]
-pub fn units<
+pub fn ring<
     T: PackedElement,
     const HEADDIM: usize,
     const BLOCK_M: usize,
@@ -174,6 +207,7 @@ pub fn units<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
+    let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn, block_idx_x()).block;
     pass::<
         T,
         HEADDIM,
@@ -186,8 +220,8 @@ pub fn units<
         TRANSPOSED,
         LATE,
         CAUSAL,
-        { walk::UNITS },
-    >(&p, &a, || first_unit::<T, BLOCK_N, CAUSAL>(&a));
+        { walk::RING },
+    >(&p, &a, || block);
 }
 
 /// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`whole()`], `BLOCK_N` keys after the other.
@@ -275,6 +309,11 @@ fn pass<
     if thread_idx_x() == 0 {
         memory.inputs.init_barriers(1);
         memory.outgoing.init();
+        if WALK == walk::RING {
+            for warp in 0..FINISHERS {
+                memory.finisher(warp).init();
+            }
+        }
         fence::mbarrier_init();
     }
     sync_threads();
@@ -296,6 +335,12 @@ fn pass<
                         sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
                     }
                     32 => add_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block),
+                    thread @ 64.. if WALK == walk::RING => {
+                        let finisher = shuffle(ALL, thread / 32 - 2, 0);
+                        memory
+                            .finisher(finisher)
+                            .finish_share::<BLOCK_M, BLOCK_N, TRANSPOSED, CAUSAL>(p, a, block, finisher);
+                    }
                     _ => {}
                 }
             }
@@ -359,20 +404,15 @@ fn consume<
     let mut keys_in = memory.inputs.keys.consumer();
     let mut queries = memory.inputs.queries.consumer();
     let mut d_q_part = memory.outgoing.parts.producer_at(group);
-    let mut number = 0;
     loop {
         // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
-        let is_anew = WALK != walk::ONE;
+        let is_anew = const { WALK == walk::HEAD };
         let group = if is_anew { unknown_before(group, keys.first_key) } else { group };
-        let found_anew = |keys: KeyBlock, number| match WALK {
-            walk::HEAD => schedule::keys_of_head(a, keys.first_key),
-            walk::UNITS => unit::<T, CAUSAL>(a, BLOCK_N as u32, number).unwrap_or(keys),
-            _ => keys,
-        };
+        let found_anew = |keys: KeyBlock| if is_anew { schedule::keys_of_head(a, keys.first_key) } else { keys };
         let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
         let own_key_anew = |x| 16 * (warp_id() - unknown_before(4, x));
         let own_d_s = TransposedRows::of(memory.d_s, own_key);
-        let work = Work::of::<T, CAUSAL>(a, found_anew(keys, number), BLOCK_M as u32, BLOCK_N as u32);
+        let work = Work::of::<T, CAUSAL>(a, found_anew(keys), BLOCK_M as u32, BLOCK_N as u32);
         let blocks = work.blocks;
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
         let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
@@ -394,7 +434,7 @@ fn consume<
             Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();
             D_S.arrive(GROUPS * before + other);
-            if LATE > 0 && group > 0 && (!is_anew || if WALK == walk::HEAD { keys.first_key } else { number } == 0) {
+            if LATE > 0 && group > 0 && (!is_anew || keys.first_key == 0) {
                 queries.wait();
                 queries.beside(memory.inputs.d_outputs).wait();
                 pause(LATE);
@@ -480,14 +520,14 @@ fn consume<
         }
         let own_key = if is_anew { own_key_anew(keys.first_key) } else { own_key };
         let first_key = keys.first_key + own_key;
-        keys = found_anew(keys, number);
+        keys = found_anew(keys);
         let of_keys = |tensor: Tensor<Untyped>, columns| {
             keys.sequence.key_matrix(&tensor.cast::<T>(), keys.head_k, first_key, columns, true)
         };
         d_v.store_rows(of_keys(params.backward.d_v, a.headdim_v));
         d_k.map(|_, _, d_k| d_k * a.softmax_scale);
         d_k.store_rows(of_keys(params.backward.d_k, a.headdim));
-        let Some(next) = next_keys::<T, CAUSAL, WALK>(a, keys, BLOCK_N as u32, &mut number) else { break };
+        let Some(next) = next_keys::<T, WALK>(a, keys, BLOCK_N as u32) else { break };
         keys = next;
     }
 }

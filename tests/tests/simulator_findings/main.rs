@@ -3,6 +3,7 @@
 //!
 //! A kernel and its twin are one function of a `bool`: whether it is right. Comments at the ends of lines name those that
 //! a report must name.
+mod arrivals;
 mod barriers;
 mod blocks;
 mod copies;

@@ -1,4 +1,4 @@
-//! Atomics. One that changes nothing may be a poll: then the other threads get their turn.
+//! Atomics. One that changes nothing may be a poll: then the other threads get their turn. And the counters of blocks.
 use super::super::block::{here, unless_stopped, with};
 use super::super::scheduler::count_poll;
 
@@ -36,4 +36,20 @@ atomic_words! {
     global_max_u32, shared_max_u32(x: u32) -> u32: |old| old.max(x), false;
     global_inc_u32, shared_inc_u32(x: u32) -> u32: |old| if old >= x { 0 } else { old + 1 }, false;
     global_cas_u32, shared_cas_u32(expected: u32, new: u32) -> u32: |old| if old == expected { new } else { old }, true;
+}
+
+#[inline(always)]
+#[track_caller]
+pub(crate) fn arrive_in_grid(address: u64) {
+    let site = here();
+    unless_stopped(with(|block| block.arrive_in_grid(address, site)));
+}
+
+#[inline(always)]
+#[track_caller]
+pub(crate) fn wait_in_grid(address: u64, count: u32) {
+    let site = here();
+    while !unless_stopped(with(|block| block.poll_in_grid(address, count, site))) {
+        count_poll(site);
+    }
 }

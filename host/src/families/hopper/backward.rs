@@ -1,8 +1,8 @@
-//! The launch of FlashAttention-3's backward pass: its tensor maps, and which heads take turns.
-use cuda_std::Kernel;
+//! The launch of FlashAttention-3's backward pass: its tensor maps, which heads take turns, and at what.
+use cuda_std::{Global, Kernel};
 use kernels::Config;
 use kernels::flash2_backward;
-use kernels::flash3_backward::Params;
+use kernels::flash3_backward::{Params, Ring};
 
 use super::maps::{Extents, map};
 use crate::error::Result;
@@ -10,12 +10,14 @@ use crate::launch::Launch;
 use crate::problem::Problem;
 use crate::target::Resources;
 
-/// The launch, in so many blocks of threads, for a problem with rows and keys.
+/// The launch, in so many blocks of threads, for a problem with rows and keys. `counters`: of a [`ring`]; null, if there is
+/// none.
 pub fn launch(
     kernel: &'static Kernel<Params, Config>,
     blocks: u64,
     problem: &Problem,
     backward: flash2_backward::Params,
+    counters: Global<u32>,
     machine: &Resources,
 ) -> Result<Launch> {
     let Config { dtype, headdim, headdim_v, block_m, block_n, .. } = kernel.config;
@@ -26,13 +28,15 @@ pub fn launch(
     let k = map("k", &attention.k, dtype, (block_n, headdim), of_keys(problem.headdim))?;
     let v = map("v", &attention.v, dtype, (block_n, headdim_v), of_keys(problem.headdim_v))?;
     let d_o = map("dout", &backward.d_o, dtype, (block_m, headdim_v), of_queries(problem.headdim_v))?;
+    let turns = ring(problem, &kernel.config).filter(|_| !counters.is_null());
     let parameters = Params {
         q: (machine.tensor_map)(&q)?,
         k: (machine.tensor_map)(&k)?,
         v: (machine.tensor_map)(&v)?,
         d_o: (machine.tensor_map)(&d_o)?,
         backward,
-        heads_in_turn: heads_in_turn(problem, &kernel.config),
+        heads_in_turn: turns.map_or_else(|| heads_in_turn(problem, &kernel.config), |turns| turns.in_turn),
+        ring: turns.map_or(Ring::NONE, |Turns { heads, lag, .. }| Ring { counters, heads, lag }),
     };
     Launch::new(kernel, blocks, parameters)
 }
@@ -68,25 +72,43 @@ pub fn takes_whole_heads(problem: &Problem, config: &Config) -> bool {
     heads > 0 && are_enough && met.saturating_mul(MULTIPROCESSORS) <= USED_AGAIN
 }
 
-/// Up to so many keys blocks of threads take units of keys, one after the other, where there is a kernel for it. Where there
-/// are more, a block of keys takes so long that its beginning and its end do not matter, and the GPU balances blocks of one
-/// each better.
-const UNITS_UP_TO: usize = 2048;
+/// The most that the sums of dQ of a ring take, in bytes, or under a causal mask twice as much, as a block of keys meets half of
+/// the queries: with the Q and dO of the heads that run at the same time they stay in the L2 cache. At 16k tokens they do not,
+/// at headdim 128 without a mask nor at 8k (662 TFLOP/s for 670).
+const RING_BYTES: u64 = 24 << 20;
 
-/// Up to so many keys whole heads, where they pay, are faster than units. On an H100, headdim 64, causal, in TFLOP/s, heads
-/// and units: 512 tokens 208 and 165, 1024 tokens 248 and 269.
-pub const HEADS_RATHER_THAN_UNITS_UP_TO: usize = 512;
-
-/// Whether blocks of threads take units of keys, rather than one block of keys each: where the units cost the same.
-pub fn takes_units(problem: &Problem, config: &Config) -> bool {
-    let is_even = problem.seqlen_k.div_ceil(config.block_n as usize).is_multiple_of(2);
-    problem.varlen.is_none() && problem.seqlen_k <= UNITS_UP_TO && (is_even || !problem.is_causal())
+/// How heads of K take turns at sums of dQ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turns {
+    /// [`Params::heads_in_turn`].
+    pub in_turn: u32,
+    /// [`Ring::heads`].
+    pub heads: u32,
+    /// [`Ring::lag`].
+    pub lag: u32,
+    /// Elements of the sums.
+    pub sums: u64,
+    /// Blocks of queries of the last heads, which the pass does not finish.
+    pub left: u64,
 }
 
-/// Units of `block_n` keys of a head of K, or under a causal mask of twice as many.
-pub fn units_of_head(problem: &Problem, block_n: u32) -> u64 {
-    let blocks = (problem.seqlen_k as u64).div_ceil(block_n.into());
-    if problem.is_causal() { blocks.div_ceil(2) } else { blocks }
+/// How the heads of a problem take turns at sums of dQ, where that pays: where they fit the cache, and there are more heads
+/// than have a place. A head is finished a wave of blocks of threads and a fifth after its last keys, and its place taken over
+/// another wave less a fifth later: fewer places would let blocks wait, and more would not stay in the cache. Under a causal mask
+/// a quarter of a wave's heads take turns, and at least two: then waves mix long blocks and short ones. Measured on an H100.
+pub fn ring(problem: &Problem, config: &Config) -> Option<Turns> {
+    let rows = (problem.seqlen_q as u64).next_multiple_of(config.block_m.max(1).into());
+    let group = (problem.nheads / problem.nheads_k) as u64;
+    let of_head = rows.saturating_mul(group).saturating_mul(config.headdim.into());
+    let wave = MULTIPROCESSORS.div_ceil((problem.seqlen_k as u64).div_ceil(config.block_n.max(1).into()).max(1));
+    let in_turn = if problem.is_causal() { wave.div_ceil(4).max(2) } else { 1 };
+    let lag = in_turn + (6 * wave).div_ceil(5);
+    let (heads, all) = (2 * (in_turn + wave), (problem.nheads_k as u64).saturating_mul(problem.batch as u64));
+    let sums = of_head.saturating_mul(heads);
+    let met = sums.saturating_mul(4) / if problem.is_causal() { 2 } else { 1 };
+    let pays = problem.varlen.is_none() && heads < all && met <= RING_BYTES;
+    let left = lag * group * (rows / u64::from(config.block_m.max(1)));
+    pays.then_some(Turns { in_turn: in_turn as u32, heads: heads as u32, lag: lag as u32, sums, left })
 }
 
 /// What the queries of a head of K have of Q, dO and the sums of dQ, in bytes.
@@ -103,7 +125,7 @@ mod tests {
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
     use cuda_std::DType;
-    use kernels::flash3_backward::WHOLE;
+    use kernels::flash3_backward::{RING, WHOLE};
 
     #[test]
     fn whole_heads_where_they_fill_the_machine_and_fit_the_cache() {
@@ -119,16 +141,22 @@ mod tests {
     }
 
     #[test]
-    fn units_cost_the_same() {
-        let of = |seqlen, causal| {
-            let of = Layout::contiguous(DType::BF16, &[2, seqlen, 4, 128]).expect("small");
+    fn heads_take_turns_at_sums_that_fit_the_cache() {
+        let turns = |batch, seqlen, nheads, causal| {
+            let of = Layout::contiguous(DType::BF16, &[batch, seqlen, nheads, 128]).expect("small");
             let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
-            (takes_units(&problem, &WHOLE[0].config), units_of_head(&problem, 128))
+            let of_table =
+                |kernel: &&Kernel<Params, Config>| kernel.config.headdim == 128 && kernel.config.block_m == 64;
+            ring(&problem, &RING.iter().find(of_table).expect("a kernel").config)
         };
-        assert_eq!((of(1024, false), of(1024, true)), ((true, 8), (true, 4)));
-        // Of nine blocks of keys under a causal mask one would be alone.
-        assert_eq!((of(1100, false), of(1100, true)), ((true, 9), (false, 5)));
-        assert!(!of(UNITS_UP_TO + 1, false).0);
+        // Eight blocks of keys a head: a wave takes 17 heads.
+        let full = Turns { in_turn: 1, heads: 36, lag: 22, sums: 36 * 1024 * 128, left: 22 * 16 };
+        assert_eq!(turns(16, 1024, 16, false), Some(full));
+        let causal = Turns { in_turn: 5, heads: 44, lag: 26, sums: 44 * 1024 * 128, left: 26 * 16 };
+        assert_eq!(turns(16, 1024, 16, true), Some(causal));
+        // As many places as heads; sums of 32 MB, which are too many without a mask.
+        assert_eq!((turns(1, 1024, 36, false), turns(8, 8192, 16, false)), (None, None));
+        assert!(turns(8, 8192, 16, true).is_some());
     }
 
     #[test]

@@ -113,6 +113,25 @@ pub(crate) fn bulk_add(to: u64, from: u32, bytes: u32) {
     unless_stopped(with(|block| block.begin_store(from, Source::Stretch { address: to, bytes }, Way::Add, site)));
 }
 
+/// Caches are not simulated.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn bulk_load_cached(to: u32, from: u64, bytes: u32, barrier: u32, _policy: u64) {
+    bulk_load(to, from, bytes, barrier);
+}
+
+#[inline(always)]
+#[track_caller]
+pub(crate) fn bulk_store_cached(to: u64, from: u32, bytes: u32, _policy: u64) {
+    bulk_store(to, from, bytes);
+}
+
+#[inline(always)]
+#[track_caller]
+pub(crate) fn bulk_add_cached(to: u64, from: u32, bytes: u32, _policy: u64) {
+    bulk_add(to, from, bytes);
+}
+
 #[inline(always)]
 pub(crate) fn bulk_commit() {
     with(|block| block.threads[block.current].bulk.commit());

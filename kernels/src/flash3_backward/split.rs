@@ -158,6 +158,8 @@ pub fn split<
     let number = block_idx_x() / CLUSTER;
     let work = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number);
     if work.block.rows() == 0 {
+        // As in `whole`.
+        grid::wait_for_prerequisites();
         return;
     }
     let memory = Memory::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>::of_block();

@@ -303,6 +303,8 @@ fn pass<
 ) {
     // The threads of each kind ask for their keys, so that none keeps what others ask for.
     if WALK != walk::HEAD && first_block().rows() == 0 {
+        // Who waits for this kernel relies on it that those before it have ended.
+        grid::wait_for_prerequisites();
         return;
     }
     let memory = Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::of_block();

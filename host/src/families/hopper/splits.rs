@@ -40,16 +40,23 @@ pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Sp
 /// The parts of the keys of so many tiles, of so many blocks each, with which it takes the least time: that of the keys which
 /// the multiprocessor with the most parts walks over, one after the other, and of what dividing costs. The fewest of those.
 fn filling(tiles: u64, blocks: u64, block_n: u64) -> u64 {
-    if tiles == 0 || 5 * tiles >= 4 * MULTIPROCESSORS {
+    if tiles == 0 || blocks < 2 || 5 * tiles >= 4 * MULTIPROCESSORS {
         return 1;
     }
-    // Of many small parts none is left over for long: four a multiprocessor are enough.
-    let most = blocks.min(4 * MULTIPROCESSORS / tiles).clamp(1, AttentionOptions::MOST_SPLITS as u64);
     let time = |parts: u64| {
         let keys = (tiles * parts).div_ceil(MULTIPROCESSORS) * blocks.div_ceil(parts) * block_n;
         if parts > 1 { keys + COST + COST_OF_PART * parts } else { keys }
     };
-    (1..=most).min_by_key(|&parts| time(parts)).unwrap_or(1)
+    // In so many turns: as many parts as there are multiprocessors for, unless they cost more than they save; and of those that
+    // have as many blocks the fewest.
+    let in_turns = |turns: u64| {
+        let worth = (turns * blocks * block_n / COST_OF_PART).isqrt();
+        let parts =
+            (turns * MULTIPROCESSORS / tiles).min(worth).clamp(1, blocks.min(AttentionOptions::MOST_SPLITS as u64));
+        blocks.div_ceil(blocks.div_ceil(parts))
+    };
+    let most_turns = 4;
+    std::iter::once(1).chain((1..=most_turns).map(in_turns)).min_by_key(|&parts| (time(parts), parts)).unwrap_or(1)
 }
 
 /// What the parts leave behind: O and the LSE of each.

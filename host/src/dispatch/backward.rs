@@ -240,8 +240,10 @@ impl Passes {
         if wanted.problem.deterministic {
             return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
         }
-        if hopper::backward::takes_whole_heads(wanted.problem, &pass.config)
-            && let Ok(heads) = find(&[flash3::HEADS])
+        let heads = find(&[flash3::HEADS]).ok();
+        let heads = heads.filter(|_| hopper::backward::takes_whole_heads(wanted.problem, &pass.config));
+        if let Some(heads) = heads
+            && wanted.problem.seqlen_k <= hopper::backward::HEADS_RATHER_THAN_RINGS_UP_TO
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
@@ -249,6 +251,9 @@ impl Passes {
             && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
         {
             return Self::flash3_ring(wanted.problem, pass, turns);
+        }
+        if let Some(heads) = heads {
+            return Self::flash3_heads(wanted.problem, heads);
         }
         Ok(Passes {
             family: "flash3",

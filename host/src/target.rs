@@ -79,9 +79,17 @@ impl Target {
     /// Whether kernels for Hopper may run, where this kernel was asked for; else what stands against them.
     pub fn allow_hopper(self, asked: Kernel) -> Result<(), String> {
         match self.against_hopper {
-            None => Ok(()),
-            Some(AgainstHopper::NotAskedFor) if asked == Kernel::Flash3 => Ok(()),
-            Some(against) => Err(format!("flash3: {against}")),
+            Some(against) if !self.allows_hopper(asked) => Err(format!("flash3: {against}")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether they may.
+    pub fn allows_hopper(self, asked: Kernel) -> bool {
+        match self.against_hopper {
+            None => true,
+            Some(AgainstHopper::NotAskedFor) => asked == Kernel::Flash3,
+            Some(_) => false,
         }
     }
 }

@@ -65,7 +65,7 @@ impl<P: Planned> Plans<P> {
         let mut plans = Plans { kernel, newest: choose(target.unwrap_or(Target::HOPPER))?, others: Vec::new() };
         if target.is_none() {
             for other in [Target::OLDEST, Target::SMALLEST] {
-                if plans.on(other).is_err() {
+                if !plans.all().any(|plan| plans.runs(plan, other)) {
                     plans.others.extend(choose(other));
                 }
             }
@@ -78,12 +78,21 @@ impl<P: Planned> Plans<P> {
     /// # Errors
     /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
     pub fn on(&self, target: Target) -> Result<&P> {
-        let mut plans = std::iter::once(&self.newest).chain(&self.others);
-        plans.clone().find(|plan| self.refusal(plan, target).is_none()).ok_or_else(|| Error::Unsupported {
+        self.all().find(|plan| self.runs(plan, target)).ok_or_else(|| Error::Unsupported {
             kernel: self.kernel,
             backend: target.backend,
-            reasons: plans.by_ref().filter_map(|plan| self.refusal(plan, target)).collect(),
+            reasons: self.all().filter_map(|plan| self.refusal(plan, target)).collect(),
         })
+    }
+
+    /// All of them, in the order in which they are preferred.
+    fn all(&self) -> impl Iterator<Item = &P> {
+        std::iter::once(&self.newest).chain(&self.others)
+    }
+
+    /// Whether a plan runs on a machine: there is no [`refusal`](Self::refusal), which takes longer to say.
+    fn runs(&self, plan: &P, target: Target) -> bool {
+        (!plan.is_for_hopper() || target.allows_hopper(self.kernel)) && plan.shared_bytes() <= target.shared_memory
     }
 
     /// Why a plan does not run on a machine, if it does not.

@@ -61,6 +61,52 @@ fn long_sequences() {
     }
 }
 
+/// A session with FlashAttention-3, which is skipped, and that said, where it does not run.
+fn hopper(test: &str) -> Option<Session> {
+    let session = session(test, Kernel::Flash3)?;
+    let runs = session.kernels().contains(&Kernel::Flash3);
+    if !runs {
+        println!("skipped: {test}: this GPU is older than Hopper");
+    }
+    runs.then_some(session)
+}
+
+/// Steps of decoding, whose keys are divided among multiprocessors, and the same bits again.
+#[test]
+fn divided_keys() {
+    let Some(session) = hopper("divided_keys") else { return };
+    for (dtype, headdim) in [(DType::BF16, 64), (DType::F16, 96), (DType::BF16, 128), (DType::BF16, 256)] {
+        for (seqlen_q, seqlen_k, causal) in [(1, 5000, false), (7, 3001, true)] {
+            let lengths = (seqlen_q, seqlen_k);
+            let case = Case { batch: 2, nheads: 8, nheads_k: 2, ..Case::single(dtype, lengths, headdim, causal) };
+            let (first, accuracy) = case.run(&session);
+            assert!(accuracy.passed(), "{case:?}: {accuracy}");
+            assert_eq!(first.report.launches.len(), 2, "{case:?}: {}", first.report.reason);
+            let (again, _) = case.run(&session);
+            assert_eq!((first.out.bytes(), first.softmax_lse.bytes()), (again.out.bytes(), again.softmax_lse.bytes()));
+        }
+    }
+}
+
+/// Gradients of so many heads that these take turns at the sums of dQ.
+#[test]
+fn gradients_of_many_heads() {
+    let Some(session) = hopper("gradients_of_many_heads") else { return };
+    for (dtype, headdim) in
+        [(DType::BF16, 64), (DType::F16, 64), (DType::BF16, 96), (DType::BF16, 128), (DType::F16, 128)]
+    {
+        for causal in [false, true] {
+            for (lengths, nheads, nheads_k) in [((300, 300), 4, 4), ((200, 450), 6, 3)] {
+                let case = Case { batch: 50, nheads, nheads_k, ..Case::single(dtype, lengths, headdim, causal) };
+                let (gradients, accuracy) = case.run_backward(&session);
+                assert!(accuracy.passed(), "{case:?}: {accuracy}");
+                let pass = gradients.report.launches[1].entry;
+                assert!(pass.starts_with("flash3_bwd_ring_"), "{case:?}: {pass}");
+            }
+        }
+    }
+}
+
 #[test]
 fn reruns_are_bitwise_equal() {
     for (kernel, session) in sessions("reruns_are_bitwise_equal") {

@@ -12,6 +12,10 @@ const LENGTHS: [usize; 9] = [1, 15, 16, 17, 63, 64, 65, 113, 257];
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 /// Queries and keys of unequal lengths.
 const UNEQUAL: [(usize, usize); 4] = [(1, 257), (65, 17), (17, 65), (130, 113)];
+/// Sequences, queries, keys, heads of Q and of K: a step of decoding, whose keys flash3 divides among multiprocessors.
+const DECODING: [usize; 5] = [2, 1, 3000, 8, 2];
+/// So many heads that flash3's backward pass lets them take turns at sums.
+const MANY_HEADS: [usize; 5] = [50, 130, 130, 4, 4];
 
 /// Cases of one kind.
 pub struct Group {
@@ -85,20 +89,30 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
     let kernels = if kernels.is_empty() { &[Kernel::Auto] } else { kernels };
     let mut groups = Vec::new();
     for &kernel in kernels {
+        let is_large = backend == Backend::Cuda && kernel == Kernel::Flash3;
         for dtype in dtypes_of(kernel) {
             for &headdim in extent.headdims {
                 let name = if kernel == Kernel::Auto { "attention" } else { kernel.name() };
                 let name = format!("{name} {} headdim {headdim}", dtype.name());
-                groups.push(Group { name, kernel, cases: attention_cases(&extent, dtype, headdim) });
+                groups.push(Group {
+                    name,
+                    kernel,
+                    cases: attention_cases(&extent, is_large.then_some(DECODING), dtype, headdim),
+                });
             }
         }
     }
     for kernel in kernels.iter().copied().filter(|kernel| kernel.has_backward()) {
+        let is_large = backend == Backend::Cuda && kernel == Kernel::Flash3;
         for dtype in dtypes_of(kernel) {
             for &headdim in extent.headdims {
                 let family = if kernel == Kernel::Auto { String::new() } else { format!("{kernel} ") };
                 let name = format!("{family}backward {} headdim {headdim}", dtype.name());
-                groups.push(Group { name, kernel, cases: backward_cases(&extent, dtype, headdim) });
+                groups.push(Group {
+                    name,
+                    kernel,
+                    cases: backward_cases(&extent, is_large.then_some(MANY_HEADS), dtype, headdim),
+                });
             }
         }
     }
@@ -125,21 +139,27 @@ fn dtypes_of(kernel: Kernel) -> impl Iterator<Item = DType> {
     DTYPES.into_iter().filter(move |&dtype| (kernel, dtype) != (Kernel::Flash3, DType::F32))
 }
 
-fn attention_cases(extent: &Extent, dtype: DType, headdim: usize) -> Vec<Case> {
-    shapes(extent, headdim).map(|(q, k, causal)| Case::Attention { dtype, q, k, causal }).collect()
+fn attention_cases(extent: &Extent, large: Option<[usize; 5]>, dtype: DType, headdim: usize) -> Vec<Case> {
+    shapes(extent, large, headdim).map(|(q, k, causal)| Case::Attention { dtype, q, k, causal }).collect()
 }
 
-fn backward_cases(extent: &Extent, dtype: DType, headdim: usize) -> Vec<Case> {
-    shapes(extent, headdim).map(|(q, k, causal)| Case::Backward { dtype, q, k, causal }).collect()
+fn backward_cases(extent: &Extent, large: Option<[usize; 5]>, dtype: DType, headdim: usize) -> Vec<Case> {
+    shapes(extent, large, headdim).map(|(q, k, causal)| Case::Backward { dtype, q, k, causal }).collect()
 }
 
-/// The shapes of Q and of K and V, and whether the mask is causal.
-fn shapes(extent: &Extent, headdim: usize) -> impl Iterator<Item = ([usize; 4], [usize; 4], bool)> {
+/// The shapes of Q and of K and V, with a `large` one or without, and whether the mask is causal.
+fn shapes(
+    extent: &Extent,
+    large: Option<[usize; 5]>,
+    headdim: usize,
+) -> impl Iterator<Item = ([usize; 4], [usize; 4], bool)> {
     let equal = extent.lengths.iter().map(|&length| (length, length));
     let lengths = equal.chain(extent.unequal.iter().copied());
     // One sequence with two heads; and, once, two sequences whose heads of Q share heads of K and V.
     let mut shapes: Vec<_> = lengths.map(|(q, k)| ([1, q, 2, headdim], [1, k, 2, headdim])).collect();
     shapes.push(([2, 17, 4, headdim], [2, 17, 2, headdim]));
+    shapes
+        .extend(large.map(|[batch, q, k, heads, heads_k]| ([batch, q, heads, headdim], [batch, k, heads_k, headdim])));
     [false, true].into_iter().flat_map(move |causal| shapes.clone().into_iter().map(move |(q, k)| (q, k, causal)))
 }
 

@@ -1,10 +1,9 @@
 //! A warp that finishes dQ of heads that are done, in a pass whose heads take turns at its sums.
 //!
 //! All comes and goes by bulk copies: the sums to shared memory, dQ from there, and zeros to where the sums were. What a
-//! warp stores itself delays the fences of those that multiply beside it, once a block of queries: the pass took half as
-//! long again.
-use super::Params;
-use super::ring;
+//! warp stores itself delays those that multiply beside it, likely in their fences, one a block of queries: the pass took half
+//! as long again.
+use super::{Params, ring};
 use crate::attention::{Attention, divisor};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::matrix::PackedElement;
@@ -67,9 +66,9 @@ impl<T: PackedElement, const HEADDIM: usize> Finisher<T, HEADDIM> {
         self.loaded.init(1);
     }
 
-    /// Finishes this block of threads' share of the head of K that it is to finish, with its `own` keys, if it is to: warp `warp` of those that
-    /// do finishes each [`FINISHERS`]th of its rows, `ROWS` at a time, scales and rounds them, and clears their sums for the
-    /// next head in their place.
+    /// Finishes the share of a head of K that is this block of threads' with its `own` keys, if there is one: warp `warp` of
+    /// those that do takes each [`FINISHERS`]th part of it, of so many rows as it takes at a time. It scales and rounds them,
+    /// and clears their sums for the next head in their place.
     #[inline(always)]
     #[track_caller]
     pub fn finish_share<const BLOCK_M: usize, const BLOCK_N: usize, const TRANSPOSED: bool, const CAUSAL: bool>(

@@ -25,7 +25,7 @@ pub(crate) struct Target {
 
 /// A reason not to run a kernel for Hopper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum AgainstHopper {
+pub(crate) enum AgainstHopper {
     /// The GPU has another compute capability.
     Capability(u32, u32),
     /// This build has no PTX for it.
@@ -78,19 +78,12 @@ impl Target {
 
     /// Whether kernels for Hopper may run, where this kernel was asked for; else what stands against them.
     pub fn allow_hopper(self, asked: Kernel) -> Result<(), String> {
-        match self.against_hopper {
-            Some(against) if !self.allows_hopper(asked) => Err(format!("flash3: {against}")),
-            _ => Ok(()),
-        }
+        self.against_hopper(asked).map_or(Ok(()), |against| Err(format!("flash3: {against}")))
     }
 
-    /// Whether they may.
-    pub fn allows_hopper(self, asked: Kernel) -> bool {
-        match self.against_hopper {
-            None => true,
-            Some(AgainstHopper::NotAskedFor) => asked == Kernel::Flash3,
-            Some(_) => false,
-        }
+    /// What stands against them.
+    pub fn against_hopper(self, asked: Kernel) -> Option<AgainstHopper> {
+        self.against_hopper.filter(|&against| against != AgainstHopper::NotAskedFor || asked != Kernel::Flash3)
     }
 }
 

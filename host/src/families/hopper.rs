@@ -94,6 +94,10 @@ fn launch(
     Launch::new(kernel, blocks, parameters)
 }
 
+/// Multiprocessors of an H100. Where they decide how a problem is computed all Hopper GPUs compute it as an H100 does, so that it
+/// gives the same bits on each, and the workspace is known before the device is.
+const MULTIPROCESSORS: u64 = 132;
+
 /// From so many keys on the last packs of a causal problem are left to blocks of one tile: on an H100 that gains 1 % to 5 %,
 /// and loses as much where sequences are shorter, unless the units of a pack differ.
 const LONG: usize = 4096;

@@ -4,7 +4,8 @@ use crate::dispatch::{BackwardPlan, Plan};
 use crate::error::{Error, Result};
 use crate::launch::Workspace;
 use crate::options::Kernel;
-use crate::target::Target;
+use crate::target::{AgainstHopper, Target};
+use std::fmt;
 
 /// What a call asks its plans.
 pub(super) trait Planned {
@@ -56,6 +57,23 @@ pub(super) struct Plans<P> {
     others: Vec<P>,
 }
 
+/// What stands against a plan. It is put into words only where someone hears them.
+enum Refusal {
+    Hopper(AgainstHopper),
+    SharedMemory { needed: u32, allowed: u32 },
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::Hopper(against) => write!(f, "flash3: {against}"),
+            Refusal::SharedMemory { needed, allowed } => {
+                write!(f, "{needed} bytes of shared memory a block; allowed on this GPU: {allowed}")
+            }
+        }
+    }
+}
+
 impl<P: Planned> Plans<P> {
     /// The plans that `choose` makes, for this kernel: for one machine, or without a `target` for all.
     ///
@@ -65,7 +83,7 @@ impl<P: Planned> Plans<P> {
         let mut plans = Plans { kernel, newest: choose(target.unwrap_or(Target::HOPPER))?, others: Vec::new() };
         if target.is_none() {
             for other in [Target::OLDEST, Target::SMALLEST] {
-                if !plans.all().any(|plan| plans.runs(plan, other)) {
+                if plans.all().all(|plan| plans.refusal(plan, other).is_some()) {
                     plans.others.extend(choose(other));
                 }
             }
@@ -78,10 +96,10 @@ impl<P: Planned> Plans<P> {
     /// # Errors
     /// [`Error::Unsupported`] if the kernel that was asked for does not run there.
     pub fn on(&self, target: Target) -> Result<&P> {
-        self.all().find(|plan| self.runs(plan, target)).ok_or_else(|| Error::Unsupported {
+        self.all().find(|plan| self.refusal(plan, target).is_none()).ok_or_else(|| Error::Unsupported {
             kernel: self.kernel,
             backend: target.backend,
-            reasons: self.all().filter_map(|plan| self.refusal(plan, target)).collect(),
+            reasons: self.all().filter_map(|plan| Some(self.refusal(plan, target)?.to_string())).collect(),
         })
     }
 
@@ -90,20 +108,12 @@ impl<P: Planned> Plans<P> {
         std::iter::once(&self.newest).chain(&self.others)
     }
 
-    /// Whether a plan runs on a machine: there is no [`refusal`](Self::refusal), which takes longer to say.
-    fn runs(&self, plan: &P, target: Target) -> bool {
-        (!plan.is_for_hopper() || target.allows_hopper(self.kernel)) && plan.shared_bytes() <= target.shared_memory
-    }
-
     /// Why a plan does not run on a machine, if it does not.
-    fn refusal(&self, plan: &P, target: Target) -> Option<String> {
-        if plan.is_for_hopper()
-            && let Err(reason) = target.allow_hopper(self.kernel)
-        {
-            return Some(reason);
-        }
+    fn refusal(&self, plan: &P, target: Target) -> Option<Refusal> {
+        let against_hopper = if plan.is_for_hopper() { target.against_hopper(self.kernel) } else { None };
         let (needed, allowed) = (plan.shared_bytes(), target.shared_memory);
-        (needed > allowed).then(|| format!("{needed} bytes of shared memory a block; allowed on this GPU: {allowed}"))
+        let shared_memory = (needed > allowed).then_some(Refusal::SharedMemory { needed, allowed });
+        against_hopper.map(Refusal::Hopper).or(shared_memory)
     }
 
     /// Device memory that the kernels work in on any machine, in bytes.

@@ -87,32 +87,25 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
     let extent = Extent::of(backend, quick);
     // The CPU has one algorithm.
     let kernels = if kernels.is_empty() { &[Kernel::Auto] } else { kernels };
+    let large = |kernel, shape| (backend == Backend::Cuda && kernel == Kernel::Flash3).then_some(shape);
     let mut groups = Vec::new();
     for &kernel in kernels {
-        let is_large = backend == Backend::Cuda && kernel == Kernel::Flash3;
         for dtype in dtypes_of(kernel) {
             for &headdim in extent.headdims {
                 let name = if kernel == Kernel::Auto { "attention" } else { kernel.name() };
                 let name = format!("{name} {} headdim {headdim}", dtype.name());
-                groups.push(Group {
-                    name,
-                    kernel,
-                    cases: attention_cases(&extent, is_large.then_some(DECODING), dtype, headdim),
-                });
+                let cases = attention_cases(&extent, large(kernel, DECODING), dtype, headdim);
+                groups.push(Group { name, kernel, cases });
             }
         }
     }
     for kernel in kernels.iter().copied().filter(|kernel| kernel.has_backward()) {
-        let is_large = backend == Backend::Cuda && kernel == Kernel::Flash3;
         for dtype in dtypes_of(kernel) {
             for &headdim in extent.headdims {
                 let family = if kernel == Kernel::Auto { String::new() } else { format!("{kernel} ") };
                 let name = format!("{family}backward {} headdim {headdim}", dtype.name());
-                groups.push(Group {
-                    name,
-                    kernel,
-                    cases: backward_cases(&extent, is_large.then_some(MANY_HEADS), dtype, headdim),
-                });
+                let cases = backward_cases(&extent, large(kernel, MANY_HEADS), dtype, headdim);
+                groups.push(Group { name, kernel, cases });
             }
         }
     }

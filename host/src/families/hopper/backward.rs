@@ -4,6 +4,7 @@ use kernels::Config;
 use kernels::flash2_backward;
 use kernels::flash3_backward::{Params, Ring};
 
+use super::MULTIPROCESSORS;
 use super::maps::{Extents, map};
 use crate::error::Result;
 use crate::launch::Launch;
@@ -50,9 +51,6 @@ fn heads_in_turn(problem: &Problem, config: &Config) -> u32 {
     let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
     (CACHED / of_head).min(heads).max(1) as u32
 }
-
-/// Multiprocessors of an H100.
-const MULTIPROCESSORS: u64 = 132;
 
 /// What of the heads that run at the same time may be used again and again, in bytes: it stays in the L2 cache, beside
 /// what only passes through.

@@ -5,15 +5,11 @@ use kernels::flash3::order::MAX_SEQUENCES;
 use kernels::flash3::packing::Packing;
 use kernels::flash3::splits::Splits;
 
-use super::has_many_keys_a_query;
 use super::packing::tiles;
+use super::{MULTIPROCESSORS, has_many_keys_a_query};
 use crate::launch::Workspace;
 use crate::options::AttentionOptions;
 use crate::problem::Problem;
-
-/// The multiprocessors that are to be filled: those of an H100. All Hopper GPUs divide as it does, so that the same problem gives
-/// the same bits on each, and the workspace is known before the device is.
-const MULTIPROCESSORS: u64 = 132;
 
 /// What it costs to divide at all, in keys that a block of threads walks over meanwhile: another launch. On an H100.
 const COST: u64 = 512;

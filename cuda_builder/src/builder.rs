@@ -39,7 +39,12 @@ pub struct CudaBuilder {
     toolchain: Option<Toolchain>,
     target_dir: Option<PathBuf>,
     copy_to: Option<PathBuf>,
+    only: Option<String>,
 }
+
+/// The environment variable with which `#[kernel]` is told which entry points to build: those whose name contains one of
+/// its parts, which commas separate.
+const ONLY: &str = "CUDA_BUILDER_ONLY";
 
 /// A crate as PTX.
 #[derive(Clone, Debug)]
@@ -83,7 +88,14 @@ impl BuildError {
 impl CudaBuilder {
     /// A builder for the crate in directory `path`, which has a `[lib]` and a panic handler.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        CudaBuilder { path: path.into(), arch: Arch::Sm80, toolchain: None, target_dir: None, copy_to: None }
+        CudaBuilder {
+            path: path.into(),
+            arch: Arch::Sm80,
+            toolchain: None,
+            target_dir: None,
+            copy_to: None,
+            only: None,
+        }
     }
 
     /// The architecture: by default [`Arch::Sm80`].
@@ -107,6 +119,12 @@ impl CudaBuilder {
     /// A file that gets the PTX, too.
     pub fn copy_to(mut self, path: impl Into<PathBuf>) -> Self {
         self.copy_to = Some(path.into());
+        self
+    }
+
+    /// Builds those entry points alone whose name contains one of these parts, which commas separate: by default all.
+    pub fn only(mut self, parts: impl Into<String>) -> Self {
+        self.only = Some(parts.into());
         self
     }
 
@@ -155,6 +173,8 @@ impl CudaBuilder {
             .args(["--", "--emit=asm", FEATURES])
             .env("CARGO_ENCODED_RUSTFLAGS", self.rustflags(toolchain, workspace).join("\x1f"))
             .envs(PROFILE.map(|(name, value)| (format!("CARGO_PROFILE_RELEASE_{name}"), value)))
+            .env_remove(ONLY)
+            .envs(self.only.as_ref().map(|parts| (ONLY, parts)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()

@@ -23,7 +23,11 @@ pub struct Options {
     /// Build for this architecture alone: sm_80 or sm_90a [default: all that have entry points]
     #[arg(long)]
     arch: Option<Arch>,
-    /// Write even what has not passed the checks, to look at it or to measure it
+    /// Build only the entry points whose name contains one of these parts, and write them to target/device/only instead, to
+    /// look at a kernel; with --force also to host/ptx, to measure it: what is there then counts as stale
+    #[arg(long, value_name = "PART,...", conflicts_with = "check")]
+    only: Option<String>,
+    /// Write even what has not passed the checks, or is not all of it, to look at it or to measure it
     #[arg(long, conflicts_with = "check")]
     force: bool,
     /// Print what NVIDIA's assembler makes of each entry point (registers, spills, shared memory, stack), and which spill
@@ -40,6 +44,9 @@ pub struct Options {
 /// Runs the command.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let archs = archs(options.arch)?;
+    if let Some(parts) = &options.only {
+        return build_only(&archs, parts, options);
+    }
     let failed = if options.check {
         let verdicts = [("artefacts", check(&archs)), ("rebuild", rebuild(&archs))];
         verdicts.iter().for_each(|(step, verdict)| println!("{step}: {verdict}"));
@@ -53,6 +60,48 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         sass::print(&artefacts::read(&workspace::ptx())?, &options.sass_arch, options.ptxas.as_deref())?;
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Builds some entry points, each as a file for itself, and changes nothing of what is kept.
+fn build_only(archs: &[Arch], parts: &str, options: &Options) -> Result<ExitCode> {
+    let is_wanted = |name: &str| parts.split(',').any(|part| name.contains(part));
+    let toolchains = Toolchain::find_all()?;
+    let kept = artefacts::read(&workspace::ptx()).unwrap_or_default();
+    let folder = workspace::root().join("target/device/only");
+    fs::create_dir_all(&folder)?;
+    let (mut built, mut complaints) = (Artefacts::new(), Vec::new());
+    for arch in archs {
+        let mut declared = declared(*arch);
+        declared.retain(|name, _| is_wanted(name));
+        if declared.is_empty() {
+            continue;
+        }
+        let toolchain = choose(&toolchains, kept.get(arch.name()));
+        let build = build_one(*arch, toolchain, Some(parts))?;
+        complaints.extend(build.complaints(&declared).iter().map(|complaint| format!("{arch} {complaint}")));
+        for (name, entry) in &build.entries {
+            fs::write(folder.join(format!("{name}.ptx")), &entry.ptx)?;
+        }
+        built.insert(arch.to_string(), build);
+    }
+    let count: usize = built.values().map(|build| build.entries.len()).sum();
+    ensure!(count > 0, "no entry point's name contains any of {parts}");
+    let verdict = Verdict::of(complaints);
+    println!("{verdict}\n{count} entry points in {}", folder.display());
+    if options.force {
+        let mut all = kept;
+        for (arch, build) in &built {
+            let of_arch =
+                all.entry(arch.clone()).or_insert_with(|| Build { entries: Default::default(), ..build.clone() });
+            of_arch.entries.extend(build.entries.clone());
+            of_arch.sources = format!("of {parts} alone");
+        }
+        artefacts::write(&workspace::ptx(), &all)?;
+    }
+    if options.sass {
+        sass::print(&built, &options.sass_arch, options.ptxas.as_deref())?;
+    }
+    Ok(if verdict.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// The architectures that have entry points.
@@ -76,7 +125,7 @@ fn build(archs: &[Arch], force: bool) -> Result<Verdict> {
     after.retain(|name, _| Arch::ALL.iter().any(|arch| arch.name() == name && !declared(*arch).is_empty()));
     let mut complaints = Vec::new();
     for arch in archs {
-        let build = build_one(*arch, choose(&toolchains, before.get(arch.name())))?;
+        let build = build_one(*arch, choose(&toolchains, before.get(arch.name())), None)?;
         complaints.extend(build.complaints(&declared(*arch)).iter().map(|complaint| format!("{arch} {complaint}")));
         after.insert(arch.to_string(), build);
     }
@@ -98,11 +147,15 @@ pub fn choose<'a>(toolchains: &'a [Toolchain], kept: Option<&Build>) -> &'a Tool
     toolchains.iter().find(same).unwrap_or(&toolchains[0])
 }
 
-fn build_one(arch: Arch, toolchain: &Toolchain) -> Result<Build> {
+/// The entry points whose name contains one of the parts `only`, or all.
+fn build_one(arch: Arch, toolchain: &Toolchain, only: Option<&str>) -> Result<Build> {
     let device = workspace::root().join("target/device");
     fs::create_dir_all(&device)?;
     let builder = CudaBuilder::new(workspace::root().join("kernels")).arch(arch).toolchain(toolchain.clone());
-    let builder = builder.target_dir(&device).copy_to(device.join(format!("{arch}.ptx")));
+    let mut builder = builder.target_dir(&device).copy_to(device.join(format!("{arch}.ptx")));
+    if let Some(parts) = only {
+        builder = builder.only(parts);
+    }
     Build::new(&builder.build()?, fingerprint::of_sources(workspace::root(), arch)?)
 }
 
@@ -140,7 +193,7 @@ pub fn rebuild(archs: &[Arch]) -> Verdict {
         let mut remarks = Vec::new();
         for arch in archs {
             let Some(kept) = artefacts.get(arch.name()) else { continue };
-            let build = build_one(*arch, choose(&toolchains, Some(kept)))?;
+            let build = build_one(*arch, choose(&toolchains, Some(kept)), None)?;
             let mut wrong = build.complaints(&declared(*arch));
             if build.toolchain == kept.toolchain {
                 wrong.extend(kept.differences(&build));

@@ -10,12 +10,30 @@ use syn::{Error, FnArg, ItemFn, LitStr, Result, Type, parse_quote};
 pub fn expand(arguments: &Arguments, mut function: ItemFn) -> Result<TokenStream> {
     check(&arguments.groups, &function.sig.generics)?;
     let entries = entries(arguments, &function)?;
-    let on_device = entries.iter().map(|entry| on_device(entry, arguments, &function)).collect::<Result<Vec<_>>>()?;
+    let only = std::env::var(ONLY).ok();
+    let built = entries.iter().filter(|entry| is_wanted(&entry.name, only.as_deref()));
+    let on_device = built.map(|entry| on_device(entry, arguments, &function)).collect::<Result<Vec<_>>>()?;
     let on_host = arguments.table.as_ref().map(|table| on_host(table, &entries, arguments, &function)).transpose()?;
     if !function.attrs.iter().any(|attribute| attribute.path().is_ident("inline")) {
         function.attrs.push(parse_quote!(#[cfg_attr(target_arch = "nvptx64", inline(always))]));
     }
-    Ok(quote! { #function #(#on_device)* #on_host })
+    let condition = condition(arguments);
+    Ok(quote! {
+        #function
+        // What names the variable is compiled again when it changes.
+        #[cfg(#condition)]
+        const _: Option<&str> = ::core::option_env!(#ONLY);
+        #(#on_device)*
+        #on_host
+    })
+}
+
+/// The environment variable that says which entry points to build, where not all: those whose name contains one of its
+/// parts, which commas separate. `cuda_builder` sets it.
+const ONLY: &str = "CUDA_BUILDER_ONLY";
+
+fn is_wanted(name: &str, only: Option<&str>) -> bool {
+    only.is_none_or(|parts| parts.split(',').any(|part| name.contains(part)))
 }
 
 /// One entry point.
@@ -173,6 +191,8 @@ mod tests {
             #[cfg_attr(target_arch = "nvptx64", inline(always))]
             pub fn scale(x: Global<f32>, _: u32) {}
             #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
+            const _: Option<&str> = ::core::option_env!("CUDA_BUILDER_ONLY");
+            #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
             const _: () = {
                 #[unsafe(export_name = "scale")]
                 pub unsafe extern "ptx-kernel" fn entry(p0: Global<f32>, p1: u32) { scale(p0, p1) }
@@ -190,6 +210,8 @@ mod tests {
         let expected = r#"
             #[inline]
             pub fn forward<T: Element, const N: u32>(p: Params) {}
+            #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
+            const _: Option<&str> = ::core::option_env!("CUDA_BUILDER_ONLY");
             #[cfg(all(target_arch = "nvptx64", not(target_feature = "sm_90a")))]
             const _: () = {
                 #[unsafe(export_name = "f_f16_1")]
@@ -224,6 +246,8 @@ mod tests {
             #[cfg_attr(target_arch = "nvptx64", inline(always))]
             pub fn scale() {}
             #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
+            const _: Option<&str> = ::core::option_env!("CUDA_BUILDER_ONLY");
+            #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90a"))]
             const _: () = {
                 #[unsafe(export_name = "scale")]
                 pub unsafe extern "ptx-kernel" fn entry() { scale() }
@@ -234,6 +258,13 @@ mod tests {
             ::cuda_std::entry::global_asm!("// .cluster scale {0}", const 2);
         "#;
         assert_eq!(text, dense(expected));
+    }
+
+    #[test]
+    fn entry_points_can_be_chosen() {
+        assert!(is_wanted("flash3_fwd_f16_d64", None));
+        assert!(is_wanted("flash3_fwd_f16_d64", Some("flash2,f16_d64")));
+        assert!(!is_wanted("flash3_fwd_f16_d64", Some("flash2,bf16")));
     }
 
     #[test]

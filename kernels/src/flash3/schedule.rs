@@ -1,7 +1,9 @@
 //! Which tiles of queries a persistent block of threads takes, and in which order.
 //!
-//! Walkers, blocks of threads, are dealt [units](super::units) of work there and back, from the first walker to the last and
-//! from the last to the first, until there are none: all end together, but for a unit. Where units are long, that is much:
+//! Walkers, blocks of threads, are dealt [units](super::units) of work until there are none: all end together, but for a unit.
+//! Where some units are shorter than others they are dealt there and back, from the first walker to the last and from the last to
+//! the first, so that nobody gets the short ones time and again; where all are alike always from the first walker on, so that
+//! each does the same tiles of every head: 4 % faster at 512 tokens, causal, headdim 128. Where units are long, a unit is much:
 //! there the last heads are left to blocks that take one tile each, the longest first, and that the GPU starts as walkers end.
 //! Where sequences differ in length, the longest come first ([`Order`]).
 //!
@@ -204,10 +206,10 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
         let is_paired = self.schedule.is_paired::<CAUSAL>();
         let turn = if is_paired { self.next / 2 } else { self.next };
         let is_second = is_paired && self.next % 2 == 1;
-        let unit = self.unit(turn);
         let (tiles, pack, index, sequence);
         if a.cu_seqlens_q.is_null() {
             tiles = tiles_of_pack(packing.rows(seqlen_q), self.block_m);
+            let unit = self.unit(turn, FEW || is_paired && tiles % 2 == 1);
             let units = divisor(self.schedule.units_of_pack::<CAUSAL>(tiles));
             if unit / units >= self.schedule.walked_packs {
                 return None;
@@ -215,6 +217,7 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
             index = unit % units;
             (pack, sequence) = head_of(unit / units, self.anew(packing.packs(a.nheads)));
         } else {
+            let unit = self.unit(turn, true);
             let first;
             (sequence, first) = self.order.sequence_of(unit, batch, &mut self.rank)?;
             tiles = tiles_of_pack(packing.rows(a.sequence(sequence).seqlen_q), self.block_m);
@@ -234,11 +237,11 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
         unknown_before(x, self.next)
     }
 
-    /// The unit that a walker is dealt in a turn.
+    /// The unit that a walker is dealt in a turn, there and `back` or always there.
     #[inline(always)]
-    fn unit(&self, turn: u32) -> u32 {
+    fn unit(&self, turn: u32, back: bool) -> u32 {
         let (walker, walkers) = (self.anew(block_idx_x()), self.schedule.walkers);
-        turn * walkers + if turn.is_multiple_of(2) { walker } else { walkers - 1 - walker }
+        turn * walkers + if back && turn % 2 == 1 { walkers - 1 - walker } else { walker }
     }
 
     /// The tile of a block that is no walker, if its sequence has so many rows.

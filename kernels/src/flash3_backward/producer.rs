@@ -45,7 +45,7 @@ pub(super) fn load<
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
         let mut is_first = true;
-        let mut walk = work.walk(a, BLOCK_M as u32);
+        let mut walk = work.walk_in_order::<T, WALK, CAUSAL>(a, BLOCK_M as u32);
         while let Some(step) = walk.next() {
             let matrix = [step.head as i32, batch];
             let row = (block.sequence.first_q + step.first_row) as i32;

@@ -227,8 +227,7 @@ impl Work {
     /// The same, or where a walk [descends](walk::descends) the last queries of each head first.
     #[inline(always)]
     fn walk_in_order<T, const WALK: u32, const CAUSAL: bool>(&self, a: &Attention<T>, block_m: u32) -> Walk {
-        let up = self.walk(a, block_m);
-        if const { walk::descends(WALK, CAUSAL) } { up.reversed() } else { up }
+        if const { walk::descends(WALK, CAUSAL) } { self.walk(a, block_m).reversed() } else { self.walk(a, block_m) }
     }
 
     /// The same where the first head begins in `first_place`, and each has so many places.
@@ -296,11 +295,8 @@ impl Walk {
     fn reversed(self) -> Self {
         let Walk { next, to_next, rows, .. } = self;
         let to_last = rows.wrapping_sub(to_next);
-        let last = Step {
-            first_row: next.first_row.wrapping_add(to_last),
-            place: next.place.wrapping_add(to_last),
-            ..next
-        };
+        let last =
+            Step { first_row: next.first_row.wrapping_add(to_last), place: next.place.wrapping_add(to_last), ..next };
         Walk {
             next: last,
             to_next: to_next.wrapping_neg(),

@@ -65,13 +65,7 @@ impl Order {
 /// Adds what warpgroup `group` has of dQ to its sums, each time in its turn.
 #[inline(always)]
 #[track_caller]
-pub(super) fn add_in_order<
-    T,
-    const HEADDIM: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const CAUSAL: bool,
->(
+pub(super) fn add_in_order<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize, const CAUSAL: bool>(
     p: &Params,
     a: &Attention<T>,
     outgoing: Outgoing<HEADDIM, BLOCK_M>,

@@ -146,11 +146,6 @@ mod walk {
     pub const RING: u32 = 2;
     /// One, which adds to dQ in its [turn](super::Order).
     pub const ORDERED: u32 = 3;
-
-    /// Whether it meets the last queries first.
-    pub const fn descends(walk: u32, causal: bool) -> bool {
-        walk == ORDERED && causal
-    }
 }
 
 /// The next keys of a walk, if there are any.
@@ -224,12 +219,6 @@ impl Work {
         self.walk_from(first_place(self.block.head_k * self.group), first_place(1) - first_place(0), block_m)
     }
 
-    /// The same, or where a walk [descends](walk::descends) the last queries of each head first.
-    #[inline(always)]
-    fn walk_in_order<T, const WALK: u32, const CAUSAL: bool>(&self, a: &Attention<T>, block_m: u32) -> Walk {
-        if const { walk::descends(WALK, CAUSAL) } { self.walk(a, block_m).reversed() } else { self.walk(a, block_m) }
-    }
-
     /// The same where the first head begins in `first_place`, and each has so many places.
     #[inline(always)]
     #[track_caller]
@@ -239,7 +228,7 @@ impl Work {
         Walk {
             next: Step { head, first_row, place: first_place + first_row },
             left: self.steps(),
-            to_next: block_m,
+            block_m,
             rows,
             end_row: first_row + rows,
             to_next_head: places_of_head - rows,
@@ -261,8 +250,7 @@ struct Step {
 struct Walk {
     next: Step,
     left: u32,
-    /// Rows to the next block. This and the next fields are negative, modulo 2^32, where the walk descends.
-    to_next: u32,
+    block_m: u32,
     /// Rows of a head that are walked over.
     rows: u32,
     /// Where they end.
@@ -271,7 +259,9 @@ struct Walk {
     to_next_head: u32,
 }
 
-impl Walk {
+impl Iterator for Walk {
+    type Item = Step;
+
     #[inline(always)]
     fn next(&mut self) -> Option<Step> {
         if self.left == 0 {
@@ -280,31 +270,14 @@ impl Walk {
         // The loop stays one: unrolled it would take more registers than a thread that copies has.
         self.left = unknown(self.left - 1);
         let step = self.next;
-        self.next.first_row = self.next.first_row.wrapping_add(self.to_next);
-        self.next.place = self.next.place.wrapping_add(self.to_next);
+        self.next.first_row += self.block_m;
+        self.next.place += self.block_m;
         if self.next.first_row == self.end_row {
             self.next.head += 1;
-            self.next.first_row = self.next.first_row.wrapping_sub(self.rows);
-            self.next.place = self.next.place.wrapping_add(self.to_next_head);
+            self.next.first_row -= self.rows;
+            self.next.place += self.to_next_head;
         }
         Some(step)
-    }
-
-    /// From the last block of each head to its first.
-    #[inline(always)]
-    fn reversed(self) -> Self {
-        let Walk { next, to_next, rows, .. } = self;
-        let to_last = rows.wrapping_sub(to_next);
-        let last =
-            Step { first_row: next.first_row.wrapping_add(to_last), place: next.place.wrapping_add(to_last), ..next };
-        Walk {
-            next: last,
-            to_next: to_next.wrapping_neg(),
-            rows: rows.wrapping_neg(),
-            end_row: next.first_row.wrapping_sub(to_next),
-            to_next_head: self.to_next_head.wrapping_add(rows).wrapping_add(rows),
-            ..self
-        }
     }
 }
 

@@ -1,27 +1,26 @@
 //! Sums of dQ in one order: that of the keys, whatever else runs and whatever comes first.
 //!
 //! A block of keys adds to dQ of a block of queries when the keys before its own have. These have the same queries or more, and
-//! meet them in the same order; so one counter a block of keys says how far it is, and who comes next looks at it alone. Each
-//! warpgroup's part has a thread that adds it, and a counter. The first keys store: nothing has to be cleared before.
+//! meet them in the same order ([`Rounds`]); so one counter a block of keys says how far it is, and who comes next looks at it
+//! alone. Each warpgroup's part has a thread that adds it, and a counter. The first keys store: nothing has to be cleared before.
 //!
 //! Blocks of threads wait for blocks before them alone. A block of keys that begins when the one before it does falls behind by
 //! as long as an addition takes to end and to be heard of, and from then on neither waits. That is paid for once, if the blocks
 //! of a head begin one after the other: so heads take turns, as many as fill the machine. Under a causal mask all blocks of
-//! keys have the last queries, and the first keys most before them: all walk from the last queries to the first, so that the
-//! queries that a block shares with those before it are not those that they come to last.
-//!
-//! The order is that of Qiang et al., "DASH: Deterministic Attention Scheduling for High-throughput Reproducible LLM Training",
-//! its descending walk.
+//! keys have the last queries, and the first keys most before them: all walk from the last queries to the first, so that they do
+//! not come to what they share last. That is the descending walk of Qiang et al., "DASH: Deterministic Attention Scheduling for
+//! High-throughput Reproducible LLM Training" (arXiv 2601.21824).
 use super::memory::Outgoing;
-use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, walk};
+use super::{GROUP_ROWS, GROUPS, Params, Step, Work, config_of};
 use crate::attention::Attention;
 use crate::config::Config;
-use crate::flash2_backward::fused::{PREPARE_THREADS, prepare_block};
+use crate::flash2_backward::fused::{PREPARE_THREADS, first_place, prepare_block};
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
 use cuda_std::arrivals::Arrivals;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::MatrixElement;
+use cuda_std::math::unknown;
 use cuda_std::thread::{block_idx_x, grid_dim_x, thread_idx_x};
 use cuda_std::{Global, bulk, grid, kernel};
 
@@ -62,6 +61,60 @@ impl Order {
     }
 }
 
+/// A walk over the blocks of queries that a block of keys needs: of one after the other those of all heads that share the keys;
+/// under a causal mask from the last to the first. What the keys before have more of comes at the end.
+pub(super) struct Rounds {
+    next: Step,
+    left: u32,
+    group: u32,
+    end_head: u32,
+    /// Places from one head to the next.
+    to_next_head: u32,
+    /// Rows from one round to the next; modulo 2^32, as it may be negative.
+    to_next_round: u32,
+}
+
+impl Rounds {
+    /// All steps of a block of keys.
+    #[inline(always)]
+    pub fn of<T, const CAUSAL: bool>(work: &Work, a: &Attention<T>, block_m: u32) -> Self {
+        let first_place = |head| first_place(a, &work.block.sequence, head, block_m);
+        let head = work.block.head_k * work.group;
+        let first_row = block_m * if CAUSAL { work.blocks.end - 1 } else { work.blocks.begin };
+        Rounds {
+            next: Step { head, first_row, place: first_place(head) + first_row },
+            left: work.steps(),
+            group: work.group,
+            end_head: head + work.group,
+            to_next_head: first_place(1) - first_place(0),
+            to_next_round: if CAUSAL { block_m.wrapping_neg() } else { block_m },
+        }
+    }
+}
+
+impl Iterator for Rounds {
+    type Item = Step;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Step> {
+        if self.left == 0 {
+            return None;
+        }
+        // The loop stays one, as that of a walk by heads.
+        self.left = unknown(self.left - 1);
+        let step = self.next;
+        self.next.head += 1;
+        self.next.place += self.to_next_head;
+        if self.next.head == self.end_head {
+            self.next.head -= self.group;
+            self.next.first_row = self.next.first_row.wrapping_add(self.to_next_round);
+            let place = self.next.place - self.group * self.to_next_head;
+            self.next.place = place.wrapping_add(self.to_next_round);
+        }
+        Some(step)
+    }
+}
+
 /// Adds what warpgroup `group` has of dQ to its sums, each time in its turn.
 #[inline(always)]
 #[track_caller]
@@ -75,28 +128,18 @@ pub(super) fn add_in_order<T, const HEADDIM: usize, const BLOCK_M: usize, const 
     let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
     let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
     let is_first = block.first_key == 0;
-    let first_key_before = block.first_key.saturating_sub(BLOCK_N as u32);
-    let before = KeyBlock { first_key: first_key_before, ..block };
-    // So many more blocks of a head are those before done with when they come to the next head.
-    let more = Work::of::<T, CAUSAL>(a, before, BLOCK_M as u32, BLOCK_N as u32).blocks.count() - work.blocks.count();
+    let before = KeyBlock { first_key: block.first_key.saturating_sub(BLOCK_N as u32), ..block };
     let added = p.order.added(a, block, BLOCK_N as u32, group);
     let added_before = p.order.added(a, before, BLOCK_N as u32, group);
-    let (mut needed, mut known) = (0, 0);
+    let mut known = 0;
 
     let mut parts = outgoing.parts.consumer_at(group);
     // The step before the first: nothing to add.
     parts.wait().release();
     parts.next_round();
-    let mut walk = work.walk_in_order::<T, { walk::ORDERED }, CAUSAL>(a, BLOCK_M as u32);
-    let mut head = block.head_k * work.group;
-    while let Some(step) = walk.next() {
-        needed += 1;
-        if step.head != head {
-            head = step.head;
-            needed += more;
-        }
-        if !is_first && known < needed {
-            known = added_before.wait_for_all(needed);
+    for (i, step) in Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32).enumerate() {
+        if !is_first && known <= i as u32 {
+            known = added_before.wait_for_all(i as u32 + 1);
         }
         let slot = parts.wait();
         parts.next_round();

@@ -1,6 +1,6 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, STAGES, Work, next_keys, ring, walk};
+use super::{GROUPS, Params, STAGES, Step, Work, next_keys, ring, walk};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::cluster::Blocks;
@@ -26,7 +26,30 @@ pub(super) fn load<
     p: &Params,
     a: &Attention<T>,
     inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
+    block: KeyBlock,
+) {
+    let steps = |work: Work| work.walk(a, BLOCK_M as u32);
+    load_steps::<T, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, WALK, _>(p, a, inputs, block, steps);
+}
+
+/// The same for the `steps` of each block of keys.
+#[inline(always)]
+#[track_caller]
+pub(super) fn load_steps<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CLUSTER: u32,
+    const CAUSAL: bool,
+    const WALK: u32,
+    Steps: Iterator<Item = Step>,
+>(
+    p: &Params,
+    a: &Attention<T>,
+    inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
     mut block: KeyBlock,
+    steps: impl Fn(Work) -> Steps,
 ) {
     let map = |map| TensorMapRef::of(p, map);
     // K and V are read once.
@@ -45,8 +68,7 @@ pub(super) fn load<
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
         let mut is_first = true;
-        let mut walk = work.walk_in_order::<T, WALK, CAUSAL>(a, BLOCK_M as u32);
-        while let Some(step) = walk.next() {
+        for step in steps(work) {
             let matrix = [step.head as i32, batch];
             let row = (block.sequence.first_q + step.first_row) as i32;
             let statistics = p.backward.statistics.offset(2 * step.place as usize);
@@ -123,7 +145,7 @@ pub(super) fn add_queries<
     let mut parts = outgoing.parts.consumer();
     loop {
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
-        let mut walk = if WALK == walk::RING {
+        let steps = if WALK == walk::RING {
             let first_place = p.ring.first_place(a, &block.sequence, block.head_k * work.group, BLOCK_M as u32);
             work.walk_from(first_place, ring::places_of_head(a, BLOCK_M as u32), BLOCK_M as u32)
         } else {
@@ -138,7 +160,7 @@ pub(super) fn add_queries<
         if WALK == walk::RING {
             p.ring.take_over(a, pair, BLOCK_N as u32);
         }
-        while let Some(step) = walk.next() {
+        for step in steps {
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
             let mut add = || {
                 let slot = parts.wait();
@@ -188,8 +210,7 @@ pub(super) fn sum_queries<T, const HEADDIM: usize, const BLOCK_M: usize, const B
         let mut slot = parts.wait();
         parts.next_round();
         bulk::wait::<0>();
-        let mut walk = work.walk(a, BLOCK_M as u32);
-        while let Some(step) = walk.next() {
+        for step in work.walk(a, BLOCK_M as u32) {
             let is_finished = step.first_row < finished;
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM + (group * part) as usize);
             if is_finished {

@@ -4,8 +4,8 @@
 //! memory: one more thread has the copy engine add it to its sums.
 use super::finisher::{FINISHERS, Finisher};
 use super::memory::{Destination, Inputs, Outgoing};
-use super::order::add_in_order;
-use super::producer::{add_queries, load, sum_queries};
+use super::order::{Rounds, add_in_order};
+use super::producer::{add_queries, load, load_steps, sum_queries};
 use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
@@ -383,6 +383,16 @@ fn pass<
             let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
             if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
+                    0 if WALK == walk::ORDERED => {
+                        let steps = |work: Work| Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32);
+                        load_steps::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK, _>(
+                            p,
+                            a,
+                            memory.inputs,
+                            block,
+                            steps,
+                        );
+                    }
                     0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK>(p, a, memory.inputs, block),
                     thread @ (32 | 64) if WALK == walk::HEAD => {
                         sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
@@ -496,8 +506,9 @@ fn consume<
                 queries.beside(memory.inputs.d_outputs).wait();
                 pause(LATE);
             }
-            let descends = const { walk::descends(WALK, CAUSAL) };
-            let mut block = if descends { blocks.end - 1 } else { blocks.begin };
+            let is_ordered = const { WALK == walk::ORDERED };
+            let mut block = if is_ordered && CAUSAL { blocks.end - 1 } else { blocks.begin };
+            let mut heads = work.group;
             for _ in 0..work.steps() {
                 // Descriptors are found anew in each step: kept, they would take the registers of the sums.
                 let group = unknown(group);
@@ -556,11 +567,12 @@ fn consume<
                 release(q_slot);
 
                 queries.advance();
-                if descends {
-                    if block == blocks.begin {
-                        block = blocks.end;
+                if is_ordered {
+                    heads -= 1;
+                    if heads == 0 {
+                        heads = work.group;
+                        block = if CAUSAL { block.wrapping_sub(1) } else { block + 1 };
                     }
-                    block -= 1;
                 } else {
                     block += 1;
                     if block == blocks.end {

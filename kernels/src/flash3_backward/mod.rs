@@ -259,9 +259,7 @@ struct Walk {
     to_next_head: u32,
 }
 
-impl Iterator for Walk {
-    type Item = Step;
-
+impl Walk {
     #[inline(always)]
     fn next(&mut self) -> Option<Step> {
         if self.left == 0 {

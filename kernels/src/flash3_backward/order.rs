@@ -90,13 +90,9 @@ impl Rounds {
             to_next_round: if CAUSAL { block_m.wrapping_neg() } else { block_m },
         }
     }
-}
-
-impl Iterator for Rounds {
-    type Item = Step;
 
     #[inline(always)]
-    fn next(&mut self) -> Option<Step> {
+    pub fn next(&mut self) -> Option<Step> {
         if self.left == 0 {
             return None;
         }
@@ -131,15 +127,17 @@ pub(super) fn add_in_order<T, const HEADDIM: usize, const BLOCK_M: usize, const 
     let before = KeyBlock { first_key: block.first_key.saturating_sub(BLOCK_N as u32), ..block };
     let added = p.order.added(a, block, BLOCK_N as u32, group);
     let added_before = p.order.added(a, before, BLOCK_N as u32, group);
-    let mut known = 0;
 
     let mut parts = outgoing.parts.consumer_at(group);
     // The step before the first: nothing to add.
     parts.wait().release();
     parts.next_round();
-    for (i, step) in Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32).enumerate() {
-        if !is_first && known <= i as u32 {
-            known = added_before.wait_for_all(i as u32 + 1);
+    let (mut needed, mut known) = (0, 0);
+    let mut rounds = Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32);
+    while let Some(step) = rounds.next() {
+        needed += 1;
+        if !is_first && known < needed {
+            known = added_before.wait_for_all(needed);
         }
         let slot = parts.wait();
         parts.next_round();

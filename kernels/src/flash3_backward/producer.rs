@@ -28,11 +28,14 @@ pub(super) fn load<
     inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
     block: KeyBlock,
 ) {
-    let steps = |work: Work| work.walk(a, BLOCK_M as u32);
+    let steps = |work: Work| {
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        move || walk.next()
+    };
     load_steps::<T, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, WALK, _>(p, a, inputs, block, steps);
 }
 
-/// The same for the `steps` of each block of keys.
+/// The same for the `steps` of each block of keys, of which each call gives the next.
 #[inline(always)]
 #[track_caller]
 pub(super) fn load_steps<
@@ -43,7 +46,7 @@ pub(super) fn load_steps<
     const CLUSTER: u32,
     const CAUSAL: bool,
     const WALK: u32,
-    Steps: Iterator<Item = Step>,
+    Steps: FnMut() -> Option<Step>,
 >(
     p: &Params,
     a: &Attention<T>,
@@ -68,7 +71,8 @@ pub(super) fn load_steps<
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
         let mut is_first = true;
-        for step in steps(work) {
+        let mut next = steps(work);
+        while let Some(step) = next() {
             let matrix = [step.head as i32, batch];
             let row = (block.sequence.first_q + step.first_row) as i32;
             let statistics = p.backward.statistics.offset(2 * step.place as usize);
@@ -145,7 +149,7 @@ pub(super) fn add_queries<
     let mut parts = outgoing.parts.consumer();
     loop {
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
-        let steps = if WALK == walk::RING {
+        let mut walk = if WALK == walk::RING {
             let first_place = p.ring.first_place(a, &block.sequence, block.head_k * work.group, BLOCK_M as u32);
             work.walk_from(first_place, ring::places_of_head(a, BLOCK_M as u32), BLOCK_M as u32)
         } else {
@@ -160,7 +164,7 @@ pub(super) fn add_queries<
         if WALK == walk::RING {
             p.ring.take_over(a, pair, BLOCK_N as u32);
         }
-        for step in steps {
+        while let Some(step) = walk.next() {
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);
             let mut add = || {
                 let slot = parts.wait();
@@ -210,7 +214,8 @@ pub(super) fn sum_queries<T, const HEADDIM: usize, const BLOCK_M: usize, const B
         let mut slot = parts.wait();
         parts.next_round();
         bulk::wait::<0>();
-        for step in work.walk(a, BLOCK_M as u32) {
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        while let Some(step) = walk.next() {
             let is_finished = step.first_row < finished;
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM + (group * part) as usize);
             if is_finished {

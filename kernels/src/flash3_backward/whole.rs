@@ -384,7 +384,10 @@ fn pass<
             if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
                     0 if WALK == walk::ORDERED => {
-                        let steps = |work: Work| Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32);
+                        let steps = |work: Work| {
+                            let mut rounds = Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32);
+                            move || rounds.next()
+                        };
                         load_steps::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK, _>(
                             p,
                             a,

@@ -816,7 +816,7 @@ def arguments():
     add("--svg", metavar="FILE", help="draw them")
     options = parser.parse_args()
     if options.deterministic and options.kernel == "flash3":
-        parser.error("--deterministic: only flash2 sums gradients in the same order in every run")
+        parser.error("--deterministic: of flash2 alone here; python -m ferroflash.bench measures flash3's")
     options.causal = masks[options.causal]
     return options
 

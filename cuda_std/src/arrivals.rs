@@ -41,4 +41,11 @@ impl Arrivals {
     pub fn wait(self, count: u32) {
         machine::wait_in_grid(self.counter.address(), count);
     }
+
+    /// As [`wait`](Self::wait), for all that have arrived by then: so many, at least `count`. PTX ISA: as there.
+    #[inline(always)]
+    #[track_caller]
+    pub fn wait_for_all(self, count: u32) -> u32 {
+        machine::wait_in_grid_for_all(self.counter.address(), count)
+    }
 }

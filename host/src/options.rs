@@ -19,8 +19,9 @@ pub struct AttentionOptions {
     pub softcap: Option<f32>,
     /// Which part of P is dropped. `None`: nothing.
     pub dropout: Option<Dropout>,
-    /// Whether gradients must be the same bits in every run and in every batch, and no NaN or infinity may reach the gradients
-    /// of what does not see it. Else a faster way may be taken: dQ summed by atomic additions, S and dP computed once.
+    /// Whether gradients must be the same bits in every run and in every batch. Else a faster way may be taken: dQ summed by
+    /// atomic additions. Of [`Kernel::Flash2`](crate::Kernel::Flash2) no NaN or infinity reaches the gradients of what does not see
+    /// it then either; of [`Kernel::Flash3`](crate::Kernel::Flash3) it may, if it is seen by others in the same block.
     pub deterministic: bool,
     /// Whether products of f32 tensors may be computed in tf32, with 10 bits of mantissa, on tensor cores. f16 and bf16 are
     /// not affected.

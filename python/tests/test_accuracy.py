@@ -89,6 +89,40 @@ def test_deterministic_gradients_are_the_same_bits(device, deterministic):
             assert all(torch.equal(x, y) for x, y in zip(gradients(), first))
 
 
+@pytest.mark.parametrize("nheads", [(8, 8), (6, 2)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("headdim", [64, 128])
+def test_cuda_deterministic_gradients_depend_on_nothing_else(cuda, headdim, causal, nheads):
+    """In many runs, of one sequence and of many, one after the other or in a batch."""
+    length, batch = 1500, 12
+    q, k, v = tensors(cuda, torch.bfloat16, (length, length), nheads, (headdim, headdim), batch)
+    dout = torch.randn_like(q)
+
+    def gradients(q, k, v, dout, **sequences):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, causal=causal, deterministic=True, **sequences)
+        return torch.autograd.grad(out, leaves, dout)
+
+    first = gradients(q, k, v, dout)
+    for _ in range(20):
+        assert all(torch.equal(x, y) for x, y in zip(gradients(q, k, v, dout), first))
+    for b in (0, batch - 1):
+        alone = gradients(*(x[b : b + 1] for x in (q, k, v, dout)))
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, first))
+
+    # Sequences of other lengths around the second.
+    ends = [700, 700 + length, 701 + length, 9 * length]
+    starts = torch.tensor([0, *ends], device=cuda, dtype=torch.int32)
+    longest = max(y - x for x, y in zip([0, *ends], ends))
+    tokens = [x.flatten(0, 1)[: ends[-1]] for x in (q, k, v, dout)]
+    several = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    found = gradients(*tokens, **several)
+    one = torch.tensor([0, length], device=cuda, dtype=torch.int32)
+    single = {"cu_seqlens_q": one, "cu_seqlens_k": one, "max_seqlen_q": length, "max_seqlen_k": length}
+    alone = gradients(*(x[700 : 700 + length] for x in tokens), **single)
+    assert all(torch.equal(x, y[700 : 700 + length]) for x, y in zip(alone, found))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dropout_is_the_same_forward_and_backward(device, dtype):
     """V = 1 shows the row sums of P, V = I all of it; the gradients are those of the P that was kept."""

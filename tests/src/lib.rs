@@ -2,6 +2,7 @@
 //! all options.
 
 mod backward;
+pub mod beside;
 pub mod combination;
 pub mod features;
 pub mod grid;

@@ -182,10 +182,10 @@ impl Combination {
         held.map_err(|reason| format!("{kernel}, {gaps:?}: {reason}"))
     }
 
-    /// Whether this kernel computes gradients of it. Those of flash3 are of heads of V as long as those of K, and their
-    /// last bits differ from run to run.
+    /// Whether this kernel computes gradients of it. Those of flash3 are of heads of V as long as those of K, and of wide
+    /// heads their last bits differ from run to run.
     fn has_backward(&self, kernel: Kernel) -> bool {
-        let has_flash3 = self.headdim == self.headdim_v && !self.options.deterministic;
+        let has_flash3 = self.headdim == self.headdim_v && (!self.options.deterministic || self.headdim <= 128);
         kernel.has_backward() && (kernel != Kernel::Flash3 || has_flash3)
     }
 

@@ -80,10 +80,23 @@ fn on_the_gpu() {
 #[test]
 fn reruns_on_the_gpu_are_bitwise_equal() {
     let Some(session) = gpu("reruns_on_the_gpu_are_bitwise_equal") else { return };
-    for headdim in HEAD_DIMS {
-        let case = Case { batch: 2, nheads: 4, nheads_k: 2, ..Case::single(DType::BF16, (513, 700), headdim, true) };
+    let check = |case: Case, times| {
         let first = deterministic(&case, &session);
-        (0..20).for_each(|_| assert_same_bits(&first, &deterministic(&case, &session)));
+        (0..times).for_each(|_| assert_same_bits(&first, &deterministic(&case, &session)));
+    };
+    for causal in [false, true] {
+        for headdim in HEAD_DIMS {
+            let lengths = (513, 700);
+            let case = Case { batch: 2, nheads: 4, nheads_k: 2, ..Case::single(DType::BF16, lengths, headdim, causal) };
+            check(case, 20);
+        }
+        // More blocks of threads than multiprocessors.
+        for headdim in [64, 128] {
+            for (batch, lengths, nheads, nheads_k) in [(6, (1000, 1200), 6, 3), (1, (2100, 2500), 8, 8)] {
+                let case = Case::single(DType::BF16, lengths, headdim, causal);
+                check(Case { batch, nheads, nheads_k, ..case }, 8);
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! FlashAttention-3 on the simulated GPU, whose two multiprocessors take several tiles each: what the grid that all
 //! kernels share leaves out.
 use ferroflash::{Backend, DType, Kernel, Session, SimulatorOptions, accuracy};
+use ferroflash_tests::beside;
 use ferroflash_tests::combination::Combination;
 use ferroflash_tests::features::plain;
 use ferroflash_tests::grid::Case;
@@ -293,8 +294,12 @@ fn tensors_with_gaps() {
         let mut combination = plain(DType::BF16, (140, 230), headdims);
         combination.options.causal = i % 2 == 1;
         let gaps = [Gaps::Aligned, Gaps::HeadsFirst][i % 2];
-        let checked = combination.check_pointers(Machine::Simulator, Kernel::Flash3, gaps);
-        checked.unwrap_or_else(|reason| panic!("{reason}"));
+        let has_order = combination.headdim <= 128;
+        for deterministic in [false, true].into_iter().filter(|deterministic| !deterministic || has_order) {
+            combination.options.deterministic = deterministic;
+            let checked = combination.check_pointers(Machine::Simulator, Kernel::Flash3, gaps);
+            checked.unwrap_or_else(|reason| panic!("{reason}"));
+        }
     }
 }
 
@@ -357,20 +362,34 @@ fn gradients_of_sequences_of_different_lengths() {
 /// What its backward pass cannot do is refused, and named.
 #[test]
 fn gradients_that_it_has_not() {
-    let refused = |change: fn(&mut Combination)| {
-        let mut combination = plain(DType::BF16, (20, 30), (64, 64));
+    let refused = |headdim, change: fn(&mut Combination)| {
+        let mut combination = plain(DType::BF16, (20, 30), (headdim, headdim));
         let forward = combination.forward(&session(), &combination.tensors()).expect("plain");
         change(&mut combination);
         let refused = combination.backward(&session(), &combination.tensors(), &forward).expect_err("refused");
         refused.to_string()
     };
-    let capped = refused(|combination| combination.options.softcap = Some(9.0));
+    let capped = refused(64, |combination| combination.options.softcap = Some(9.0));
     assert!(capped.ends_with("flash3 backward: no kernel of bf16 and headdim 64 for softcap"), "{capped}");
-    let deterministic = refused(|combination| combination.options.deterministic = true);
-    assert!(
-        deterministic.ends_with("dQ is summed by atomic additions, which deterministic forbids"),
-        "{deterministic}"
-    );
+    let wide = refused(192, |combination| combination.options.deterministic = true);
+    assert!(wide.ends_with("flash3 backward, in order: headdim 192; allowed: up to 128"), "{wide}");
+}
+
+/// Gradients of a sequence are the same bits in any order of threads, alone, and beside others, also beside longer ones.
+#[test]
+fn deterministic_gradients_do_not_depend_on_what_else_runs() {
+    let session = |seed| {
+        let mut options = SimulatorOptions::default();
+        options.seed = seed;
+        session().simulator_options(options)
+    };
+    let others: [&[_]; 3] = [&[], &[(70, 0)], &[(0, 9), (130, 400), (90, 20)]];
+    for headdim in [64, 128] {
+        for causal in [false, true] {
+            beside::check(session, (headdim, causal), (200, 290), &others, "flash3_bwd_ordered_")
+                .unwrap_or_else(|reason| panic!("{reason}"));
+        }
+    }
 }
 
 /// The order in which threads run must not matter, where stages are used again and again.

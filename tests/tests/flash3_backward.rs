@@ -7,8 +7,8 @@ use cuda_std::{DType, Element, Global, Kernel};
 use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
-use kernels::flash3_backward::{FINISH, FINISH_RING, HEADS, PREPARE, PREPARE_HEADS, PREPARE_RING};
-use kernels::flash3_backward::{Params, RING, Ring, SPLIT, WHOLE};
+use kernels::flash3_backward::{FINISH, FINISH_RING, HEADS, ORDERED, Order, Params, RING, Ring, SPLIT, WHOLE};
+use kernels::flash3_backward::{PREPARE, PREPARE_HEADS, PREPARE_ORDERED, PREPARE_RING};
 use kernels::{Config, mask};
 
 /// A problem: sequences of `(seqlen_q, seqlen_k)`, which follow each other if `packed`, and are all alike if not.
@@ -140,12 +140,14 @@ fn check<T: Element>(p: Problem, seed: u64) {
         check_pass::<T>(p, pass, Takes::OneBlock, (seed, seed));
     }
     if p.headdim <= 128 {
-        for pass in kernels_of([HEADS, &[]], T::DTYPE, p.headdim, is_causal) {
-            let found = check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed));
-            let again = check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed + 1));
-            let bits =
-                |found: [Vec<T>; 3]| found.map(|x| x.into_iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>());
-            assert!(bits(found) == bits(again), "{}: other bits where threads run in another order", pass.name);
+        for (table, takes) in [(HEADS, Takes::WholeHead), (ORDERED, Takes::OneInOrder)] {
+            for pass in kernels_of([table, &[]], T::DTYPE, p.headdim, is_causal) {
+                let found = check_pass::<T>(p, pass, takes, (seed, seed));
+                let again = check_pass::<T>(p, pass, takes, (seed, seed + 1));
+                let bits =
+                    |found: [Vec<T>; 3]| found.map(|x| x.into_iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>());
+                assert!(bits(found) == bits(again), "{}: other bits where threads run in another order", pass.name);
+            }
         }
     }
 }
@@ -159,6 +161,8 @@ enum Takes {
         heads: u32,
         lag: u32,
     },
+    /// One, which adds to dQ in its turn.
+    OneInOrder,
     WholeHead,
 }
 
@@ -317,31 +321,40 @@ fn check_pass<T: Element>(
         },
         heads_in_turn: 2,
         ring,
+        order: match takes {
+            Takes::OneInOrder => {
+                let key_blocks = pairs * seqlen_k.div_ceil(block_n as usize);
+                let counters = memory.allocate::<u32>("counters", key_blocks * Order::COUNTERS as usize);
+                Order { counters: counters.global() }
+            }
+            _ => Order::NONE,
+        },
     };
     let query_blocks = seqlen_q.div_ceil(block_m as usize) * nheads * batch;
     let of_heads = |blocks: usize| blocks * nheads_k * batch;
     let cluster = pass.cluster as usize;
     let key_blocks = seqlen_k.div_ceil(block_n as usize * cluster) * cluster;
     let key_blocks = match takes {
-        Takes::OneBlock | Takes::OneOfRing { .. } => of_heads(key_blocks),
+        Takes::OneBlock | Takes::OneInOrder | Takes::OneOfRing { .. } => of_heads(key_blocks),
         Takes::WholeHead => of_heads(1),
     };
     fn of_queries<P>(table: &'static [Kernel<P, Config>], pass: &Config) -> &'static Kernel<P, Config> {
         let key = |config: &Config| (config.dtype, config.headdim, config.block_m);
         table.iter().find(|kernel| key(&kernel.config) == key(pass)).expect("a kernel in step")
     }
-    let of_queries_in_ring = |table, blocks| run(of_queries(table, &pass.config), blocks, order, &memory, parameters);
+    let of_queries_too = |table, blocks| run(of_queries(table, &pass.config), blocks, order, &memory, parameters);
     let of_queries = |table| run(of_queries(table, &pass.config), query_blocks, order, &memory, parameters.backward);
     match takes {
-        Takes::OneOfRing { .. } => of_queries_in_ring(PREPARE_RING, query_blocks),
+        Takes::OneOfRing { .. } => of_queries_too(PREPARE_RING, query_blocks),
+        Takes::OneInOrder => of_queries_too(PREPARE_ORDERED, query_blocks),
         Takes::WholeHead => of_queries(PREPARE_HEADS),
         Takes::OneBlock => of_queries(PREPARE),
     }
     run(pass, key_blocks, order, &memory, parameters);
     match takes {
-        Takes::OneOfRing { lag, .. } => of_queries_in_ring(FINISH_RING, query_blocks / pairs * lag as usize),
+        Takes::OneOfRing { lag, .. } => of_queries_too(FINISH_RING, query_blocks / pairs * lag as usize),
         Takes::WholeHead => {}
-        Takes::OneBlock => of_queries(FINISH),
+        Takes::OneBlock | Takes::OneInOrder => of_queries(FINISH),
     }
 
     let tolerance = if T::DTYPE == DType::F16 { 5e-4 } else { 4e-3 };
@@ -396,6 +409,19 @@ fn packed_sequences() {
         check::<bf16>(Problem { lengths, packed: true, nheads_k: 1, causal, ..FIXED }, 7);
         check::<f16>(Problem { lengths, packed: true, headdim: 64, causal, ..FIXED }, 8);
         check::<bf16>(Problem { lengths, packed: true, headdim: 256, nheads_k: 1, causal, ..FIXED }, 11);
+    }
+}
+
+/// More blocks of keys than two, of heads that share them, which add in turn; also where nobody sees the first queries.
+#[test]
+fn many_keys_in_order() {
+    for causal in [false, true] {
+        for (lengths, headdim) in [(&[(330, 520); 2], 64), (&[(420, 300); 2], 128)] {
+            let problem = Problem { lengths, nheads: 2, nheads_k: 1, headdim, causal, ..FIXED };
+            for pass in kernels_of([ORDERED, &[]], DType::BF16, headdim, |config| config.causal == Some(causal)) {
+                check_pass::<bf16>(problem, pass, Takes::OneInOrder, (18, 18));
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 41] = sources![
+const SOURCES: [(&str, &str); 42] = sources![
     "lib",
     "attention",
     "config",
@@ -40,6 +40,7 @@ const SOURCES: [(&str, &str); 41] = sources![
     "flash3_backward/mod",
     "flash3_backward/finish",
     "flash3_backward/memory",
+    "flash3_backward/order",
     "flash3_backward/prepare",
     "flash3_backward/producer",
     "flash3_backward/split",

@@ -1,5 +1,6 @@
 //! The same grid as on the simulated GPU, on a real one. Without one each test says `skipped:` and tests nothing.
 use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session};
+use ferroflash_tests::beside;
 use ferroflash_tests::grid::{Case, DTYPES, batches, cases, of_kernel};
 
 /// A session on the GPU; `None`, said aloud, where there is none.
@@ -102,6 +103,22 @@ fn gradients_of_many_heads() {
                 assert!(accuracy.passed(), "{case:?}: {accuracy}");
                 let pass = gradients.report.launches[1].entry;
                 assert!(pass.starts_with("flash3_bwd_ring_"), "{case:?}: {pass}");
+            }
+        }
+    }
+}
+
+/// Gradients that are the same bits in every batch: alone, and beside sequences that are shorter and longer.
+#[test]
+fn deterministic_gradients_do_not_depend_on_what_else_runs() {
+    let Some(session) = hopper("deterministic_gradients_do_not_depend_on_what_else_runs") else { return };
+    let many = [(700, 500); 40];
+    let others: [&[_]; 4] = [&[], &[(70, 0)], &[(0, 9), (3000, 4000), (90, 20)], &many];
+    for headdim in [64, 128] {
+        for causal in [false, true] {
+            for lengths in [(200, 290), (1300, 1100)] {
+                beside::check(|_| session.clone(), (headdim, causal), lengths, &others, "flash3_bwd_ordered_")
+                    .unwrap_or_else(|reason| panic!("{reason}"));
             }
         }
     }

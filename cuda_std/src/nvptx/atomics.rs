@@ -59,6 +59,11 @@ pub fn arrive_in_grid(address: u64) {
 
 #[inline(always)]
 pub fn wait_in_grid(address: u64, count: u32) {
+    wait_in_grid_for_all(address, count);
+}
+
+#[inline(always)]
+pub fn wait_in_grid_for_all(address: u64, count: u32) -> u32 {
     let mut there: u32 = 0;
     while there < count {
         // SAFETY: as above.
@@ -66,4 +71,5 @@ pub fn wait_in_grid(address: u64, count: u32) {
     }
     // SAFETY: orders memory, and touches none.
     unsafe { asm!("fence.proxy.async;", options(nostack)) }
+    there
 }

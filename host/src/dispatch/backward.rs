@@ -9,7 +9,7 @@ use kernels::flash3_backward as flash3;
 
 use super::{FamilyFor, first_able, why};
 use crate::error::{Error, Result};
-use crate::families::hopper::backward::Turns;
+use crate::families::hopper::backward::{Counters, Turns};
 use crate::families::{Table, Wanted, hopper};
 use crate::features::Feature;
 use crate::inputs::GradientOutputs;
@@ -24,6 +24,7 @@ const ROW_SUMS_OF: &str = "D";
 const STATISTICS: &str = "LSE and D";
 const D_Q_SUMS: &str = "dQ";
 const COUNTERS: &str = "counters";
+const COUNTERS_OF_ORDER: &str = "counters of who has added to dQ";
 
 /// The gradients that not every backward pass has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -191,10 +192,15 @@ impl BackwardPlan {
         workspace: &[Global<Untyped>],
         machine: &Resources,
     ) -> Result<Vec<Launch>> {
-        let mut counters = Global::NULL;
+        let mut counters = Counters::NONE;
         for (part, address) in self.workspace().iter().zip(workspace) {
-            if part.name == COUNTERS {
-                counters = address.cast();
+            let of_blocks = match part.name {
+                COUNTERS => Some(&mut counters.ring),
+                COUNTERS_OF_ORDER => Some(&mut counters.order),
+                _ => None,
+            };
+            if let Some(of_blocks) = of_blocks {
+                *of_blocks = address.cast();
                 continue;
             }
             let of_part = match part.name {
@@ -236,9 +242,9 @@ impl Passes {
             Table { name, kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true }.find(wanted)
         };
         let pass = find(&[flash3::WHOLE, flash3::SPLIT])?;
-        // Heads that are taken whole need no atomic additions; but whether they are depends on how many the batch has.
+        // Heads that are taken whole need no order either; but whether they are depends on how many the batch has.
         if wanted.problem.deterministic {
-            return Err(format!("{name}: dQ is summed by atomic additions, which deterministic forbids"));
+            return Self::flash3_ordered(wanted);
         }
         let heads = find(&[flash3::HEADS]).ok();
         let heads = heads.filter(|_| hopper::backward::takes_whole_heads(wanted.problem, &pass.config));
@@ -264,6 +270,30 @@ impl Passes {
             ],
             how: FUSED.to_owned(),
             workspace: Self::fused_workspace(wanted.problem, pass.config.headdim, pass.config.block_m),
+        })
+    }
+
+    /// FlashAttention-3's, whose blocks of keys add to dQ in their order. What goes for a sequence does not depend on those
+    /// that it is in a batch with: not on the longest of them either, where they are not equally long.
+    fn flash3_ordered(wanted: &Wanted) -> Result<Self, String> {
+        let problem = wanted.problem;
+        let kernels = &[flash3::ORDERED][..];
+        let table =
+            Table { name: "flash3 backward, in order", kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true };
+        let pass = table.find_among(wanted, |config| config.from_keys == 0 || problem.varlen.is_none(), |_| true)?;
+        let Config { headdim, block_m, .. } = pass.config;
+        let mut workspace = Self::fused_workspace(problem, headdim, block_m);
+        let counters = hopper::backward::counters_of_order(problem, &pass.config);
+        workspace.push(Workspace { name: COUNTERS_OF_ORDER, dtype: DType::I32, len: counters });
+        Ok(Passes {
+            family: "flash3",
+            steps: vec![
+                Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_ORDERED, pass)?), grid: Grid::Queries },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
+            ],
+            how: ORDERED.to_owned(),
+            workspace,
         })
     }
 
@@ -385,6 +415,9 @@ const FUSED: &str = "fused: dQ is summed by atomic additions, unless determinist
 /// How a pass whose blocks of threads take whole heads is one.
 const WHOLE_HEADS: &str = "fused, short heads one after the other: dQ is summed in the same order in every run";
 
+/// How a pass whose blocks of keys add to dQ in their order is one.
+const ORDERED: &str = "fused: dQ is summed in the order of the keys, as deterministic asks";
+
 /// How a pass whose heads take turns at the sums of dQ is one.
 const RING: &str =
     "fused: dQ is summed by atomic additions, unless deterministic forbids it, in sums that heads take turns at";
@@ -442,6 +475,7 @@ impl Step {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inputs::Inputs;
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
     use cuda_std::DType;
@@ -459,9 +493,35 @@ mod tests {
         assert_eq!(plan(32, false).passes.how, WHOLE_HEADS);
         assert_eq!(plan(1, false).passes.how, FUSED);
         for batch in [1, 32] {
-            let plan = plan(batch, true);
-            let atomic = "flash3 backward: dQ is summed by atomic additions, which deterministic forbids";
-            assert_eq!((plan.algorithm(), plan.refused.as_slice()), ("flash2", &[atomic.to_owned()][..]));
+            assert_eq!(plan(batch, true).passes.how, ORDERED);
         }
+    }
+
+    /// Neither how many sequences nor how long the others are chooses the kernel of one.
+    #[test]
+    fn the_order_of_a_sequence_does_not_depend_on_its_batch() {
+        let pass = |shape: &[usize], headdim, causal| {
+            let x = Layout::contiguous(DType::BF16, &[shape, &[8, headdim]].concat()).expect("small");
+            let starts = Layout::contiguous(DType::I32, &[3]).expect("small");
+            let options = AttentionOptions::new().causal(causal).deterministic(true).max_seqlens(4096, 4096);
+            let mut inputs = Inputs::new(&x, &x, &x);
+            (inputs.cu_seqlens_q, inputs.cu_seqlens_k) = match shape {
+                [_] => (Some(&starts), Some(&starts)),
+                _ => (None, None),
+            };
+            let problem = Problem::of(&inputs, None, &options).expect("valid");
+            let plan = BackwardPlan::new(&problem, Optional::default(), Access::ANY, Kernel::Auto, Target::HOPPER);
+            let plan = plan.expect("there are kernels");
+            (plan.passes.steps[1].kernel.name(), plan.refused)
+        };
+        for batch in [1, 64] {
+            assert_eq!(pass(&[batch, 4096], 128, false).0, "flash3_bwd_ordered_bf16_d128_m80");
+            assert_eq!(pass(&[batch, 1024], 128, false).0, "flash3_bwd_ordered_bf16_d128_m64");
+            assert_eq!(pass(&[batch * 4096], 128, false).0, "flash3_bwd_ordered_bf16_d128_m64");
+            assert_eq!(pass(&[batch, 4096], 64, true).0, "flash3_bwd_ordered_bf16_d64_m128_causal");
+        }
+        let (wide, refused) = pass(&[1, 1024], 256, true);
+        assert!(wide.starts_with("flash2_bwd_"), "{wide}");
+        assert_eq!(refused, ["flash3 backward, in order: headdim 256; allowed: up to 128"]);
     }
 }

@@ -11,7 +11,8 @@
 //! it, `block_m` at a time. S and dP are transposed, so that Pᵀ and dSᵀ come out in registers as left factors of the
 //! products that dV and dK are the sums of. dS of all keys meets in shared memory. What the block adds to dQ goes to
 //! sums in f32 in global memory; these additions are atomic, so the last bits of dQ differ from run to run. Those of dK
-//! and dV do not.
+//! and dV do not. Where dQ must not either, blocks of keys add in their order: [`prepare_ordered()`], [`ordered()`]
+//! ([`Order`]) and [`finish()`].
 //!
 //! [`prepare()`] finds what the exponents subtract and D, and clears the sums. [`whole()`] or [`split()`] is the pass
 //! itself, for narrow and for wide heads. [`finish()`] scales and rounds dQ.
@@ -41,6 +42,7 @@
 mod finish;
 mod finisher;
 mod memory;
+mod order;
 mod prepare;
 mod producer;
 mod ring;
@@ -48,10 +50,11 @@ mod split;
 mod whole;
 
 pub use finish::{FINISH, FINISH_RING, finish, finish_ring};
+pub use order::{Order, PREPARE_ORDERED, prepare_ordered};
 pub use prepare::{PREPARE, PREPARE_HEADS, PREPARE_RING, prepare, prepare_heads, prepare_ring};
 pub use ring::Ring;
 pub use split::{SPLIT, split};
-pub use whole::{HEADS, RING, WHOLE, heads, ring, whole};
+pub use whole::{HEADS, ORDERED, RING, WHOLE, heads, ordered, ring, whole};
 
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
@@ -78,7 +81,7 @@ const STAGES: u32 = 2;
 ///
 /// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
 /// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]; or [`prepare_ring()`], [`ring()`] and [`finish_ring()`], which
-/// all take these. Each may be launched before the one before it has
+/// all take these; or [`prepare_ordered()`], which does too, [`ordered()`] and [`finish()`]. Each may be launched before the one before it has
 /// ended ([`cuda_std::grid`]).
 ///
 /// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
@@ -99,11 +102,13 @@ pub struct Params {
     pub d_o: TensorMap,
     /// The problem and the gradients.
     pub backward: flash2_backward::Params,
-    /// Heads of K whose blocks take turns under a causal mask ([`schedule::key_block_in_turn`]); not 0. Measured with
-    /// as many as have their Q, dO and sums of dQ, 8 bytes an element, in 32 MB, at least one.
+    /// Heads of K whose blocks take turns under a causal mask, and in [`ordered()`] ([`schedule::key_block_in_turn`]); not 0.
+    /// Measured with as many as have their Q, dO and sums of dQ, 8 bytes an element, in 32 MB, at least one.
     pub heads_in_turn: u32,
     /// For [`prepare_ring()`], [`ring()`] and [`finish_ring()`] alone: where the sums of dQ are.
     pub ring: Ring,
+    /// For [`prepare_ordered()`] and [`ordered()`] alone: whose turn it is to add to dQ.
+    pub order: Order,
 }
 
 const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config {
@@ -139,6 +144,8 @@ mod walk {
     pub const HEAD: u32 = 1;
     /// One, with sums of dQ in a [ring](super::Ring).
     pub const RING: u32 = 2;
+    /// One, which adds to dQ in its [turn](super::Order).
+    pub const ORDERED: u32 = 3;
 }
 
 /// The next keys of a walk, if there are any.

@@ -1,6 +1,6 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, STAGES, Work, next_keys, ring, walk};
+use super::{GROUPS, Params, STAGES, Step, Work, next_keys, ring, walk};
 use crate::attention::{Attention, Sequence};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::cluster::Blocks;
@@ -26,7 +26,33 @@ pub(super) fn load<
     p: &Params,
     a: &Attention<T>,
     inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
+    block: KeyBlock,
+) {
+    let steps = |work: Work| {
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        move || walk.next()
+    };
+    load_steps::<T, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, WALK, _>(p, a, inputs, block, steps);
+}
+
+/// The same for the `steps` of each block of keys, of which each call gives the next.
+#[inline(always)]
+#[track_caller]
+pub(super) fn load_steps<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CLUSTER: u32,
+    const CAUSAL: bool,
+    const WALK: u32,
+    Steps: FnMut() -> Option<Step>,
+>(
+    p: &Params,
+    a: &Attention<T>,
+    inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
     mut block: KeyBlock,
+    steps: impl Fn(Work) -> Steps,
 ) {
     let map = |map| TensorMapRef::of(p, map);
     // K and V are read once.
@@ -45,8 +71,8 @@ pub(super) fn load<
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
         let mut is_first = true;
-        let mut walk = work.walk(a, BLOCK_M as u32);
-        while let Some(step) = walk.next() {
+        let mut next = steps(work);
+        while let Some(step) = next() {
             let matrix = [step.head as i32, batch];
             let row = (block.sequence.first_q + step.first_row) as i32;
             let statistics = p.backward.statistics.offset(2 * step.place as usize);

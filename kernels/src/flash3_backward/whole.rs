@@ -4,7 +4,8 @@
 //! memory: one more thread has the copy engine add it to its sums.
 use super::finisher::{FINISHERS, Finisher};
 use super::memory::{Destination, Inputs, Outgoing};
-use super::producer::{add_queries, load, sum_queries};
+use super::order::{Rounds, add_in_order};
+use super::producer::{add_queries, load, load_steps, sum_queries};
 use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
@@ -224,6 +225,56 @@ pub fn ring<
     >(&p, &a, || block);
 }
 
+/// [`whole()`], whose blocks of keys add to dQ in their order ([`Order`](super::Order)): all gradients of a sequence are the same
+/// bits in every run and in every batch. Grid: as for [`whole()`].
+#[kernel(
+    name = "flash3_bwd_ordered_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
+        ],
+    config = config,
+    table = ORDERED,
+)]
+pub fn ordered<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const LATE: u32,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    let block = schedule::key_block_in_turn(&a, BLOCK_N as u32, p.heads_in_turn);
+    pass::<
+        T,
+        HEADDIM,
+        BLOCK_M,
+        BLOCK_N,
+        STEPS,
+        S_COLUMNS,
+        D_COLUMNS,
+        Q_COLUMNS,
+        TRANSPOSED,
+        LATE,
+        CAUSAL,
+        { walk::ORDERED },
+    >(&p, &a, || block);
+}
+
 /// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`whole()`], `BLOCK_N` keys after the other.
 /// Nobody else adds to dQ: what the first keys have of it is stored, and what the last keys have is added to the sums of
 /// the others in registers, and finished. So nothing has to be cleared or finished in global memory, and all gradients
@@ -332,9 +383,26 @@ fn pass<
             let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
             if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
+                    0 if WALK == walk::ORDERED => {
+                        let steps = |work: Work| {
+                            let mut rounds = Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32);
+                            move || rounds.next()
+                        };
+                        load_steps::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK, _>(
+                            p,
+                            a,
+                            memory.inputs,
+                            block,
+                            steps,
+                        );
+                    }
                     0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK>(p, a, memory.inputs, block),
                     thread @ (32 | 64) if WALK == walk::HEAD => {
                         sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
+                    }
+                    thread @ (32 | 64) if WALK == walk::ORDERED => {
+                        let group = thread / 32 - 1;
+                        add_in_order::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, block, group);
                     }
                     32 => add_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block),
                     thread @ 64.. if WALK == walk::RING => {
@@ -441,7 +509,9 @@ fn consume<
                 queries.beside(memory.inputs.d_outputs).wait();
                 pause(LATE);
             }
-            let mut block = blocks.begin;
+            let is_ordered = const { WALK == walk::ORDERED };
+            let mut block = if is_ordered && CAUSAL { blocks.end - 1 } else { blocks.begin };
+            let mut heads = work.group;
             for _ in 0..work.steps() {
                 // Descriptors are found anew in each step: kept, they would take the registers of the sums.
                 let group = unknown(group);
@@ -500,9 +570,17 @@ fn consume<
                 release(q_slot);
 
                 queries.advance();
-                block += 1;
-                if block == blocks.end {
-                    block = blocks.begin;
+                if is_ordered {
+                    heads -= 1;
+                    if heads == 0 {
+                        heads = work.group;
+                        block = if CAUSAL { block.wrapping_sub(1) } else { block + 1 };
+                    }
+                } else {
+                    block += 1;
+                    if block == blocks.end {
+                        block = blocks.begin;
+                    }
                 }
             }
             let last = if is_anew { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };

@@ -53,3 +53,11 @@ pub(crate) fn wait_in_grid(address: u64, count: u32) {
         count_poll(site);
     }
 }
+
+/// No more have arrived than must have.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn wait_in_grid_for_all(address: u64, count: u32) -> u32 {
+    wait_in_grid(address, count);
+    count
+}

@@ -128,22 +128,19 @@ impl Ring {
         self.finished(pair).clear();
     }
 
-    /// What cluster `number` does, of clusters that take `block_n` keys, or finish a share. Where so many heads take turns, these
-    /// clusters of their keys are followed by those that finish as many heads, of which all keys come before: those `lag` heads
-    /// back, and after the last keys all that are left.
+    /// What cluster `number` does, for so many heads of K of so many blocks of keys. Where so many heads take turns, the clusters
+    /// of their keys are followed by those that finish as many heads, all of whose keys come before: heads `lag` behind, and after
+    /// the last keys all that are left.
     #[inline(always)]
-    pub fn turn<T>(&self, a: &Attention<T>, block_n: u32, heads_in_turn: u32, number: u32) -> Turn {
-        let of_head = key_blocks(a, block_n);
-        let all = of_head * a.nheads_k * a.batch;
-        let of_heads = heads_in_turn * of_head;
-        let first = self.lag * of_head;
-        let (behind, round) = (number.saturating_sub(first), divisor(of_heads + heads_in_turn * self.shares));
-        // Of keys before this one.
-        let keys = (number.min(first) + behind / round * of_heads + (behind % round).min(of_heads)).min(all);
-        if behind % round < of_heads && keys < all {
-            Turn::Keys(keys)
+    pub fn turn(&self, heads: u32, key_blocks: u32, heads_in_turn: u32, number: u32) -> Turn {
+        let (of_keys, of_shares) = (heads_in_turn * key_blocks, heads_in_turn * self.shares);
+        let first = self.lag * key_blocks;
+        let (behind, round) = (number.saturating_sub(first), divisor(of_keys + of_shares));
+        let before = number.min(first) + behind / round * of_keys + (behind % round).min(of_keys);
+        if behind % round < of_keys && before < heads * key_blocks {
+            Turn::Keys(before)
         } else {
-            let (share, shares) = (number - keys, divisor(self.shares));
+            let (share, shares) = (number - before.min(heads * key_blocks), divisor(self.shares));
             Turn::Finish(Share { pair: share / shares, index: share % shares })
         }
     }

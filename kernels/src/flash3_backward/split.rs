@@ -211,16 +211,15 @@ pub fn split_ring<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let keys_of_cluster = CLUSTER * BLOCK_N as u32;
-    match p.ring.turn(&a, keys_of_cluster, p.heads_in_turn, block_idx_x() / CLUSTER) {
+    let key_blocks = ring::key_blocks(&a, CLUSTER * BLOCK_N as u32);
+    match p.ring.turn(a.nheads_k * a.batch, key_blocks, p.heads_in_turn, block_idx_x() / CLUSTER) {
         Turn::Keys(number) => {
             pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::RING }>(
                 &p, &a, number,
             );
         }
         Turn::Finish(share) => {
-            let adders = CLUSTER * ring::key_blocks(&a, keys_of_cluster);
-            finish_share::<T, HEADDIM, HALF, BLOCK_M, CLUSTER>(&p, &a, share, adders);
+            finish_share::<T, HEADDIM, HALF, BLOCK_M, CLUSTER>(&p, &a, share, CLUSTER * key_blocks);
         }
     }
 }

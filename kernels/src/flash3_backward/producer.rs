@@ -137,7 +137,7 @@ pub(super) fn add_queries<
         }
         let pair = ring::pair(a, &block.sequence, block.head_k);
         if WALK == walk::RING {
-            p.ring.take_over(pair, FINISHERS * ring::key_blocks(a, BLOCK_N as u32));
+            p.ring.take_over(pair, || FINISHERS * ring::key_blocks(a, BLOCK_N as u32));
         }
         while let Some(step) = walk.next() {
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);

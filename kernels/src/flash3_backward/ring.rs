@@ -86,9 +86,9 @@ impl Ring {
     /// Waits until the sums of a head of K are those of the head before in its place no more, which so many finish.
     #[inline(always)]
     #[track_caller]
-    pub fn take_over(&self, pair: u32, finishers: u32) {
+    pub fn take_over(&self, pair: u32, finishers: impl FnOnce() -> u32) {
         if pair >= self.heads {
-            self.finished(pair - self.heads).wait(finishers);
+            self.finished(pair - self.heads).wait(finishers());
         }
     }
 

@@ -379,7 +379,7 @@ impl<
             TensorMapRef::of(p, &p.k).load(other_k.panel(panel), at, slot.full());
         }
         if WALK == walk::RING {
-            p.ring.take_over(self.pair(), CLUSTER * p.ring.shares);
+            p.ring.take_over(self.pair(), || CLUSTER * p.ring.shares);
             slot.fill();
         }
     }

@@ -9,7 +9,7 @@ use kernels::flash3_backward as flash3;
 
 use super::{FamilyFor, first_able, why};
 use crate::error::{Error, Result};
-use crate::families::hopper::backward::{Counters, Turns};
+use crate::families::hopper::backward::{Sums, Turns};
 use crate::families::{Table, Wanted, hopper};
 use crate::features::Feature;
 use crate::inputs::GradientOutputs;
@@ -24,7 +24,6 @@ const ROW_SUMS_OF: &str = "D";
 const STATISTICS: &str = "LSE and D";
 const D_Q_SUMS: &str = "dQ";
 const COUNTERS: &str = "counters";
-const COUNTERS_OF_ORDER: &str = "counters of who has added to dQ";
 
 /// The gradients that not every backward pass has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +58,8 @@ struct Passes {
     /// How the gradients are summed, and why so.
     how: String,
     workspace: Vec<Workspace>,
+    /// How blocks of keys meet at the sums of dQ.
+    sums: Sums,
 }
 
 /// One launch.
@@ -118,8 +119,10 @@ enum Grid {
     Keys,
     /// All keys of a head of K.
     KeyHeads,
-    /// `block_m` queries of a head of Q, of the last heads of a ring.
-    LastQueries,
+    /// `block_n` keys of a head of K; or, of its cluster, one of so many shares of one.
+    KeysAndShares(u32),
+    /// `block_m` queries of a head of Q, of the last heads of a ring, which have so many.
+    LastQueries(u64),
     /// `block_n` keys and `block_m` rows of the bias, of one of its heads.
     Bias,
     /// A head of Q, of all sequences.
@@ -192,15 +195,10 @@ impl BackwardPlan {
         workspace: &[Global<Untyped>],
         machine: &Resources,
     ) -> Result<Vec<Launch>> {
-        let mut counters = Counters::NONE;
+        let mut counters = Global::NULL;
         for (part, address) in self.workspace().iter().zip(workspace) {
-            let of_blocks = match part.name {
-                COUNTERS => Some(&mut counters.ring),
-                COUNTERS_OF_ORDER => Some(&mut counters.order),
-                _ => None,
-            };
-            if let Some(of_blocks) = of_blocks {
-                *of_blocks = address.cast();
+            if part.name == COUNTERS {
+                counters = address.cast();
                 continue;
             }
             let of_part = match part.name {
@@ -216,7 +214,7 @@ impl BackwardPlan {
             (blocks > 0).then(|| match step.kernel {
                 Entry::Plain(kernel) => Launch::new(kernel, blocks, parameters),
                 Entry::Mapped(kernel) => {
-                    hopper::backward::launch(kernel, blocks, problem, parameters, counters, machine)
+                    hopper::backward::launch(kernel, blocks, problem, parameters, self.passes.sums, counters, machine)
                 }
             })
         };
@@ -253,8 +251,8 @@ impl Passes {
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
-        if let Ok(pass) = find(&[flash3::RING])
-            && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
+        if let Ok(pass) = find(&[flash3::RING, flash3::SPLIT_RING])
+            && let Some(turns) = hopper::backward::ring(wanted.problem, pass)
         {
             return Self::flash3_ring(wanted.problem, pass, turns);
         }
@@ -270,6 +268,7 @@ impl Passes {
             ],
             how: FUSED.to_owned(),
             workspace: Self::fused_workspace(wanted.problem, pass.config.headdim, pass.config.block_m),
+            sums: Sums::AsTheyCome,
         })
     }
 
@@ -284,7 +283,7 @@ impl Passes {
         let Config { headdim, block_m, .. } = pass.config;
         let mut workspace = Self::fused_workspace(problem, headdim, block_m);
         let counters = hopper::backward::counters_of_order(problem, &pass.config);
-        workspace.push(Workspace { name: COUNTERS_OF_ORDER, dtype: DType::I32, len: counters });
+        workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: counters });
         Ok(Passes {
             family: "flash3",
             steps: vec![
@@ -294,6 +293,7 @@ impl Passes {
             ],
             how: ORDERED.to_owned(),
             workspace,
+            sums: Sums::InOrder,
         })
     }
 
@@ -307,6 +307,7 @@ impl Passes {
             ],
             how: WHOLE_HEADS.to_owned(),
             workspace: Self::fused_workspace(problem, pass.config.headdim, pass.config.block_m),
+            sums: Sums::AsTheyCome,
         })
     }
 
@@ -322,16 +323,15 @@ impl Passes {
         let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
         workspace.push(Workspace { name: D_Q_SUMS, dtype: DType::F32, len: turns.sums });
         workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: heads.saturating_mul(2) });
-        Ok(Passes {
-            family: "flash3",
-            steps: vec![
-                Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_RING, pass)?), grid: Grid::Queries },
-                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
-                Step { kernel: Entry::Mapped(in_step(flash3::FINISH_RING, pass)?), grid: Grid::LastQueries },
-            ],
-            how: RING.to_owned(),
-            workspace,
-        })
+        let mut steps = vec![
+            Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_RING, pass)?), grid: Grid::Queries },
+            Step { kernel: Entry::Mapped(pass), grid: Grid::KeysAndShares(turns.shares) },
+        ];
+        if turns.left > 0 {
+            let finish = in_step(flash3::FINISH_RING, pass)?;
+            steps.push(Step { kernel: Entry::Mapped(finish), grid: Grid::LastQueries(turns.left) });
+        }
+        Ok(Passes { family: "flash3", steps, how: RING.to_owned(), workspace, sums: Sums::InRing(turns) })
     }
 
     /// FlashAttention-2's.
@@ -345,13 +345,15 @@ impl Passes {
             Ok(pass) => {
                 let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
                 workspace.extend(optional.dsinks.then_some(row_sums));
-                Passes { family, steps: Self::fused(pass, wanted, optional)?, how: FUSED.to_owned(), workspace }
+                let steps = Self::fused(pass, wanted, optional)?;
+                Passes { family, steps, how: FUSED.to_owned(), workspace, sums: Sums::AsTheyCome }
             }
             Err(why) => Passes {
                 family,
                 steps: Self::apart(wanted, optional)?,
                 how: format!("each gradient is computed where it is owned: {why}"),
                 workspace: vec![row_sums],
+                sums: Sums::AsTheyCome,
             },
         })
     }
@@ -456,12 +458,14 @@ impl Step {
         match self.grid {
             Grid::Rows => blocks(problem.rows(), block_m),
             Grid::Queries => product([nheads, batch], blocks(seqlen_q, block_m)),
-            Grid::Keys => {
+            Grid::Keys | Grid::KeysAndShares(_) => {
                 let cluster = self.kernel.cluster();
-                product([nheads_k, batch], blocks(seqlen_k, block_n * cluster).saturating_mul(u64::from(cluster)))
+                let shares = if let Grid::KeysAndShares(shares) = self.grid { shares } else { 0 };
+                let of_head = blocks(seqlen_k, block_n * cluster).saturating_add(shares.into());
+                product([nheads_k, batch], of_head.saturating_mul(cluster.into()))
             }
             Grid::KeyHeads => product([nheads_k, batch], 1),
-            Grid::LastQueries => hopper::backward::ring(problem, &self.kernel.config()).map_or(0, |turns| turns.left),
+            Grid::LastQueries(blocks) => blocks,
             Grid::Bias => {
                 let [batch, heads, rows, keys] = problem.bias.unwrap_or_default();
                 let row_blocks = if rows == 1 { 1 } else { blocks(rows, block_m) };

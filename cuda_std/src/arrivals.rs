@@ -1,5 +1,5 @@
 //! Blocks of a grid that wait for blocks before them: counters in global memory. PTX ISA: `red.release.gpu`,
-//! `ld.acquire.gpu`, `fence.proxy.async`. sm_90.
+//! `ld.acquire.gpu`, `fence.proxy.async.global`. sm_90.
 //!
 //! A block may wait for blocks before it in the grid alone. These have started, as blocks start in their order; so the
 //! first that has not ended waits for none, and all end.
@@ -26,8 +26,7 @@ impl Arrivals {
     }
 
     /// One more. Who waits for it sees what this thread has written to global memory or knows to be written: also by bulk
-    /// copies, once this thread has [waited](crate::bulk::wait) for their end. PTX ISA: `fence.proxy.async`,
-    /// `red.release.gpu.global.add.u32`.
+    /// copies, once this thread has [waited](crate::bulk::wait) for their end. PTX ISA: `red.release.gpu.global.add.u32`.
     #[inline(always)]
     #[track_caller]
     pub fn arrive(self) {
@@ -35,7 +34,7 @@ impl Arrivals {
     }
 
     /// Waits until there are `count`. This thread, and its bulk copies, see what those have written that are counted. PTX
-    /// ISA: `ld.acquire.gpu.global.u32`, `fence.proxy.async`.
+    /// ISA: `ld.acquire.gpu.global.u32`, `fence.proxy.async.global`.
     #[inline(always)]
     #[track_caller]
     pub fn wait(self, count: u32) {

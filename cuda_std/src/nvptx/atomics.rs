@@ -53,8 +53,9 @@ compare_and_swap!(shared_cas_u32, u32, reg32, "atom.relaxed.cta.shared.cas.b32")
 
 #[inline(always)]
 pub fn arrive_in_grid(address: u64) {
-    // SAFETY: as above.
-    unsafe { asm!("fence.proxy.async; red.release.gpu.global.add.u32 [{0}], 1;", in(reg64) address, options(nostack)) }
+    // SAFETY: as above. What bulk copies did needs no fence of its own: their end, once waited for, is one (PTX ISA, "Async
+    // proxy"); a whole one, which looks after shared memory too, is two more barriers of memory.
+    unsafe { asm!("red.release.gpu.global.add.u32 [{0}], 1;", in(reg64) address, options(nostack)) }
 }
 
 #[inline(always)]
@@ -70,6 +71,6 @@ pub fn wait_in_grid_for_all(address: u64, count: u32) -> u32 {
         unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) there, in(reg64) address, options(nostack)) }
     }
     // SAFETY: orders memory, and touches none.
-    unsafe { asm!("fence.proxy.async;", options(nostack)) }
+    unsafe { asm!("fence.proxy.async.global;", options(nostack)) }
     there
 }

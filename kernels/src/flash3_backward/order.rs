@@ -1,15 +1,17 @@
 //! Sums of dQ in one order: that of the keys, whatever else runs and whatever comes first.
 //!
-//! A block of keys adds to dQ of a block of queries when the keys before its own have. These have the same queries or more, and
-//! meet them in the same order ([`Rounds`]); so one counter a block of keys says how far it is, and who comes next looks at it
-//! alone. Each warpgroup's part has a thread that adds it, and a counter. The first keys store: nothing has to be cleared before.
+//! A block of keys adds to dQ of a block of queries when the keys behind its own have. Under a causal mask these have fewer
+//! queries, but all that they have they share, and meet in the same order ([`Rounds`]); so one counter a block of keys says how far
+//! it is, and who comes next looks at it alone. Each warpgroup's part has a thread that adds it, and a counter. Whom nobody comes
+//! before stores: nothing has to be cleared.
 //!
-//! Blocks of threads wait for blocks before them alone. A block of keys that begins when the one before it does falls behind by
-//! as long as an addition takes to end and to be heard of, and from then on neither waits. That is paid for once, if the blocks
-//! of a head begin one after the other: so heads take turns, as many as fill the machine. Under a causal mask all blocks of
-//! keys have the last queries, and the first keys most before them: all walk from the last queries to the first, so that they do
-//! not come to what they share last. That is the descending walk of Qiang et al., "DASH: Deterministic Attention Scheduling for
-//! High-throughput Reproducible LLM Training" (arXiv 2601.21824).
+//! Blocks of threads wait for blocks before them alone: the last keys come first. A block of keys that begins when the one behind
+//! it does falls behind by as long as an addition takes to end and to be heard of, likely two blocks of queries, and from then on
+//! neither waits. Under a causal mask the mask itself lets them fall behind: each begins with the queries that the next keys do
+//! not have. That the longest come last costs up to 7 % there by a model of it; the other way round, with the last queries first
+//! (the descending walk of Qiang et al., "DASH: Deterministic Attention Scheduling for High-throughput Reproducible LLM Training",
+//! arXiv 2601.21824), costs 40 %, where additions take longer than blocks of queries, in that model and on an H100. Without a mask
+//! heads take turns, as many as the cache holds, so that few keys of a head begin at the same time.
 use super::memory::Outgoing;
 use super::{GROUP_ROWS, GROUPS, Params, Step, Work, config_of};
 use crate::attention::Attention;
@@ -61,8 +63,17 @@ impl Order {
     }
 }
 
-/// A walk over the blocks of queries that a block of keys needs: of one after the other those of all heads that share the keys;
-/// under a causal mask from the last to the first. What the keys before have more of comes at the end.
+/// The block of keys of this block of threads: heads take turns, as in [`schedule::key_block_in_turn`], but their last keys come
+/// first.
+#[inline(always)]
+#[track_caller]
+pub(super) fn key_block_in_order<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32) -> KeyBlock {
+    let block = schedule::key_block_in_turn(a, block_n, heads_in_turn);
+    let last_key_block = (a.seqlen_k.div_ceil(block_n) - 1) * block_n;
+    KeyBlock { first_key: last_key_block - block.first_key, ..block }
+}
+
+/// A walk over the blocks of queries that a block of keys needs: of one after the other those of all heads that share the keys.
 pub(super) struct Rounds {
     next: Step,
     left: u32,
@@ -70,24 +81,23 @@ pub(super) struct Rounds {
     end_head: u32,
     /// Places from one head to the next.
     to_next_head: u32,
-    /// Rows from one round to the next; modulo 2^32, as it may be negative.
-    to_next_round: u32,
+    block_m: u32,
 }
 
 impl Rounds {
     /// All steps of a block of keys.
     #[inline(always)]
-    pub fn of<T, const CAUSAL: bool>(work: &Work, a: &Attention<T>, block_m: u32) -> Self {
+    pub fn of<T>(work: &Work, a: &Attention<T>, block_m: u32) -> Self {
         let first_place = |head| first_place(a, &work.block.sequence, head, block_m);
         let head = work.block.head_k * work.group;
-        let first_row = block_m * if CAUSAL { work.blocks.end - 1 } else { work.blocks.begin };
+        let first_row = block_m * work.blocks.begin;
         Rounds {
             next: Step { head, first_row, place: first_place(head) + first_row },
             left: work.steps(),
             group: work.group,
             end_head: head + work.group,
             to_next_head: first_place(1) - first_place(0),
-            to_next_round: if CAUSAL { block_m.wrapping_neg() } else { block_m },
+            block_m,
         }
     }
 
@@ -103,9 +113,8 @@ impl Rounds {
         self.next.place += self.to_next_head;
         if self.next.head == self.end_head {
             self.next.head -= self.group;
-            self.next.first_row = self.next.first_row.wrapping_add(self.to_next_round);
-            let place = self.next.place - self.group * self.to_next_head;
-            self.next.place = place.wrapping_add(self.to_next_round);
+            self.next.first_row += self.block_m;
+            self.next.place = self.next.place - self.group * self.to_next_head + self.block_m;
         }
         Some(step)
     }
@@ -123,27 +132,35 @@ pub(super) fn add_in_order<T, const HEADDIM: usize, const BLOCK_M: usize, const 
 ) {
     let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
     let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
-    let is_first = block.first_key == 0;
-    let before = KeyBlock { first_key: block.first_key.saturating_sub(BLOCK_N as u32), ..block };
+    let behind = KeyBlock { first_key: block.first_key + BLOCK_N as u32, ..block };
+    // So many steps are of queries that the keys behind do not have.
+    let alone = if behind.rows() > 0 {
+        let blocks = Work::of::<T, CAUSAL>(a, behind, BLOCK_M as u32, BLOCK_N as u32).blocks;
+        (blocks.begin - work.blocks.begin) * work.group
+    } else {
+        work.steps()
+    };
     let added = p.order.added(a, block, BLOCK_N as u32, group);
-    let added_before = p.order.added(a, before, BLOCK_N as u32, group);
+    let added_behind = p.order.added(a, behind, BLOCK_N as u32, group);
 
     let mut parts = outgoing.parts.consumer_at(group);
     // The step before the first: nothing to add.
     parts.wait().release();
     parts.next_round();
-    let (mut needed, mut known) = (0, 0);
-    let mut rounds = Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32);
+    // Steps of the keys behind that the next one waits for: none, while it is not more than 0; and how many they are known to
+    // have done.
+    let (mut needed, mut known) = (-(alone as i32), 0);
+    let mut rounds = Rounds::of(&work, a, BLOCK_M as u32);
     while let Some(step) = rounds.next() {
         needed += 1;
-        if !is_first && known < needed {
-            known = added_before.wait_for_all(needed);
+        if known < needed {
+            known = added_behind.wait_for_all(needed as u32) as i32;
         }
         let slot = parts.wait();
         parts.next_round();
         let to = p.backward.d_q_sums.offset(step.place as usize * HEADDIM + (group * part) as usize);
         let from = outgoing.part(group);
-        if is_first {
+        if needed <= 0 {
             bulk::store(to, from, part);
         } else {
             bulk::add(to, from, part);

@@ -4,7 +4,7 @@
 //! memory: one more thread has the copy engine add it to its sums.
 use super::finisher::{FINISHERS, Finisher};
 use super::memory::{Destination, Inputs, Outgoing};
-use super::order::{Rounds, add_in_order};
+use super::order::{Rounds, add_in_order, key_block_in_order};
 use super::producer::{add_queries, load, load_steps, sum_queries};
 use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
@@ -258,7 +258,7 @@ pub fn ordered<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let block = schedule::key_block_in_turn(&a, BLOCK_N as u32, p.heads_in_turn);
+    let block = key_block_in_order(&a, BLOCK_N as u32, p.heads_in_turn);
     pass::<
         T,
         HEADDIM,
@@ -385,7 +385,7 @@ fn pass<
                 match thread_idx_x() {
                     0 if WALK == walk::ORDERED => {
                         let steps = |work: Work| {
-                            let mut rounds = Rounds::of::<T, CAUSAL>(&work, a, BLOCK_M as u32);
+                            let mut rounds = Rounds::of(&work, a, BLOCK_M as u32);
                             move || rounds.next()
                         };
                         load_steps::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK, _>(
@@ -510,7 +510,7 @@ fn consume<
                 pause(LATE);
             }
             let is_ordered = const { WALK == walk::ORDERED };
-            let mut block = if is_ordered && CAUSAL { blocks.end - 1 } else { blocks.begin };
+            let mut block = blocks.begin;
             let mut heads = work.group;
             for _ in 0..work.steps() {
                 // Descriptors are found anew in each step: kept, they would take the registers of the sums.
@@ -574,7 +574,7 @@ fn consume<
                     heads -= 1;
                     if heads == 0 {
                         heads = work.group;
-                        block = if CAUSAL { block.wrapping_sub(1) } else { block + 1 };
+                        block += 1;
                     }
                 } else {
                     block += 1;

@@ -42,9 +42,8 @@ pub fn launch(
     let v = map("v", &attention.v, dtype, (block_n, headdim_v), of_keys(problem.headdim_v))?;
     let d_o = map("dout", &backward.d_o, dtype, (block_m, headdim_v), of_queries(problem.headdim_v))?;
     let in_turn = match sums {
-        Sums::AsTheyCome => heads_in_turn(problem, &kernel.config),
+        Sums::AsTheyCome | Sums::InOrder => heads_in_turn(problem, &kernel.config),
         Sums::InRing(turns) => turns.in_turn,
-        Sums::InOrder => heads_in_order(problem, &kernel.config),
     };
     let parameters = Params {
         q: (machine.tensor_map)(&q)?,
@@ -65,22 +64,11 @@ pub fn launch(
 /// What the heads that take turns may have of Q, dO and the sums of dQ, in bytes: it stays in the L2 cache.
 const CACHED: u64 = 32 << 20;
 
-/// How many heads of K take turns under a causal mask: as many as have theirs in the cache, at least one.
+/// How many heads of K take turns, under a causal mask or in order: as many as have theirs in the cache, at least one.
 fn heads_in_turn(problem: &Problem, config: &Config) -> u32 {
     let of_head = of_head(problem, config).max(1);
     let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
     (CACHED / of_head).min(heads).max(1) as u32
-}
-
-/// The same where blocks of keys add to dQ in their order: without a mask too, as many as fill the machine. Then no two blocks of
-/// keys of a head begin at the same time, but in the first wave. By a model of that, in which an addition takes as long as a block
-/// of queries does to end and be heard of, this costs 1 to 2 %, where heads come one after the other 2 to 17 %.
-fn heads_in_order(problem: &Problem, config: &Config) -> u32 {
-    if problem.is_causal() {
-        return heads_in_turn(problem, config);
-    }
-    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
-    (MULTIPROCESSORS / key_blocks(problem, config).max(1)).min(heads).max(1) as u32
 }
 
 /// How many counters there are where blocks of keys add to dQ in their order.
@@ -219,17 +207,13 @@ mod tests {
     }
 
     #[test]
-    fn as_many_heads_add_in_order_as_fill_the_machine() {
-        let in_order = |batch, seqlen, nheads, causal| {
+    fn two_counters_a_block_of_keys_say_who_has_added() {
+        let counters = |batch, seqlen, nheads| {
             let of = Layout::contiguous(DType::BF16, &[batch, seqlen, nheads, 128]).expect("small");
-            let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
-            let config = Config { headdim: 128, block_n: 128, ..WHOLE[0].config };
-            (heads_in_order(&problem, &config), counters_of_order(&problem, &config))
+            let problem = Problem::new(&of, &of, &of, &AttentionOptions::new()).expect("valid");
+            counters_of_order(&problem, &Config { headdim: 128, block_n: 128, ..WHOLE[0].config })
         };
-        assert_eq!(in_order(32, 512, 16, false), (33, 512 * 4 * 2));
-        assert_eq!(in_order(1, 16384, 16, false), (1, 16 * 128 * 2));
-        // No more than there are; and under a mask as many as the cache holds.
-        assert_eq!((in_order(1, 300, 16, false), in_order(4, 8192, 16, true).0), ((16, 16 * 3 * 2), 4));
+        assert_eq!((counters(32, 512, 16), counters(1, 300, 16)), (32 * 16 * 4 * 2, 16 * 3 * 2));
     }
 
     #[test]

@@ -530,20 +530,6 @@ fn info_explains_which_keys_a_block_of_threads_takes_backward() {
     assert_eq!(pass(65536), "flash3_bwd_bf16_d64_m128_causal");
 }
 
-/// Wide heads take turns at sums too, which clusters without keys finish: nothing comes after the pass.
-#[test]
-fn info_explains_that_clusters_finish_wide_heads() {
-    if succeeds(["ptx", "--arch=sm_90a"]).is_empty() {
-        return println!("skipped: this build embeds no PTX for sm_90a");
-    }
-    let of =
-        ["info", "--explain-dispatch", "--arch=sm_90", "--headdim=256", "--nheads=8", "--batch=32", "--seqlen=512"];
-    let explained = answers(of);
-    let launches = explained["backward"]["launches"].as_array().expect("launches");
-    let entries: Vec<_> = launches.iter().map(|launch| launch["entry"].as_str().expect("a name")).collect();
-    assert_eq!(entries, ["flash3_bwd_prepare_ring_bf16_d256_m64", "flash3_bwd_ring_bf16_d256_m64"]);
-}
-
 #[test]
 fn info_explains_which_kernels_would_run() {
     let explained = |arguments: &[&str]| {

@@ -44,7 +44,6 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash3_backward::RING))
         .chain(info(flash3_backward::HEADS))
         .chain(info(flash3_backward::SPLIT))
-        .chain(info(flash3_backward::SPLIT_RING))
         .chain(info(flash3_backward::FINISH))
         .chain(info(flash3_backward::FINISH_RING))
 }

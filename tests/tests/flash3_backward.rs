@@ -7,8 +7,7 @@ use cuda_std::{DType, Element, Global, Kernel};
 use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
-use kernels::flash3_backward::{FINISH, FINISH_RING, HEADS, ORDERED, RING, SPLIT, SPLIT_RING, WHOLE};
-use kernels::flash3_backward::{Order, Params, Ring, Share, Turn};
+use kernels::flash3_backward::{FINISH, FINISH_RING, HEADS, ORDERED, Order, Params, RING, Ring, SPLIT, WHOLE};
 use kernels::flash3_backward::{PREPARE, PREPARE_HEADS, PREPARE_ORDERED, PREPARE_RING};
 use kernels::{Config, mask};
 
@@ -157,12 +156,10 @@ fn check<T: Element>(p: Problem, seed: u64) {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Takes {
     OneBlock,
-    /// One, with sums of dQ in a ring of so many heads, which are finished so many heads later, or in so many shares by
-    /// blocks of threads without keys.
+    /// One, with sums of dQ in a ring of so many heads, which are finished so many heads later.
     OneOfRing {
         heads: u32,
         lag: u32,
-        shares: u32,
     },
     /// One, which adds to dQ in its turn.
     OneInOrder,
@@ -173,11 +170,10 @@ enum Takes {
 /// `more`.
 fn check_ring<T: Element>(p: Problem, more: &[u32], seed: u64) {
     let in_turn = if p.causal { 2 } else { 1 };
-    for pass in kernels_of([RING, SPLIT_RING], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
+    for pass in kernels_of([RING, &[]], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
         for more in more {
             let (places, lag) = (2 * in_turn + more, in_turn + more);
-            let shares = if pass.cluster > 1 { 2 } else { 0 };
-            check_pass::<T>(p, pass, Takes::OneOfRing { heads: places, lag, shares }, (seed, seed));
+            check_pass::<T>(p, pass, Takes::OneOfRing { heads: places, lag }, (seed, seed));
         }
     }
 }
@@ -267,9 +263,9 @@ fn check_pass<T: Element>(
     let places = places as usize * nheads;
     let pairs = nheads_k * batch;
     let (sums, ring) = match takes {
-        Takes::OneOfRing { heads, lag, shares } => {
+        Takes::OneOfRing { heads, lag } => {
             let counters = memory.allocate::<u32>("counters", 2 * pairs).global();
-            (places / pairs * heads as usize, Ring { counters, heads, lag, shares })
+            (places / pairs * heads as usize, Ring { counters, heads, lag })
         }
         _ => (places, Ring::NONE),
     };
@@ -323,7 +319,7 @@ fn check_pass<T: Element>(
             statistics: memory.allocate::<f32>("statistics", 2 * places).global(),
             d_q_sums: memory.allocate::<f32>("d_q_sums", sums * tile_columns as usize).global(),
         },
-        heads_in_turn: if causal { 2 } else { 1 },
+        heads_in_turn: 2,
         ring,
         order: match takes {
             Takes::OneInOrder => {
@@ -339,8 +335,7 @@ fn check_pass<T: Element>(
     let cluster = pass.cluster as usize;
     let key_blocks = seqlen_k.div_ceil(block_n as usize * cluster) * cluster;
     let key_blocks = match takes {
-        Takes::OneBlock | Takes::OneInOrder => of_heads(key_blocks),
-        Takes::OneOfRing { shares, .. } => of_heads(key_blocks + shares as usize * cluster),
+        Takes::OneBlock | Takes::OneInOrder | Takes::OneOfRing { .. } => of_heads(key_blocks),
         Takes::WholeHead => of_heads(1),
     };
     fn of_queries<P>(table: &'static [Kernel<P, Config>], pass: &Config) -> &'static Kernel<P, Config> {
@@ -357,8 +352,8 @@ fn check_pass<T: Element>(
     }
     run(pass, key_blocks, order, &memory, parameters);
     match takes {
-        Takes::OneOfRing { lag, shares: 0, .. } => of_queries_too(FINISH_RING, query_blocks / pairs * lag as usize),
-        Takes::WholeHead | Takes::OneOfRing { .. } => {}
+        Takes::OneOfRing { lag, .. } => of_queries_too(FINISH_RING, query_blocks / pairs * lag as usize),
+        Takes::WholeHead => {}
         Takes::OneBlock | Takes::OneInOrder => of_queries(FINISH),
     }
 
@@ -449,47 +444,5 @@ fn grouped_queries_take_turns_at_sums() {
         let grouped = Problem { lengths: &[(200, 260); 4], nheads: 6, nheads_k: 2, causal, ..FIXED };
         check_ring::<bf16>(grouped, &[0], 16);
         check_ring::<bf16>(Problem { headdim: 64, ..grouped }, &[0], 17);
-    }
-}
-
-/// Shares of heads are uneven: of three blocks of queries, and of seven.
-#[test]
-fn wide_heads_take_turns_at_sums() {
-    for causal in [false, true] {
-        let few = Problem { lengths: &[(150, 200); 4], nheads: 1, nheads_k: 1, headdim: 256, causal, ..FIXED };
-        check_ring::<bf16>(few, &[0], 18);
-        check_ring::<f16>(Problem { lengths: &[(210, 70); 3], nheads: 2, headdim: 192, ..few }, &[0], 19);
-    }
-    // With two more, each has a place.
-    check_ring::<bf16>(Problem { lengths: &[(70, 130); 4], headdim: 256, nheads: 1, nheads_k: 1, ..FIXED }, &[2], 20);
-}
-
-/// Every cluster has a turn of its own, and none waits for one behind it: all keys of a head come before what finishes it, and
-/// that before the keys of the head that takes its place.
-#[test]
-fn turns_of_clusters() {
-    for (pairs, key_blocks, in_turn, rounds, shares) in
-        [(1, 1, 1, 1, 1), (7, 3, 1, 2, 2), (9, 1, 2, 1, 3), (10, 4, 3, 2, 1), (5, 2, 3, 2, 4), (12, 5, 4, 1, 2)]
-    {
-        let lag = rounds * in_turn;
-        let ring = Ring { counters: Global::NULL, heads: lag + in_turn, lag, shares };
-        let (mut keys, mut finished) = (0, 0);
-        for number in 0..pairs * (key_blocks + shares) {
-            match ring.turn(pairs, key_blocks, in_turn, number) {
-                Turn::Keys(number) => {
-                    assert_eq!(number, keys);
-                    keys += 1;
-                    let last_of_round = (number / (in_turn * key_blocks) + 1) * in_turn - 1;
-                    assert!(last_of_round.min(pairs - 1) < ring.heads + finished / shares, "keys {number}");
-                }
-                Turn::Finish(Share { pair, index }) => {
-                    assert_eq!(pair * shares + index, finished);
-                    finished += 1;
-                    let round_ends = (pair / in_turn + 1) * in_turn * key_blocks;
-                    assert!(keys >= round_ends.min(pairs * key_blocks), "head {pair}");
-                }
-            }
-        }
-        assert_eq!((keys, finished), (pairs * key_blocks, pairs * shares));
     }
 }

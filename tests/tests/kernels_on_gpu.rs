@@ -93,8 +93,9 @@ fn divided_keys() {
 #[test]
 fn gradients_of_many_heads() {
     let Some(session) = hopper("gradients_of_many_heads") else { return };
-    let narrow = [(DType::BF16, 64), (DType::F16, 64), (DType::BF16, 96), (DType::BF16, 128), (DType::F16, 128)];
-    for (dtype, headdim) in narrow.into_iter().chain([(DType::BF16, 256), (DType::F16, 192)]) {
+    for (dtype, headdim) in
+        [(DType::BF16, 64), (DType::F16, 64), (DType::BF16, 96), (DType::BF16, 128), (DType::F16, 128)]
+    {
         for causal in [false, true] {
             for (lengths, nheads, nheads_k) in [((150, 150), 4, 4), ((100, 225), 6, 3)] {
                 let case = Case { batch: 50, nheads, nheads_k, ..Case::single(dtype, lengths, headdim, causal) };

@@ -6,10 +6,8 @@
 mod exact;
 mod kept;
 mod rows;
-mod summed;
 mod tensor_cores;
 
-pub use summed::SummedRows;
 pub use tensor_cores::PackedMatrixElement;
 
 use crate::element::Element;

@@ -119,8 +119,6 @@ enum Grid {
     Keys,
     /// All keys of a head of K.
     KeyHeads,
-    /// `block_n` keys of a head of K; or, of its cluster, one of so many shares of one.
-    KeysAndShares(u32),
     /// `block_m` queries of a head of Q, of the last heads of a ring, which have so many.
     LastQueries(u64),
     /// `block_n` keys and `block_m` rows of the bias, of one of its heads.
@@ -251,8 +249,8 @@ impl Passes {
         {
             return Self::flash3_heads(wanted.problem, heads);
         }
-        if let Ok(pass) = find(&[flash3::RING, flash3::SPLIT_RING])
-            && let Some(turns) = hopper::backward::ring(wanted.problem, pass)
+        if let Ok(pass) = find(&[flash3::RING])
+            && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
         {
             return Self::flash3_ring(wanted.problem, pass, turns);
         }
@@ -323,15 +321,20 @@ impl Passes {
         let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
         workspace.push(Workspace { name: D_Q_SUMS, dtype: DType::F32, len: turns.sums });
         workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: heads.saturating_mul(2) });
-        let mut steps = vec![
-            Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_RING, pass)?), grid: Grid::Queries },
-            Step { kernel: Entry::Mapped(pass), grid: Grid::KeysAndShares(turns.shares) },
-        ];
-        if turns.left > 0 {
-            let finish = in_step(flash3::FINISH_RING, pass)?;
-            steps.push(Step { kernel: Entry::Mapped(finish), grid: Grid::LastQueries(turns.left) });
-        }
-        Ok(Passes { family: "flash3", steps, how: RING.to_owned(), workspace, sums: Sums::InRing(turns) })
+        Ok(Passes {
+            family: "flash3",
+            steps: vec![
+                Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_RING, pass)?), grid: Grid::Queries },
+                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                Step {
+                    kernel: Entry::Mapped(in_step(flash3::FINISH_RING, pass)?),
+                    grid: Grid::LastQueries(turns.left),
+                },
+            ],
+            how: RING.to_owned(),
+            workspace,
+            sums: Sums::InRing(turns),
+        })
     }
 
     /// FlashAttention-2's.
@@ -458,11 +461,9 @@ impl Step {
         match self.grid {
             Grid::Rows => blocks(problem.rows(), block_m),
             Grid::Queries => product([nheads, batch], blocks(seqlen_q, block_m)),
-            Grid::Keys | Grid::KeysAndShares(_) => {
+            Grid::Keys => {
                 let cluster = self.kernel.cluster();
-                let shares = if let Grid::KeysAndShares(shares) = self.grid { shares } else { 0 };
-                let of_head = blocks(seqlen_k, block_n * cluster).saturating_add(shares.into());
-                product([nheads_k, batch], of_head.saturating_mul(cluster.into()))
+                product([nheads_k, batch], blocks(seqlen_k, block_n * cluster).saturating_mul(u64::from(cluster)))
             }
             Grid::KeyHeads => product([nheads_k, batch], 1),
             Grid::LastQueries(blocks) => blocks,

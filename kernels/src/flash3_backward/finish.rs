@@ -1,19 +1,19 @@
 //! dQ from its sums.
 //!
 //! HBM traffic: the sums and dQ once.
-use super::{GROUP_ROWS, GROUPS, Params, Share, THREADS, config_of};
-use crate::attention::{Attention, divisor};
+use super::{GROUP_ROWS, GROUPS, Params, config_of};
+use crate::attention::Attention;
 use crate::config::Config;
 use crate::flash2_backward;
 use crate::flash2_backward::fused::first_place;
 use crate::schedule::{self, QueryBlock};
 use cuda_std::element::{bf16, f16};
-use cuda_std::fragment::{Accumulator, SummedRows};
+use cuda_std::fragment::Accumulator;
 use cuda_std::matrix::PackedElement;
 use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{WARP, block_idx_x, grid_dim_x, lane_id, sync_threads, thread_idx_x, warp_id};
+use cuda_std::thread::{block_idx_x, grid_dim_x, sync_threads, warp_id};
 use cuda_std::wgmma::{Registers, TransposedRows};
-use cuda_std::{SmemTile, cluster, grid, kernel};
+use cuda_std::{SmemTile, grid, kernel};
 
 /// Warps of a block: those of the warpgroups that summed.
 const WARPS: u32 = 8;
@@ -156,76 +156,4 @@ fn finish_block<
     sync_threads();
     let count = const { BLOCK_M as u32 / WARPS };
     tile.store_rows(warp_id() * count, count, sequence.query_matrix(&p.d_q.cast(), head, first_row, a.headdim, true));
-}
-
-/// dQ of a share of a head of K, in a pass with a [`Ring`](super::Ring), by `CLUSTER` blocks of threads that have no keys. So
-/// many `adders` tell that they have added to its sums. A warp takes 16 rows and `HALF` columns at
-/// a time, and a lane eight columns of a row: all its sums are on their way before it needs the first.
-#[inline(always)]
-#[track_caller]
-pub(super) fn finish_share<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const HALF: usize,
-    const BLOCK_M: usize,
-    const CLUSTER: u32,
->(
-    p: &Params,
-    a: &Attention<T>,
-    Share { pair, index }: Share,
-    adders: u32,
-) {
-    const EIGHTS: usize = 8;
-    const { assert!(8 * EIGHTS * WARP as usize == 16 * HALF) };
-    grid::wait_for_prerequisites();
-    grid::launch_dependents();
-    // One thread asks, so that the others take nothing from the blocks of threads that are waited for.
-    if thread_idx_x() == 0 {
-        p.ring.wait_until_added(pair, adders);
-    }
-    sync_threads();
-    let (head_k, batch) = schedule::head_of(pair, a.nheads_k);
-    let group = a.nheads / divisor(a.nheads_k);
-    let parts_of_head = divisor(a.seqlen_q.div_ceil(BLOCK_M as u32) * WARPS);
-    let parts_before = |share: u32| group * parts_of_head * share / divisor(p.ring.shares);
-    let sums = p.backward.d_q_sums.offset(p.ring.place_of_pair(a, pair, BLOCK_M as u32) as usize * HEADDIM);
-    let is_taken_over = p.ring.is_taken_over(a, pair);
-    let (row_of_lane, column_of_lane) = (lane_id() % 8, 8 * (lane_id() / 8));
-    let place = |i: usize| (row_of_lane + 8 * (i as u32 % 2), column_of_lane + 32 * (i as u32 / 2));
-    let mut part = parts_before(index) + THREADS / WARP * cluster::block_rank() + warp_id();
-    while part < parts_before(index + 1) {
-        let sums = SummedRows::at(sums.offset(part as usize * 16 * HALF));
-        let mut eights = [[0.0; 8]; EIGHTS];
-        for i in 0..EIGHTS {
-            let (row, column) = place(i);
-            eights[i] = sums.load_eight(row, column);
-        }
-        if is_taken_over {
-            for i in 0..EIGHTS {
-                let (row, column) = place(i);
-                sums.clear_eight(row, column);
-            }
-        }
-        let (head, of_head) = (part / parts_of_head, part % parts_of_head);
-        let of_tile = 16 * (of_head % WARPS);
-        let first_row = of_head / WARPS * BLOCK_M as u32 + of_tile % BLOCK_M as u32;
-        let first_column = of_tile / BLOCK_M as u32 * HALF as u32;
-        for i in 0..EIGHTS {
-            let (row, column) = place(i);
-            let (row, column) = (first_row + row, first_column + column);
-            let x = eights[i].map(|x| x * a.softmax_scale);
-            let words = [T::pack(x[0], x[1]), T::pack(x[2], x[3]), T::pack(x[4], x[5]), T::pack(x[6], x[7])];
-            if row < a.seqlen_q && column < a.headdim {
-                let to = p.backward.d_q.cast::<T>().row(batch, head_k * group + head, row as u64);
-                to.offset(column as usize).cast::<u32>().store_vector(0, words);
-            }
-        }
-        part += CLUSTER * (THREADS / WARP);
-    }
-    if is_taken_over {
-        sync_threads();
-        if thread_idx_x() == 0 {
-            p.ring.finish(pair);
-        }
-    }
 }

@@ -92,7 +92,7 @@ impl<T: PackedElement, const HEADDIM: usize> Finisher<T, HEADDIM> {
         let share = own.first_key / BLOCK_N as u32;
         let (begin, end) = (first_part::<CAUSAL>(parts, blocks, share), first_part::<CAUSAL>(parts, blocks, share + 1));
         let first_place = p.ring.place_of_pair(a, pair, BLOCK_M as u32);
-        let is_taken_over = p.ring.is_taken_over(a, pair);
+        let is_taken_over = pair + p.ring.heads < a.nheads_k * a.batch;
         let d_q = p.backward.d_q.cast::<T>();
         let lane = lane_id();
         for i in 0..const { Self::PIECE / (4 * WARP) } {

@@ -52,8 +52,8 @@ mod whole;
 pub use finish::{FINISH, FINISH_RING, finish, finish_ring};
 pub use order::{Order, PREPARE_ORDERED, prepare_ordered};
 pub use prepare::{PREPARE, PREPARE_HEADS, PREPARE_RING, prepare, prepare_heads, prepare_ring};
-pub use ring::{Ring, Share, Turn};
-pub use split::{SPLIT, SPLIT_RING, split, split_ring};
+pub use ring::Ring;
+pub use split::{SPLIT, split};
 pub use whole::{HEADS, ORDERED, RING, WHOLE, heads, ordered, ring, whole};
 
 use crate::attention::{Attention, divisor};
@@ -65,7 +65,6 @@ use cuda_std::math::unknown;
 use cuda_std::pipeline::Slot;
 use cuda_std::tensor::TensorMap;
 use cuda_std::thread::lane_id;
-use cuda_std::warpgroup::WARPGROUP;
 use cuda_std::{DType, wgmma};
 
 /// Rows of a product: keys, queries or columns of a head.
@@ -73,9 +72,6 @@ const GROUP_ROWS: u32 = wgmma::ROWS;
 
 /// Warpgroups that multiply.
 const GROUPS: u32 = 2;
-
-/// Threads of a block of a pass: one warpgroup copies.
-const THREADS: u32 = (1 + GROUPS) * WARPGROUP;
 
 /// Stages of Q and dO: one is computed on while the next comes in.
 const STAGES: u32 = 2;

@@ -46,7 +46,7 @@ pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: fl
 #[kernel(
     name = "flash3_bwd_prepare_ring_{T}_d{HEADDIM}_m{BLOCK_M}",
     arch = sm_90a,
-    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64), (256, 64)],
+    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64)],
     config = prepare_ring_config,
     table = PREPARE_RING,
 )]

@@ -1,5 +1,4 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
-use super::finisher::FINISHERS;
 use super::memory::{Destination, Inputs, Outgoing};
 use super::{GROUPS, Params, STAGES, Step, Work, next_keys, ring, walk};
 use crate::attention::{Attention, Sequence};
@@ -163,7 +162,7 @@ pub(super) fn add_queries<
         }
         let pair = ring::pair(a, &block.sequence, block.head_k);
         if WALK == walk::RING {
-            p.ring.take_over(pair, || FINISHERS * ring::key_blocks(a, BLOCK_N as u32));
+            p.ring.take_over(a, pair, BLOCK_N as u32);
         }
         while let Some(step) = walk.next() {
             let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM);

@@ -8,11 +8,8 @@
 //! sums. Blocks wait for blocks before them alone; and where heads are finished a wave of blocks after their last keys,
 //! and taken over another wave later, they find what they wait for.
 //!
-//! Where shared memory has no room for what such warps keep there, clusters of blocks of threads that have no keys finish the
-//! heads instead ([`Turn`]).
-//!
-//! HBM traffic: dQ once. The last heads, which nobody comes after, are left to [`finish_ring`](super::finish_ring()), unless
-//! clusters finish them.
+//! HBM traffic: dQ once. The last heads, which nobody comes after, are left to [`finish_ring`](super::finish_ring()).
+use super::finisher::FINISHERS;
 use crate::attention::{Attention, Sequence, divisor};
 use cuda_std::Global;
 use cuda_std::arrivals::Arrivals;
@@ -30,32 +27,11 @@ pub struct Ring {
     /// How many heads of K lie between that whose keys a block of threads takes and that which it finishes: one, or under a
     /// causal mask as many as take turns, and better those of a wave of blocks more.
     pub lag: u32,
-    /// Clusters that finish a head of K, each an equal share: not 0 where clusters without keys do, which come `lag` heads after
-    /// its last keys. Then there are places for as many heads more as take turns, or for more. 0 where blocks with keys do.
-    pub shares: u32,
-}
-
-/// What a cluster of blocks of threads does, where clusters of their own finish heads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// It takes block of keys number so and so.
-    Keys(u32),
-    /// It finishes dQ of a share of a head of K.
-    Finish(Share),
-}
-
-/// A share of a head of K, one of [`Ring::shares`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
-    /// The number of the head: those of a sequence follow each other.
-    pub pair: u32,
-    /// Which of its shares.
-    pub index: u32,
 }
 
 impl Ring {
     /// For kernels that have the sums of all heads.
-    pub const NONE: Ring = Ring { counters: Global::NULL, heads: 0, lag: 0, shares: 0 };
+    pub const NONE: Ring = Ring { counters: Global::NULL, heads: 0, lag: 0 };
 
     /// Counts the blocks of keys of a head of K that have added all they have to its sums.
     #[inline(always)]
@@ -63,7 +39,7 @@ impl Ring {
         Arrivals::at(self.counters.offset(2 * pair as usize))
     }
 
-    /// Counts the warps, or blocks of threads, that have finished their share of a head of K, and cleared its sums.
+    /// Counts the warps that have finished their share of a head of K, and cleared its sums.
     #[inline(always)]
     fn finished(&self, pair: u32) -> Arrivals {
         Arrivals::at(self.counters.offset(2 * pair as usize + 1))
@@ -83,19 +59,13 @@ impl Ring {
         pair % divisor(self.heads) * group * places_of_head(a, block_m)
     }
 
-    /// Waits until the sums of a head of K are those of the head before in its place no more, which so many finish.
+    /// Waits until the sums of a head of K are those of the head before in its place no more.
     #[inline(always)]
     #[track_caller]
-    pub fn take_over(&self, pair: u32, finishers: impl FnOnce() -> u32) {
+    pub fn take_over<T>(&self, a: &Attention<T>, pair: u32, block_n: u32) {
         if pair >= self.heads {
-            self.finished(pair - self.heads).wait(finishers());
+            self.finished(pair - self.heads).wait(FINISHERS * key_blocks(a, block_n));
         }
-    }
-
-    /// Whether another head of K takes the place of this one.
-    #[inline(always)]
-    pub fn is_taken_over<T>(&self, a: &Attention<T>, pair: u32) -> bool {
-        pair + self.heads < a.nheads_k * a.batch
     }
 
     /// A block of keys of a head of K has added all it has. Said by the thread that did, when its additions have ended.
@@ -112,8 +82,7 @@ impl Ring {
         self.added(pair).wait(key_blocks);
     }
 
-    /// A warp, or a block of threads, has finished its share of a head of K, and cleared its sums. Said by a thread of it, when
-    /// all that has ended.
+    /// A warp has finished its share of a head of K, and cleared its sums. Said by a thread of it, when its copies have ended.
     #[inline(always)]
     #[track_caller]
     pub fn finish(&self, pair: u32) {
@@ -126,23 +95,6 @@ impl Ring {
     pub fn clear(&self, pair: u32) {
         self.added(pair).clear();
         self.finished(pair).clear();
-    }
-
-    /// What cluster `number` does, for so many heads of K of so many blocks of keys. Where so many heads take turns, the clusters
-    /// of their keys are followed by those that finish as many heads, all of whose keys come before: heads `lag` behind, and after
-    /// the last keys all that are left.
-    #[inline(always)]
-    pub fn turn(&self, heads: u32, key_blocks: u32, heads_in_turn: u32, number: u32) -> Turn {
-        let (of_keys, of_shares) = (heads_in_turn * key_blocks, heads_in_turn * self.shares);
-        let first = self.lag * key_blocks;
-        let (behind, round) = (number.saturating_sub(first), divisor(of_keys + of_shares));
-        let before = number.min(first) + behind / round * of_keys + (behind % round).min(of_keys);
-        if behind % round < of_keys && before < heads * key_blocks {
-            Turn::Keys(before)
-        } else {
-            let (share, shares) = (number - before.min(heads * key_blocks), divisor(self.shares));
-            Turn::Finish(Share { pair: share / shares, index: share % shares })
-        }
     }
 
     /// The first heads find their sums cleared.

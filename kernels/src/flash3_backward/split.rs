@@ -5,10 +5,9 @@
 //! which the L2 cache adds. So two blocks of threads are a cluster: each has keys of its own, and sends its dS to the other.
 //! Of dQ each finds half of the columns, over the keys of both, which halves the additions; of Q and dO each fetches half,
 //! for both.
-use super::finish::finish_share;
 use super::memory::Inputs;
 use super::producer::load;
-use super::{GROUP_ROWS, GROUPS, Params, STAGES, THREADS, Turn, Walk, Work, config_of, ring, walk};
+use super::{GROUP_ROWS, GROUPS, Params, STAGES, Walk, Work, config_of, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -20,7 +19,7 @@ use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{Consumer, Pipeline, Slot};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::tensor::TensorMapRef;
-use cuda_std::thread::{WARP, block_idx_x, lane_id, thread_idx_x};
+use cuda_std::thread::{block_idx_x, lane_id, thread_idx_x};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
 use cuda_std::{Global, GlobalMatrix, SmemTile, bulk, cluster, fence, grid, kernel};
@@ -70,12 +69,12 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         Memory { inputs, other_k, d_s, other_d_s, p, other_keys, exchange: Pipeline::at(other_keys.end()) }
     }
 
-    /// As [`Inputs::init_barriers`]. `other_keys` are filled so many times.
+    /// As [`Inputs::init_barriers`].
     #[inline(always)]
     #[track_caller]
-    fn init_barriers(self, fills_of_other_keys: u32) {
+    fn init_barriers(self) {
         self.inputs.init_barriers(CLUSTER);
-        self.other_keys.init(fills_of_other_keys, 1);
+        self.other_keys.init(1, 1);
         self.exchange.init(1, WARPS);
     }
 }
@@ -94,8 +93,6 @@ const P_EMPTY: NamedBarrier<2, BOTH> = NamedBarrier;
 const D_S_FULL: NamedBarriers<3, 2, BOTH> = NamedBarriers;
 /// The threads that wrote dS meet.
 const D_S_WRITTEN: NamedBarrier<5, WARPGROUP> = NamedBarrier;
-/// In a ring: both warpgroups have added all they have to dQ. A warp that copies waits for it, and tells.
-const ADDED: NamedBarrier<6, { BOTH + WARP }> = NamedBarrier;
 
 const fn config<
     T: PackedElement,
@@ -116,28 +113,11 @@ const fn config<
     Config {
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
-        threads: THREADS,
+        threads: (1 + GROUPS) * WARPGROUP,
         shared_bytes: Memory::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>::BYTES,
         barriers: 10,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
     }
-}
-
-/// With the barriers of those that finish heads and of those that wait for them.
-const fn ring_config<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const HALF: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const STEPS: usize,
-    const S_COLUMNS: usize,
-    const D_COLUMNS: usize,
-    const Q_COLUMNS: usize,
-    const CAUSAL: bool,
->() -> Config {
-    let split = config::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL>();
-    Config { barriers: split.barriers + 5, ..split }
 }
 
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can
@@ -176,75 +156,7 @@ pub fn split<
 ) {
     let a = p.backward.attention.of::<T>();
     let number = block_idx_x() / CLUSTER;
-    pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::ONE }>(
-        &p, &a, number,
-    );
-}
-
-/// [`split()`], with sums of dQ in a [`Ring`](super::Ring) of heads. All sequences are equally long. Shared memory has no room for
-/// warps that finish them: clusters without keys do. Grid: as for [`split()`], and `2 shares * nheads_k * batch` more, with
-/// the [shares](super::Ring::shares) of a head.
-#[kernel(
-    name = "flash3_bwd_ring_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
-    arch = sm_90a,
-    cluster = CLUSTER,
-    for T in [f16, bf16],
-        (HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
-            (256, 128, 64, 64, 4, 8, 32, 8),
-        ],
-        CAUSAL in [false, true],
-    config = ring_config,
-    table = SPLIT_RING,
-)]
-pub fn split_ring<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const HALF: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const STEPS: usize,
-    const S_COLUMNS: usize,
-    const D_COLUMNS: usize,
-    const Q_COLUMNS: usize,
-    const CAUSAL: bool,
->(
-    p: Params,
-) {
-    let a = p.backward.attention.of::<T>();
-    let key_blocks = ring::key_blocks(&a, CLUSTER * BLOCK_N as u32);
-    match p.ring.turn(a.nheads_k * a.batch, key_blocks, p.heads_in_turn, block_idx_x() / CLUSTER) {
-        Turn::Keys(number) => {
-            pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::RING }>(
-                &p, &a, number,
-            );
-        }
-        Turn::Finish(share) => {
-            finish_share::<T, HEADDIM, HALF, BLOCK_M, CLUSTER>(&p, &a, share, CLUSTER * key_blocks);
-        }
-    }
-}
-
-/// The keys of cluster `number` of those that have some, where a `WALK` ([`walk`]) is that.
-#[inline(always)]
-#[track_caller]
-fn pass<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const HALF: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const STEPS: usize,
-    const S_COLUMNS: usize,
-    const D_COLUMNS: usize,
-    const Q_COLUMNS: usize,
-    const CAUSAL: bool,
-    const WALK: u32,
->(
-    p: &Params,
-    a: &Attention<T>,
-    number: u32,
-) {
-    let work = Work::of_block::<T, CAUSAL>(a, BLOCK_M as u32, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number);
+    let work = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number);
     if work.block.rows() == 0 {
         // As in `whole`.
         grid::wait_for_prerequisites();
@@ -252,21 +164,25 @@ fn pass<
     }
     let memory = Memory::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>::of_block();
     if thread_idx_x() == 0 {
-        memory.init_barriers(if WALK == walk::RING { 2 } else { 1 });
+        memory.init_barriers();
         fence::mbarrier_init();
     }
     cluster::sync();
     grid::wait_for_prerequisites();
     grid::launch_dependents();
-    let consumer = SplitConsumer::<_, HEADDIM, HALF, BLOCK_M, BLOCK_N, WALK> { p, a, memory, work };
+    let consumer = SplitConsumer { p: &p, a: &a, memory, work };
     match warpgroup_id() {
         0 => {
             release_registers::<40>();
             if work.steps() > 0 {
                 match thread_idx_x() {
-                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, WALK>(p, a, memory.inputs, work.block),
+                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, { walk::ONE }>(
+                        &p,
+                        &a,
+                        memory.inputs,
+                        work.block,
+                    ),
                     32 => consumer.load_other_keys(),
-                    64..96 if WALK == walk::RING => consumer.tell_when_added(),
                     _ => {}
                 }
             }
@@ -292,29 +208,15 @@ fn pass<
 
 /// A warpgroup that multiplies.
 #[derive(Clone, Copy)]
-struct SplitConsumer<
-    'a,
-    T,
-    const HEADDIM: usize,
-    const HALF: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const WALK: u32,
-> {
+struct SplitConsumer<'a, T, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
     p: &'a Params,
     a: &'a Attention<T>,
     memory: Memory<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>,
     work: Work,
 }
 
-impl<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const HALF: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const WALK: u32,
-> SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N, WALK>
+impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
+    SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N>
 {
     /// The first key of a block of the cluster, in its sequence.
     #[inline(always)]
@@ -322,48 +224,7 @@ impl<
         self.work.block.first_key + BLOCK_N as u32 * rank
     }
 
-    /// The head of K, in a ring.
-    #[inline(always)]
-    fn pair(&self) -> u32 {
-        let block = self.work.block;
-        ring::pair(self.a, &block.sequence, block.head_k)
-    }
-
-    /// The places of the sums of dQ that it adds to.
-    #[inline(always)]
-    #[track_caller]
-    fn walk_of_sums(&self) -> Walk {
-        let Self { p, a, work, .. } = *self;
-        if WALK == walk::RING {
-            let first_place = p.ring.place_of_pair(a, self.pair(), BLOCK_M as u32);
-            work.walk_from(first_place, ring::places_of_head(a, BLOCK_M as u32), BLOCK_M as u32)
-        } else {
-            work.walk(a, BLOCK_M as u32)
-        }
-    }
-
-    /// In a ring: this warpgroup has added all it has to dQ.
-    #[inline(always)]
-    #[track_caller]
-    fn has_added(&self) {
-        if WALK == walk::RING {
-            ADDED.arrive();
-        }
-    }
-
-    /// Tells who finishes dQ what both warpgroups have added to it. Said by a warp, so that they do not wait until all of it is
-    /// there.
-    #[inline(always)]
-    #[track_caller]
-    fn tell_when_added(self) {
-        ADDED.sync();
-        if lane_id() == 0 {
-            self.p.ring.add(self.pair());
-        }
-    }
-
-    /// K of the other block's keys, in the columns of dQ that this one finds. In a ring, once these have it the sums are this
-    /// head's too.
+    /// K of the other block's keys, in the columns of dQ that this one finds.
     #[inline(always)]
     #[track_caller]
     fn load_other_keys(self) {
@@ -377,10 +238,6 @@ impl<
             let column = HALF as u32 * rank + SmemTile::<T, BLOCK_N, HALF>::PANEL_COLUMNS * panel;
             let at = [column as i32, key, block.head_k as i32, batch];
             TensorMapRef::of(p, &p.k).load(other_k.panel(panel), at, slot.full());
-        }
-        if WALK == walk::RING {
-            p.ring.take_over(self.pair(), || CLUSTER * p.ring.shares);
-            slot.fill();
         }
     }
 
@@ -443,7 +300,6 @@ impl<
         D_S_FULL.sync(1 - queries.slot().index);
         let last = d_q.product::<Q_COLUMNS>();
         d_q.add(last.wait::<0>());
-        self.has_added();
         d_v
     }
 
@@ -502,7 +358,6 @@ impl<
         }
         let last = d_q.product::<Q_COLUMNS>();
         d_q.add(last.wait::<0>());
-        self.has_added();
         d_k
     }
 
@@ -550,13 +405,10 @@ struct QuarterOfQueries<T, const HEADDIM: usize, const HALF: usize, const BLOCK_
 impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
     QuarterOfQueries<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>
 {
-    /// Waits for K of the other block's keys, and that the sums are to be added to.
+    /// Waits for K of the other block's keys.
     #[inline(always)]
     #[track_caller]
-    fn new<const WALK: u32>(
-        consumer: &SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N, WALK>,
-        group: u32,
-    ) -> Self {
+    fn new(consumer: &SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N>, group: u32) -> Self {
         let memory = consumer.memory;
         memory.other_keys.consumer().wait();
         QuarterOfQueries {
@@ -564,7 +416,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
             rank: cluster::block_rank(),
             group,
             sums: consumer.p.backward.d_q_sums,
-            walk: consumer.walk_of_sums(),
+            walk: consumer.work.walk(consumer.a, BLOCK_M as u32),
             received: memory.exchange.consumer(),
         }
     }

@@ -53,7 +53,7 @@ pub fn launch(
         backward,
         heads_in_turn: in_turn,
         ring: match sums {
-            Sums::InRing(Turns { heads, lag, shares, .. }) => Ring { counters, heads, lag, shares },
+            Sums::InRing(Turns { heads, lag, .. }) => Ring { counters, heads, lag },
             _ => Ring::NONE,
         },
         order: if sums == Sums::InOrder { Order { counters } } else { Order::NONE },
@@ -109,10 +109,6 @@ pub const HEADS_RATHER_THAN_RINGS_UP_TO: usize = 512;
 /// at headdim 128 without a mask nor at 8k (662 TFLOP/s for 670).
 const RING_BYTES: u64 = 24 << 20;
 
-/// Blocks of queries whose dQ a cluster without keys finishes at a time, or somewhat fewer: so many that it takes longer than to
-/// start one.
-const QUERY_BLOCKS_OF_SHARE: u64 = 16;
-
 /// How heads of K take turns at sums of dQ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turns {
@@ -122,8 +118,6 @@ pub struct Turns {
     pub heads: u32,
     /// [`Ring::lag`].
     pub lag: u32,
-    /// [`Ring::shares`].
-    pub shares: u32,
     /// Elements of the sums.
     pub sums: u64,
     /// Blocks of queries of the last heads, which the pass does not finish.
@@ -134,28 +128,19 @@ pub struct Turns {
 /// than have a place. A head is finished a wave of blocks of threads and a fifth after its last keys, and its place taken over
 /// another wave less a fifth later: fewer places would let blocks wait, and more would not stay in the cache. Under a causal mask
 /// a quarter of a wave's heads take turns, and at least two: then waves mix long blocks and short ones. Measured on an H100.
-///
-/// Where blocks of threads are clusters, some finish the heads, all of them, and have no keys.
-pub fn ring(problem: &Problem, pass: &Kernel<Params, Config>) -> Option<Turns> {
-    let (config, cluster) = (&pass.config, u64::from(pass.cluster.max(1)));
+pub fn ring(problem: &Problem, config: &Config) -> Option<Turns> {
     let rows = (problem.seqlen_q as u64).next_multiple_of(config.block_m.max(1).into());
     let group = (problem.nheads / problem.nheads_k) as u64;
     let of_head = rows.saturating_mul(group).saturating_mul(config.headdim.into());
-    let keys = cluster * u64::from(config.block_n.max(1));
-    let wave = (MULTIPROCESSORS / cluster).div_ceil((problem.seqlen_k as u64).div_ceil(keys).max(1));
+    let wave = MULTIPROCESSORS.div_ceil(key_blocks(problem, config).max(1));
     let in_turn = if problem.is_causal() { wave.div_ceil(4).max(2) } else { 1 };
-    let blocks_of_head = group * (rows / u64::from(config.block_m.max(1)));
-    let (lag, shares) = match (in_turn + (6 * wave).div_ceil(5), cluster) {
-        (lag, 1) => (lag, 0),
-        (lag, _) => (lag.next_multiple_of(in_turn), blocks_of_head.div_ceil(QUERY_BLOCKS_OF_SHARE)),
-    };
+    let lag = in_turn + (6 * wave).div_ceil(5);
     let (heads, all) = (2 * (in_turn + wave), (problem.nheads_k as u64).saturating_mul(problem.batch as u64));
     let sums = of_head.saturating_mul(heads);
     let met = sums.saturating_mul(4) / if problem.is_causal() { 2 } else { 1 };
     let pays = problem.varlen.is_none() && heads < all && met <= RING_BYTES;
-    let left = if shares > 0 { 0 } else { lag * blocks_of_head };
-    let [in_turn, heads, lag, shares] = [in_turn, heads, lag, shares].map(|n| n as u32);
-    pays.then_some(Turns { in_turn, heads, lag, shares, sums, left })
+    let left = lag * group * (rows / u64::from(config.block_m.max(1)));
+    pays.then_some(Turns { in_turn: in_turn as u32, heads: heads as u32, lag: lag as u32, sums, left })
 }
 
 /// What the queries of a head of K have of Q, dO and the sums of dQ, in bytes.
@@ -172,7 +157,7 @@ mod tests {
     use crate::layout::Layout;
     use crate::options::AttentionOptions;
     use cuda_std::DType;
-    use kernels::flash3_backward::{RING, SPLIT_RING, WHOLE};
+    use kernels::flash3_backward::{RING, WHOLE};
 
     #[test]
     fn whole_heads_where_they_fill_the_machine_and_fit_the_cache() {
@@ -194,12 +179,12 @@ mod tests {
             let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
             let of_table =
                 |kernel: &&Kernel<Params, Config>| kernel.config.headdim == 128 && kernel.config.block_m == 64;
-            ring(&problem, RING.iter().find(of_table).expect("a kernel"))
+            ring(&problem, &RING.iter().find(of_table).expect("a kernel").config)
         };
         // Eight blocks of keys a head: a wave takes 17 heads.
-        let full = Turns { in_turn: 1, heads: 36, lag: 22, shares: 0, sums: 36 * 1024 * 128, left: 22 * 16 };
+        let full = Turns { in_turn: 1, heads: 36, lag: 22, sums: 36 * 1024 * 128, left: 22 * 16 };
         assert_eq!(turns(16, 1024, 16, false), Some(full));
-        let causal = Turns { in_turn: 5, heads: 44, lag: 26, shares: 0, sums: 44 * 1024 * 128, left: 26 * 16 };
+        let causal = Turns { in_turn: 5, heads: 44, lag: 26, sums: 44 * 1024 * 128, left: 26 * 16 };
         assert_eq!(turns(16, 1024, 16, true), Some(causal));
         // As many places as heads; sums of 32 MB, which are too many without a mask.
         assert_eq!((turns(1, 1024, 36, false), turns(8, 8192, 16, false)), (None, None));
@@ -214,33 +199,6 @@ mod tests {
             counters_of_order(&problem, &Config { headdim: 128, block_n: 128, ..WHOLE[0].config })
         };
         assert_eq!((counters(32, 512, 16), counters(1, 300, 16)), (32 * 16 * 4 * 2, 16 * 3 * 2));
-    }
-
-    #[test]
-    fn wide_heads_take_turns_at_sums_that_clusters_finish() {
-        let turns = |batch, seqlen, nheads, nheads_k, causal| {
-            let of = |heads| Layout::contiguous(DType::BF16, &[batch, seqlen, heads, 256]).expect("small");
-            let options = AttentionOptions::new().causal(causal);
-            let problem = Problem::new(&of(nheads), &of(nheads_k), &of(nheads_k), &options).expect("valid");
-            ring(&problem, &SPLIT_RING[0])
-        };
-        // Four blocks of keys a head: a wave of clusters takes 17 heads.
-        let full = Turns { in_turn: 1, heads: 36, lag: 22, shares: 1, sums: 36 * 512 * 256, left: 0 };
-        assert_eq!(turns(32, 512, 8, 8, false), Some(full));
-        let causal = Turns { in_turn: 5, heads: 44, lag: 30, shares: 1, sums: 44 * 512 * 256, left: 0 };
-        assert_eq!(turns(32, 512, 8, 8, true), Some(causal));
-        // A share has 16 blocks of queries.
-        let shares = |turns: Option<Turns>| turns.map(|turns| turns.shares);
-        assert_eq!((shares(turns(16, 2048, 8, 8, false)), shares(turns(32, 512, 16, 8, true))), (Some(2), Some(1)));
-        assert_eq!((turns(1, 512, 36, 36, false), turns(4, 4096, 8, 8, false)), (None, None));
-        assert_eq!(shares(turns(4, 4096, 8, 8, true)), Some(4));
-        // Places that are taken over were finished by clusters before.
-        for seqlen in (100..5000).step_by(100) {
-            for causal in [false, true] {
-                let Some(Turns { in_turn, heads, lag, .. }) = turns(64, seqlen, 16, 16, causal) else { continue };
-                assert!(lag % in_turn == 0 && lag + in_turn <= heads, "{seqlen}: {lag} and {in_turn} of {heads}");
-            }
-        }
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub fn tanh(x: f32) -> f32 {
     if square < 0.0625 { series } else { exponential }
 }
 
-/// tanh(x) for |x| up to 1/2, within 2^-24 of its value: x P(x²), where P meets tanh(x) / x at Chebyshev's points. Half of the
+/// tanh(x) for |x| up to 1/2, within 2^-23 of its value: x P(x²), where P meets tanh(x) / x at Chebyshev's points. Half of the
 /// time of [`tanh`]: no reciprocal and no exponential.
 #[inline(always)]
 pub fn tanh_of_small(x: f32) -> f32 {

@@ -6,12 +6,9 @@
 use crate::attention::{Attention, Sequence};
 use crate::mask::Mask;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{self, LOG2_E, fma, tanh, tanh_of_small};
+use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_small};
 use cuda_std::warp::{ALL, any};
 use cuda_std::{Element, Global};
-
-/// The score of a key that is hidden.
-const HIDDEN: f32 = f32::NEG_INFINITY;
 
 /// The scores of one head of one sequence.
 #[derive(Clone, Copy)]
@@ -78,28 +75,27 @@ impl<T: Element> Scores<T> {
         self.slope != 0.0 || !self.bias.is_null() || !self.visible.is_null()
     }
 
-    /// Whether scores are more than softmax_scale · Q Kᵀ, with a scale that is positive, and what the window hides.
+    /// Whether scores are more than softmax_scale · Q Kᵀ, with a scale that is positive, and what the window hides: in kernels
+    /// that know neither bias nor mask.
     #[inline(always)]
     pub fn are_changed(a: &Attention<T>) -> bool {
-        let has_tensors = !(a.alibi_slopes.is_null() && a.bias.data.is_null() && a.mask.data.is_null());
-        a.softcap != 0.0 || a.softmax_scale <= 0.0 || has_tensors
+        a.softcap != 0.0 || a.softmax_scale <= 0.0 || !a.alibi_slopes.is_null()
     }
 
-    /// What the softmax multiplies scores with, in log2 units, to which [`apply_relative`](Self::apply_relative) has been done
-    /// where they are changed: log2(e) times the cap; without one log2(e); or the softmax scale in log2 units, where they are
-    /// Q Kᵀ still. Positive.
+    /// What the softmax multiplies scores with for log2 units, positive: after [`apply_relative`](Self::apply_relative) log2(e)
+    /// times the cap, or without one log2(e); where they are not changed, and are Q Kᵀ still, the softmax scale in log2 units.
     #[inline(always)]
     pub fn relative_scale<const GENERAL: bool>(a: &Attention<T>) -> f32 {
         if GENERAL && Self::are_changed(a) {
-            if a.softcap != 0.0 { a.softcap * LOG2_E } else { LOG2_E }
+            if a.softcap == 0.0 { LOG2_E } else { a.softcap * LOG2_E }
         } else {
             a.softmax_scale * LOG2_E
         }
     }
 
-    /// S = Q Kᵀ becomes what the softmax takes for it, as a part of the cap, if there is one: so the cap is multiplied with where
-    /// the softmax multiplies in any case. The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides
-    /// a part of it. A warp says this together.
+    /// S = Q Kᵀ becomes what the softmax takes for it, but for bias and mask; as a part of the cap, if there is one, as the
+    /// softmax multiplies in any case. The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides a
+    /// part of it. A warp says this together.
     #[inline(always)]
     #[track_caller]
     pub fn apply_relative<const N: usize>(
@@ -108,13 +104,13 @@ impl<T: Element> Scores<T> {
         (first_row, first_key): (u32, u32),
         partial: bool,
     ) {
-        let unit = if self.softcap == 0.0 { 1.0 } else { self.softcap };
-        let scale = self.softmax_scale / unit;
+        // A division that rounds correctly would be a call, for which registers are saved.
+        let inverse = if self.softcap == 0.0 { 1.0 } else { rcp(self.softcap) };
+        let scale = self.softmax_scale * inverse;
         s.map(|_, _, s| s * scale);
         if self.softcap != 0.0 {
-            let largest = |half| s.fold_row(0, half, |x, y| math::max(x.abs(), y.abs()));
-            // The exponential and the reciprocal of tanh take the time of sixteen multiplications.
-            if any(ALL, math::max(largest(0), largest(1)) > 0.5) {
+            let is_small = |half| s.fold_row(0, half, f32::max) <= 0.5 && s.fold_row(0, half, f32::min) >= -0.5;
+            if any(ALL, !(is_small(0) && is_small(1))) {
                 s.map(|_, _, s| tanh(s));
             } else {
                 s.map(|_, _, s| tanh_of_small(s));
@@ -124,23 +120,14 @@ impl<T: Element> Scores<T> {
             self.mask.apply(s, first_row, first_key);
         }
         if self.slope != 0.0 {
-            self.add_alibi(s, (first_row, first_key), 1.0 / unit);
+            // Of a row the distance of the first of a lane's columns: conversions take longer than differences.
+            let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+            let (slope, first) = (-self.slope * inverse, Accumulator::<1, N>::column(0, 0));
+            s.map(|row, column, s| {
+                let distance = (first_row + row + seqlen_k) as i32 - (seqlen_q + first_key + first) as i32;
+                fma((distance as f32 - (column - first) as f32).abs(), slope, s)
+            });
         }
-        let place = |row, column| (first_row + row, first_key + column);
-        self.add_bias(s, 1.0 / unit, place);
-        self.hide_invisible(s, place);
-    }
-
-    /// -slope · |distance| times a factor, for whole blocks: where a lane's columns are is found once a row, as conversions take
-    /// long. Distances are exact up to 2^24.
-    #[inline(always)]
-    fn add_alibi<const N: usize>(&self, s: &mut Accumulator<1, N>, (first_row, first_key): (u32, u32), factor: f32) {
-        let Mask { seqlen_q, seqlen_k, .. } = self.mask;
-        let (slope, own) = (-self.slope * factor, Accumulator::<1, N>::column(0, 0));
-        s.map(|row, column, s| {
-            let distance = (first_row + row + seqlen_k) as i32 - (seqlen_q + first_key + own) as i32;
-            fma((distance as f32 - (column - own) as f32).abs(), slope, s)
-        });
     }
 
     /// Whether query `row` sees key `key`; a bias of -inf hides it. Rows beyond the last query see nothing.
@@ -203,7 +190,10 @@ impl<T: Element> Scores<T> {
             s.map(|_, _, s| s * LOG2_E);
             return;
         }
+        const HIDDEN: f32 = f32::NEG_INFINITY;
         let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+        let last = |x: u32, count: u32| if x < count { x } else { count - 1 };
+        let stored = |(row, key): (u32, u32)| (last(row, seqlen_q), last(key, seqlen_k));
         s.map(|row, column, s| {
             let (row, key) = place(row, column);
             if row < seqlen_q && self.mask.sees(row, key) { s * LOG2_E } else { HIDDEN }
@@ -216,49 +206,19 @@ impl<T: Element> Scores<T> {
                 s - slope * distance.unsigned_abs() as f32
             });
         }
-        self.add_bias(s, LOG2_E, &place);
-        self.hide_invisible(s, &place);
-    }
-
-    /// The bias times a factor, if there is one.
-    #[inline(always)]
-    #[track_caller]
-    fn add_bias<const M: usize, const N: usize>(
-        &self,
-        s: &mut Accumulator<M, N>,
-        factor: f32,
-        place: impl Fn(u32, u32) -> (u32, u32),
-    ) {
         if !self.bias.is_null() {
             s.map(|row, column, s| {
-                let (row, key) = self.stored(place(row, column));
+                let (row, key) = stored(place(row, column));
                 let bias = self.bias_of(row, key);
-                if s == HIDDEN { s } else { s + bias * factor }
+                if s == HIDDEN { s } else { s + bias * LOG2_E }
             });
         }
-    }
-
-    /// Hides what the mask hides, if there is one.
-    #[inline(always)]
-    #[track_caller]
-    fn hide_invisible<const M: usize, const N: usize>(
-        &self,
-        s: &mut Accumulator<M, N>,
-        place: impl Fn(u32, u32) -> (u32, u32),
-    ) {
         if !self.visible.is_null() {
             s.map(|row, column, s| {
-                let (row, key) = self.stored(place(row, column));
+                let (row, key) = stored(place(row, column));
                 if self.is_visible(row, key) { s } else { HIDDEN }
             });
         }
-    }
-
-    /// A place that bias and mask have in memory: this one, or where it lies beyond the last query or key, the last.
-    #[inline(always)]
-    fn stored(&self, (row, key): (u32, u32)) -> (u32, u32) {
-        let last = |x: u32, count: u32| if x < count { x } else { count - 1 };
-        (last(row, self.mask.seqlen_q), last(key, self.mask.seqlen_k))
     }
 
     #[inline(always)]

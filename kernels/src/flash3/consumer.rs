@@ -225,8 +225,9 @@ impl<
         rescale.apply_if_any(&mut self.o);
     }
 
-    /// O += P V of the last block. The next tile is asked for meanwhile, if its Q has a stage of its own; or, in a general kernel,
-    /// afterwards: the blocks of this tile that these rows do not see any more come first, and must not wait for its V.
+    /// O += P V of the last block. The next tile is asked for meanwhile, if its Q has a stage of its own. In a general kernel it is
+    /// asked for later: behind this block there may be `unseen` ones, which only other warpgroups' rows see, and more of them
+    /// than there are stages, so that V is handed back before them.
     #[inline(always)]
     #[track_caller]
     fn last(&mut self, unseen: u32) -> Option<Place> {

@@ -13,6 +13,9 @@
 //! the next tile while the consumers finish the last, and these have its first S computed while they store O. Keys are walked
 //! from the last to the first: what is masked comes first, and each warpgroup leaves out what none of its rows sees.
 //!
+//! Kernels without a mask, with a causal mask, and general ones, which ask their arguments for a window, a cap, ALiBi and sinks;
+//! biases, other masks and dropout they do not know.
+//!
 //! What is not finite at keys that a row does not see must not reach it: as in [`flash2`](crate::flash2), rows that turn out
 //! not to be finite are computed again.
 //!
@@ -106,7 +109,8 @@ const fn config<
 /// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each
 /// ([`schedule`]). A tile has `GROUPS` times [`GROUP_ROWS`] query rows; Q has `QUERIES` stages of [`GROUP_ROWS`] rows, for a
 /// tile or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of
-/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`]; `FEW`: [`Config::few`].
+/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`]; `FEW`:
+/// [`Config::few`]; `GENERAL`: [`Config::general`].
 #[kernel(
     name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}_{GROUPS}x{BLOCK_N}{CAUSAL?_causal}{FEW?_few}{GENERAL?_general}",
     arch = sm_90a,
@@ -154,13 +158,14 @@ const fn config<
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
         CAUSAL in [false, true], FEW in [true], GENERAL in [false],
-    // These ask their arguments for windows and for what becomes of scores.
+    // These ask their arguments for windows and for what becomes of scores. Small blocks of keys fit small windows. At 64 four
+    // warpgroups, or three and 96 keys, would spill; so would 96 keys at 96, and two warpgroups and 128 keys at 192 with 128.
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
-            (64, 64, 4, 8, 64, 6, 4, 8, 8, 0),
-            (96, 96, 3, 3, 96, 3, 6, 12, 12, 0),
+            (64, 64, 3, 6, 64, 8, 4, 8, 8, 0),
+            (96, 96, 3, 6, 64, 5, 4, 8, 12, 0),
             (128, 128, 3, 3, 64, 5, 4, 8, 16, 0),
-            (192, 128, 2, 2, 128, 2, 8, 16, 16, 0),
+            (192, 128, 3, 3, 64, 3, 4, 8, 16, 0),
             (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],

@@ -40,8 +40,10 @@ pub(crate) struct Table<'a, P: 'static> {
     /// What reasons call them.
     pub name: &'static str,
     pub kernels: &'a [&'static [Kernel<P, Config>]],
-    /// What those know that are not `general`; these know everything.
+    /// What those know that are not `general`.
     pub plain: &'static [Feature],
+    /// What those know that are.
+    pub general: &'static [Feature],
     /// Whether they take shorter heads than they are built for.
     pub pads: bool,
 }
@@ -86,7 +88,8 @@ impl<P> Table<'_, P> {
             let up_to = if self.pads { "up to " } else { "" };
             return Err(format!("{}: headdim {}; allowed: {up_to}{allowed}", self.name, in_words(headdim, headdim_v)));
         }
-        let knows = |config: &Config, feature: &Feature| config.general || self.plain.contains(feature);
+        let known = |config: &Config| if config.general { self.general } else { self.plain };
+        let knows = |config: &Config, feature: &Feature| known(config).contains(feature);
         let runs_mask =
             |config: &Config| config.general || config.causal.is_none_or(|causal| causal == problem.is_causal());
         let able = fitting().filter(|Kernel { config, .. }| {
@@ -157,8 +160,9 @@ impl fmt::Debug for Family {
 impl Family {
     /// Standard attention for this problem, or why there is none.
     pub fn standard(wanted: &Wanted) -> Result<Self, String> {
+        let known = Feature::OF_ELDERS;
         let find =
-            |kernels: &[_]| Table { name: "standard", kernels, plain: Feature::OF_ELDERS, pads: false }.find(wanted);
+            |kernels: &[_]| Table { name: "standard", kernels, plain: known, general: known, pads: false }.find(wanted);
         Ok(Family::Standard {
             scores: find(&[standard::SCORES])?,
             probabilities: find(&[standard::PROBABILITIES])?,
@@ -168,13 +172,15 @@ impl Family {
 
     /// FlashAttention for this problem, or why there is none.
     pub fn flash1(wanted: &Wanted) -> Result<Self, String> {
-        let table = Table { name: "flash1", kernels: &[flash1::FORWARD], plain: Feature::OF_ELDERS, pads: false };
+        let known = Feature::OF_ELDERS;
+        let table = Table { name: "flash1", kernels: &[flash1::FORWARD], plain: known, general: known, pads: false };
         table.find(wanted).map(Family::Flash1)
     }
 
     /// FlashAttention-2 for this problem, or why there is none.
     pub fn flash2(wanted: &Wanted) -> Result<Self, String> {
-        let table = Table { name: "flash2", kernels: &[flash2::FORWARD], plain: Feature::PLAIN, pads: true };
+        let kernels = &[flash2::FORWARD];
+        let table = Table { name: "flash2", kernels, plain: Feature::PLAIN, general: Feature::ALL, pads: true };
         table.find(wanted).map(Family::Flash2)
     }
 
@@ -185,7 +191,8 @@ impl Family {
 
     /// FlashAttention-3 with one of these entry points for this problem, or why there is none.
     pub fn flash3_of(wanted: &Wanted, kernels: &'static [Kernel<flash3::Params, Config>]) -> Result<Self, String> {
-        let table = Table { name: "flash3", kernels: &[kernels], plain: Feature::OF_HOPPER, pads: true };
+        let (plain, general) = (Feature::OF_HOPPER, Feature::OF_GENERAL_HOPPER);
+        let table = Table { name: "flash3", kernels: &[kernels], plain, general, pads: true };
         let is_filled = |config: &_| hopper::fills_tiles(wanted.problem, config);
         let find = |is_few| table.find_among(wanted, |config| config.few == is_few, is_filled);
         let kernel = find(false)?;
@@ -369,7 +376,8 @@ mod tests {
         let layout = |headdim| Layout::contiguous(dtype, &[1, 8, 1, headdim]).expect("small");
         let (q, v) = (layout(headdims[0]), layout(headdims[1]));
         let problem = Problem::new(&q, &q, &v, options).expect("valid");
-        let table = Table { name: "test", kernels: &[&KERNELS], plain: Feature::PLAIN, pads: true };
+        let table =
+            Table { name: "test", kernels: &[&KERNELS], plain: Feature::PLAIN, general: Feature::ALL, pads: true };
         table.find(&Wanted::new(&problem, Access { aligned, mapped: true }, Target::SMALLEST)).map(|kernel| kernel.name)
     }
 

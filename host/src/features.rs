@@ -17,6 +17,8 @@ pub(crate) enum Feature {
     Scale,
     /// A cap of the scores.
     Softcap,
+    /// One in whose units numbers overflow or vanish.
+    ExtremeSoftcap,
     /// ALiBi slopes.
     Alibi,
     /// A bias.
@@ -58,9 +60,45 @@ impl Feature {
         Feature::Unmapped,
     ];
 
-    /// What flash3 knows.
+    /// What kernels know that are `general`, unless they are for Hopper.
+    pub const ALL: &[Feature] = &[
+        Feature::Causal,
+        Feature::Window,
+        Feature::Scale,
+        Feature::Softcap,
+        Feature::ExtremeSoftcap,
+        Feature::Alibi,
+        Feature::Bias,
+        Feature::Mask,
+        Feature::Dropout,
+        Feature::Sinks,
+        Feature::GroupedQueries,
+        Feature::Varlen,
+        Feature::NoQueries,
+        Feature::NoKeys,
+        Feature::HeaddimV,
+        Feature::OddHeaddim,
+        Feature::Unaligned,
+        Feature::Unmapped,
+    ];
+
+    /// What flash3's kernels know that are not `general`.
     pub const OF_HOPPER: &[Feature] =
         &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen, Feature::NoQueries, Feature::HeaddimV];
+
+    /// What its `general` ones know: whatever takes no tensor of scores and no random numbers, and has a tensor map.
+    pub const OF_GENERAL_HOPPER: &[Feature] = &[
+        Feature::Causal,
+        Feature::Window,
+        Feature::Scale,
+        Feature::Softcap,
+        Feature::Alibi,
+        Feature::Sinks,
+        Feature::GroupedQueries,
+        Feature::Varlen,
+        Feature::NoQueries,
+        Feature::HeaddimV,
+    ];
 
     /// What its backward pass knows.
     pub const OF_HOPPER_BACKWARD: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen];
@@ -81,6 +119,7 @@ impl Feature {
             (windowed, Feature::Window),
             (problem.softmax_scale <= 0.0, Feature::Scale),
             (problem.softcap.is_some(), Feature::Softcap),
+            (problem.softcap.is_some_and(|softcap| !(1e-20..=1e20).contains(&softcap)), Feature::ExtremeSoftcap),
             (problem.alibi, Feature::Alibi),
             (problem.bias.is_some(), Feature::Bias),
             (problem.mask.is_some(), Feature::Mask),
@@ -108,6 +147,7 @@ impl fmt::Display for Feature {
             Feature::Window => "window_size",
             Feature::Scale => "a softmax_scale of 0 or less",
             Feature::Softcap => "softcap",
+            Feature::ExtremeSoftcap => "a softcap below 1e-20 or above 1e20",
             Feature::Alibi => "alibi_slopes",
             Feature::Bias => "bias",
             Feature::Mask => "mask",

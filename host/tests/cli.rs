@@ -559,8 +559,8 @@ fn info_explains_which_kernels_would_run() {
 
     // Until PTX for Hopper has been built, Hopper runs what other GPUs do, and is told why.
     let is_built = !succeeds(["ptx", "--arch=sm_90a"]).is_empty();
-    let (plain, capped) = match is_built {
-        true => ("flash3: flash3 is the newest kernel", "no kernel of bf16 and headdim 128 for softcap"),
+    let (plain, dropped) = match is_built {
+        true => ("flash3: flash3 is the newest kernel", "no kernel of bf16 and headdim 128 for dropout"),
         false => (
             "flash2: flash2 is the newest kernel that can: flash3: this build embeds no PTX for sm_90a",
             "this build embeds no PTX for sm_90a",
@@ -572,8 +572,9 @@ fn info_explains_which_kernels_would_run() {
     let packed = format!("forward       {plain}{}", if is_built { packed } else { "" });
     let step = ["info", "--explain-dispatch", "--arch=sm_90", "--seqlen=1", "--seqlen-k=512", "--nheads-k=4"];
     assert_eq!(succeeds(step).lines().nth(2), Some(&*packed));
-    let expected = format!("forward       flash2: flash2 is the newest kernel that can: flash3: {capped}");
-    assert_eq!(explained(&["--arch=sm_90", "--softcap=30"])[2], expected);
+    assert_eq!(explained(&["--arch=sm_90", "--softcap=30"])[2], format!("forward       {plain}"));
+    let expected = format!("forward       flash2: flash2 is the newest kernel that can: flash3: {dropped}");
+    assert_eq!(explained(&["--arch=sm_90", "--softcap=30", "--dropout=0.1"])[2], expected);
 
     // What flash3's backward pass cannot do is left to flash2 too.
     let backward = |arguments: &[&str]| {

@@ -20,7 +20,8 @@ pub struct Config {
     pub headdim_v: u32,
     /// Whether it masks causally; `None` when its argument says.
     pub causal: Option<bool>,
-    /// Whether it asks its arguments for windows, masks, caps, biases, dropout and alignment. Others know only their own mask.
+    /// Whether it asks its arguments for windows, masks, caps, biases, dropout and alignment; those of Hopper for windows, caps,
+    /// ALiBi and sinks. Others know only their own mask.
     pub general: bool,
     /// Rows of Q (or of a softmax) that a block takes at a time.
     pub block_m: u32,

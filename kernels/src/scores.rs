@@ -6,7 +6,8 @@
 use crate::attention::{Attention, Sequence};
 use crate::mask::Mask;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{LOG2_E, tanh};
+use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_small};
+use cuda_std::warp::{ALL, any};
 use cuda_std::{Element, Global};
 
 /// The scores of one head of one sequence.
@@ -72,6 +73,61 @@ impl<T: Element> Scores<T> {
     #[inline(always)]
     fn depend_on_place(&self) -> bool {
         self.slope != 0.0 || !self.bias.is_null() || !self.visible.is_null()
+    }
+
+    /// Whether scores are more than softmax_scale · Q Kᵀ, with a scale that is positive, and what the window hides: in kernels
+    /// that know neither bias nor mask.
+    #[inline(always)]
+    pub fn are_changed(a: &Attention<T>) -> bool {
+        a.softcap != 0.0 || a.softmax_scale <= 0.0 || !a.alibi_slopes.is_null()
+    }
+
+    /// What the softmax multiplies scores with for log2 units, positive: after [`apply_relative`](Self::apply_relative) log2(e)
+    /// times the cap, or without one log2(e); where they are not changed, and are Q Kᵀ still, the softmax scale in log2 units.
+    #[inline(always)]
+    pub fn relative_scale<const GENERAL: bool>(a: &Attention<T>) -> f32 {
+        if GENERAL && Self::are_changed(a) {
+            if a.softcap == 0.0 { LOG2_E } else { a.softcap * LOG2_E }
+        } else {
+            a.softmax_scale * LOG2_E
+        }
+    }
+
+    /// S = Q Kᵀ becomes what the softmax takes for it, but for bias and mask; as a part of the cap, if there is one, as the
+    /// softmax multiplies in any case. The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides a
+    /// part of it. A warp says this together.
+    #[inline(always)]
+    #[track_caller]
+    pub fn apply_relative<const N: usize>(
+        &self,
+        s: &mut Accumulator<1, N>,
+        (first_row, first_key): (u32, u32),
+        partial: bool,
+    ) {
+        // A division that rounds correctly would be a call, for which registers are saved.
+        let inverse = if self.softcap == 0.0 { 1.0 } else { rcp(self.softcap) };
+        let scale = self.softmax_scale * inverse;
+        s.map(|_, _, s| s * scale);
+        if self.softcap != 0.0 {
+            let is_small = |half| s.fold_row(0, half, f32::max) <= 0.5 && s.fold_row(0, half, f32::min) >= -0.5;
+            if any(ALL, !(is_small(0) && is_small(1))) {
+                s.map(|_, _, s| tanh(s));
+            } else {
+                s.map(|_, _, s| tanh_of_small(s));
+            }
+        }
+        if partial {
+            self.mask.apply(s, first_row, first_key);
+        }
+        if self.slope != 0.0 {
+            // Of a row the distance of the first of a lane's columns: conversions take longer than differences.
+            let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+            let (slope, first) = (-self.slope * inverse, Accumulator::<1, N>::column(0, 0));
+            s.map(|row, column, s| {
+                let distance = (first_row + row + seqlen_k) as i32 - (seqlen_q + first_key + first) as i32;
+                fma((distance as f32 - (column - first) as f32).abs(), slope, s)
+            });
+        }
     }
 
     /// Whether query `row` sees key `key`; a bias of -inf hides it. Rows beyond the last query see nothing.

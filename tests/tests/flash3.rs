@@ -1,6 +1,6 @@
 //! FlashAttention-3 on the simulated GPU, whose two multiprocessors take several tiles each: what the grid that all
 //! kernels share leaves out.
-use ferroflash::{Backend, DType, Kernel, Session, SimulatorOptions, accuracy};
+use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session, SimulatorOptions, accuracy};
 use ferroflash_tests::beside;
 use ferroflash_tests::combination::Combination;
 use ferroflash_tests::features::plain;
@@ -303,6 +303,153 @@ fn tensors_with_gaps() {
     }
 }
 
+/// A problem of so many queries and keys that a kernel has to ask its arguments for, in each way in which it may.
+fn asking(lengths: (usize, usize), headdims: (usize, usize)) -> [Combination; 6] {
+    let plain = || plain(DType::BF16, lengths, headdims);
+    let of = |options: fn(AttentionOptions) -> AttentionOptions| Combination {
+        options: options(AttentionOptions::new()),
+        ..plain()
+    };
+    [
+        of(|options| options.causal(true).window_size(100, None)),
+        of(|options| options.window_size(30, 70)),
+        of(|options| options.causal(true).softcap(2.0)),
+        Combination { alibi: Some(true), ..of(|options| options.window_size(None, 50).softcap(20.0)) },
+        Combination { sinks: true, alibi: Some(false), ..of(|options| options.causal(true)) },
+        Combination { sinks: true, ..of(|options| options.softmax_scale(-0.2).window_size(90, None)) },
+    ]
+}
+
+/// Checks a problem, and that it was a general kernel that ran it.
+fn check_general(combination: &Combination) {
+    let tensors = combination.tensors();
+    let forward =
+        combination.forward(&session(), &tensors).unwrap_or_else(|reason| panic!("{combination:?}: {reason}"));
+    let entry = forward.report.launches[0].entry;
+    assert!(entry.ends_with("_general"), "{combination:?}: {entry}");
+    let accuracy = combination.accuracy(&tensors, &forward).expect("of these tensors");
+    assert!(accuracy.passed(), "{combination:?}: {accuracy}");
+}
+
+/// Windows, caps, ALiBi, sinks and scales of any sign, of all head dimensions that it is built for and of shorter ones, with
+/// tails of tiles and of blocks.
+#[test]
+fn general_head_dimensions() {
+    let headdims = [(8, 8), (64, 64), (88, 96), (128, 128), (192, 128), (192, 192), (256, 256)];
+    for (i, headdims) in headdims.into_iter().enumerate() {
+        for (j, combination) in asking((210, 470), headdims).into_iter().enumerate() {
+            let dtype = [DType::F16, DType::BF16][(i + j) % 2];
+            check_general(&Combination { dtype, lengths: vec![(210, 470)], group: 1, ..combination });
+        }
+    }
+}
+
+/// Windows of any width, in which a warpgroup leaves out blocks of keys before or behind its own, that other warpgroups see; of
+/// queries that see no key; of more queries than keys, and fewer; of tile after tile.
+#[test]
+fn windows() {
+    for (lengths, left, right) in [
+        ((700, 700), Some(0), Some(0)),
+        ((700, 700), Some(63), Some(0)),
+        ((700, 900), Some(128), Some(0)),
+        ((700, 700), Some(300), Some(0)),
+        ((500, 900), Some(0), Some(64)),
+        ((500, 400), Some(1), Some(200)),
+        ((260, 1100), Some(1000), Some(3)),
+        ((400, 130), Some(20), Some(0)),
+        ((500, 300), None, Some(40)),
+        ((500, 300), Some(40), None),
+        ((1, 600), Some(130), Some(0)),
+        ((20, 600), Some(70), Some(5)),
+        ((193, 1), Some(7), Some(9)),
+    ] {
+        for headdim in [64, 256] {
+            let mut combination = plain(DType::BF16, lengths, (headdim, headdim));
+            combination.options = combination.options.window_size(left, right);
+            combination.group = 3;
+            check_general(&combination);
+        }
+    }
+}
+
+/// Sequences of different lengths, of which some have no key, no query, or rows that see nothing.
+#[test]
+fn general_sequences_of_different_lengths() {
+    let lengths = vec![(5, 9), (0, 7), (200, 300), (130, 0), (64, 193), (150, 40), (0, 0), (300, 300)];
+    let many = (0..flash3::order::MAX_SEQUENCES as usize + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    for (i, combination) in asking((0, 0), (64, 64)).into_iter().enumerate() {
+        check_general(&Combination { varlen: true, lengths: lengths.clone(), sinks: i % 2 == 0, ..combination });
+    }
+    let [window, ..] = asking((0, 0), (64, 64));
+    check_general(&Combination { varlen: true, lengths: many, nheads_k: 1, group: 1, sinks: true, ..window });
+}
+
+/// Scores near the cap and beyond, where tanh is no polynomial; and far below.
+#[test]
+fn caps() {
+    for (softcap, scale) in [(1.0, 2.0), (5.0, 0.5), (50.0, 0.125), (0.01, 0.125), (3.0, -1.0)] {
+        let mut combination = plain(DType::F16, (70, 200), (64, 64));
+        combination.options = combination.options.causal(true).softcap(softcap).softmax_scale(scale);
+        check_general(&combination);
+    }
+}
+
+/// Tensors with gaps, which general kernels neither read nor write.
+#[test]
+fn general_tensors_with_gaps() {
+    for (i, headdims) in [(48, 48), (128, 128)].into_iter().enumerate() {
+        for mut combination in asking((140, 230), headdims) {
+            // Of the gradients none is asked for.
+            combination.options.deterministic = true;
+            let gaps = [Gaps::Aligned, Gaps::HeadsFirst][i % 2];
+            let checked = combination.check_pointers(Machine::Simulator, Kernel::Flash3, gaps);
+            checked.unwrap_or_else(|reason| panic!("{reason}"));
+        }
+    }
+}
+
+/// A value that is not finite reaches the queries whose windows have its key, and no other row of their tile.
+#[test]
+fn windows_hide_what_is_not_finite() {
+    let (seqlen, left, nheads) = (150, 40, 2);
+    let case = Case { nheads, nheads_k: nheads, ..Case::single(DType::BF16, (seqlen, seqlen), 64, true) };
+    let [q, k, v] = case.inputs();
+    for (value, softcap) in [(f32::NAN, None), (f32::INFINITY, None), (f32::NAN, Some(30.0))] {
+        let mut options = AttentionOptions::new().causal(true).window_size(left, None);
+        options.softcap = softcap;
+        // Column 5 of key 61 of the second head of V.
+        let mut values = v.to_f32();
+        values[(61 * nheads + 1) * 64 + 5] = value;
+        let v = tensor(DType::BF16, values, v.shape());
+        let result = session().attention(&q, &k, &v, &options).expect("valid");
+        let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+        assert!(accuracy.passed(), "{value}: {accuracy}");
+        for (row, o) in result.out.to_f32().chunks(64).enumerate() {
+            let (query, head) = (row / nheads, row % nheads);
+            let sees = (61..=61 + left).contains(&query) && head == 1;
+            let others_are_finite = o.iter().enumerate().all(|(column, o)| column == 5 || o.is_finite());
+            assert!(others_are_finite && o[5].is_finite() != sees, "{value}: query {query}, head {head}");
+        }
+    }
+}
+
+/// What general kernels leave to flash2 is named.
+#[test]
+fn features_that_it_has_not() {
+    let refused = |combination: Combination| {
+        combination.forward(&session(), &combination.tensors()).expect_err("refused").to_string()
+    };
+    let problem = || plain(DType::BF16, (20, 30), (64, 64));
+    let of_bias = refused(Combination { bias: Some([false; 3]), ..problem() });
+    assert!(of_bias.ends_with("flash3: no kernel of bf16 and headdim 64 for bias"), "{of_bias}");
+    let of_both = refused(Combination {
+        mask: Some([true; 3]),
+        options: problem().options.softcap(3.0).dropout(0.5, 1, 2),
+        ..problem()
+    });
+    assert!(of_both.ends_with("flash3: no kernel of bf16 and headdim 64 for mask, dropout"), "{of_both}");
+}
+
 /// Gradients of the head dimensions that the backward pass is built for and of shorter ones, with tails of blocks.
 #[test]
 fn gradients_of_head_dimensions() {
@@ -397,16 +544,18 @@ fn deterministic_gradients_do_not_depend_on_what_else_runs() {
 fn any_order_of_threads_gives_the_same_bits() {
     let case = Case { nheads: 3, ..Case::single(DType::F16, (200, 700), 64, true) };
     let [q, k, v] = case.inputs();
-    let run = |seed| {
-        let mut options = SimulatorOptions::default();
-        options.seed = seed;
-        let session = session().simulator_options(options);
-        session.attention(&q, &k, &v, &case.options()).unwrap_or_else(|error| panic!("seed {seed}: {error}"))
-    };
-    let natural = run(0);
-    for seed in 1..=4 {
-        let permuted = run(seed);
-        assert_eq!(natural.out.bytes(), permuted.out.bytes(), "seed {seed}");
-        assert_eq!(natural.softmax_lse.bytes(), permuted.softmax_lse.bytes(), "seed {seed}");
+    for options in [case.options(), case.options().window_size(70, None).softcap(9.0)] {
+        let run = |seed| {
+            let mut simulator = SimulatorOptions::default();
+            simulator.seed = seed;
+            let session = session().simulator_options(simulator);
+            session.attention(&q, &k, &v, &options).unwrap_or_else(|error| panic!("seed {seed}: {error}"))
+        };
+        let natural = run(0);
+        for seed in 1..=4 {
+            let permuted = run(seed);
+            assert_eq!(natural.out.bytes(), permuted.out.bytes(), "seed {seed}");
+            assert_eq!(natural.softmax_lse.bytes(), permuted.softmax_lse.bytes(), "seed {seed}");
+        }
     }
 }

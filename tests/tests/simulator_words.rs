@@ -1,6 +1,6 @@
 //! What the words of the device do on the simulated GPU, against plain Rust.
 use cuda_std::element::{bf16, f16, tf32};
-use cuda_std::math::round_to_tf32;
+use cuda_std::math::{round_to_tf32, tanh_of_small};
 use cuda_std::matrix::{self, PackedElement};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::sim::{Launch, Memory, Options, launch};
@@ -29,6 +29,16 @@ fn each_lane<T: Scalar>(kernel: impl Fn(u32) -> T + Sync) -> Vec<T> {
 
 fn of_lanes<T>(expected: impl Fn(u32) -> T) -> Vec<T> {
     (0..32).map(expected).collect()
+}
+
+#[test]
+fn tanh_of_small_numbers() {
+    for n in -512..=512 {
+        let x = n as f32 / 1024.0;
+        let [exact, error] = [f64::from(x).tanh(), 2f64.powi(-23)];
+        let found = each_lane(move |_| tanh_of_small(x))[0];
+        assert!((f64::from(found) - exact).abs() <= exact.abs() * error, "{x}: {found}, {exact}");
+    }
 }
 
 #[test]

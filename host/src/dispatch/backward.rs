@@ -233,10 +233,9 @@ impl BackwardPlan {
 impl Passes {
     /// FlashAttention-3's. The gradients that not every pass has are of what it does not know.
     fn flash3(wanted: &Wanted) -> Result<Self, String> {
-        let name = "flash3 backward";
-        let find = |kernels: &[&'static [_]]| {
-            Table { name, kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true }.find(wanted)
-        };
+        let (name, known) = ("flash3 backward", Feature::OF_HOPPER_BACKWARD);
+        let find =
+            |kernels: &[&'static [_]]| Table { name, kernels, plain: known, general: known, pads: true }.find(wanted);
         let pass = find(&[flash3::WHOLE, flash3::SPLIT])?;
         // Heads that are taken whole need no order either; but whether they are depends on how many the batch has.
         if wanted.problem.deterministic {
@@ -446,7 +445,7 @@ fn found(
     kernels: &[&'static [EntryPoint<Params, Config>]],
     wanted: &Wanted,
 ) -> Result<&'static EntryPoint<Params, Config>, String> {
-    Table { name, kernels, plain: Feature::PLAIN, pads: true }.find(wanted)
+    Table { name, kernels, plain: Feature::PLAIN, general: Feature::ALL, pads: true }.find(wanted)
 }
 
 impl Step {

@@ -11,6 +11,7 @@ use kernels::flash3::{GROUP_ROWS, Params, combine};
 
 use crate::error::Result;
 use crate::launch::Launch;
+use crate::options::WindowSize;
 use crate::problem::Problem;
 use crate::target::Resources;
 use maps::{Extents, map, map_of_packs};
@@ -98,8 +99,8 @@ fn launch(
 /// gives the same bits on each, and the workspace is known before the device is.
 const MULTIPROCESSORS: u64 = 132;
 
-/// From so many keys on the last packs of a causal problem are left to blocks of one tile: on an H100 that gains 1 % to 5 %,
-/// and loses as much where sequences are shorter, unless the units of a pack differ.
+/// From so many keys on, or in windows of so many, the last packs of a causal problem are left to blocks of one tile: on an H100
+/// that gains 1 % to 5 %, and loses as much where sequences are shorter, unless the units of a pack differ.
 const LONG: usize = 4096;
 
 /// With so many keys a query the tiles of a causal problem cost the same, and are not paired: those of a pack run side by side
@@ -143,14 +144,20 @@ fn schedule(
     let packs = (problem.batch as u64).saturating_mul(packing.packs(problem.nheads as u32).into());
     Launch::check_blocks(packs.saturating_mul(u64::from(tiles)).saturating_mul(splits.count().into()))?;
     let packs = packs as u32;
-    let may_differ = !config.few || !splits.are_divided() && !has_many_keys_a_query(problem);
-    let is_paired = problem.is_causal() && may_differ;
+    let asks = config.few || config.general;
+    let may_differ = !asks || !splits.are_divided() && !has_many_keys_a_query(problem);
+    // The wider the window of a row is, the further on it is; or the further back.
+    let widens = problem.window.left.is_some() != problem.window.right.is_some();
+    let is_paired = widens && may_differ;
     let units = units_of_pack(tiles, is_paired) * splits.count();
-    let is_long = problem.seqlen_k >= LONG || !tiles.is_multiple_of(2);
+    let is_long = match problem.window {
+        WindowSize { left: Some(left), right: Some(right) } => left.saturating_add(right) + 1 >= LONG,
+        _ => is_paired && (problem.seqlen_k >= LONG || !tiles.is_multiple_of(2)),
+    };
     let walked_packs = if problem.varlen.is_some() {
         // More sequences than walkers can put into order: each tile is left to a block.
         if problem.batch > MAX_SEQUENCES as usize { 0 } else { packs }
-    } else if is_paired && is_long {
+    } else if is_long {
         // The units that are left over when all walkers end, and as many as half of them do meanwhile.
         let unwalked = (u64::from(multiprocessors) * 3).div_ceil(2 * u64::from(units));
         u64::from(packs).saturating_sub(unwalked) as u32
@@ -236,6 +243,46 @@ mod tests {
         assert_eq!(scheduled(256, true), (1, 0, 32, 32));
         assert_eq!(scheduled(512, true), (1, 1, 0, 64));
         assert_eq!(scheduled(512, false), (1, 0, 64, 64));
+    }
+
+    #[test]
+    fn tiles_of_windows_that_are_open_on_one_side_are_paired() {
+        let x = |seqlen| Layout::contiguous(DType::BF16, &[1, seqlen, 16, 128]).expect("small");
+        let scheduled = |lengths: (usize, usize), left, right| {
+            let options = AttentionOptions::new().window_size(left, right).softcap(9.0);
+            let (q, k) = (x(lengths.0), x(lengths.1));
+            let problem = Problem::new(&q, &k, &k, &options).expect("valid");
+            let config = Config { block_m: 128, block_n: 64, general: true, ..FORWARD[0].config };
+            let (schedule, blocks) = schedule(&problem, (Packing::SINGLE, Splits::ONE), &config, 132).expect("small");
+            (schedule.paired, schedule.walked_packs, blocks)
+        };
+        // As under a causal mask.
+        assert_eq!(scheduled((16384, 16384), None, Some(0)), (1, 12, 132 + 4 * 128));
+        assert_eq!(scheduled((2048, 2048), Some(70), None), (1, 16, 128));
+        // All tiles cost the same: two heads are left to blocks of one tile where these are long.
+        assert_eq!(scheduled((16384, 16384), Some(4095), Some(0)), (0, 14, 132 + 2 * 128));
+        assert_eq!(scheduled((16384, 16384), Some(1023), Some(0)), (0, 16, 132));
+        assert_eq!(scheduled((2048, 2048), None, None), (0, 16, 132));
+        assert_eq!(scheduled((128, 2048), None, Some(0)), (0, 16, 16));
+    }
+
+    #[test]
+    fn general_kernels_take_what_others_do_not_know() {
+        let chosen = |headdims: [usize; 2], options: AttentionOptions| {
+            let x = |headdim| Layout::contiguous(DType::BF16, &[2, 512, 4, headdim]).expect("small");
+            let problem = Problem::new(&x(headdims[0]), &x(headdims[0]), &x(headdims[1]), &options).expect("valid");
+            let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true }, Target::HOPPER);
+            Family::flash3(&wanted).map(|family| family.kernels()[0].1)
+        };
+        let plain = AttentionOptions::new;
+        for headdims in [[8, 8], [64, 64], [72, 96], [128, 128], [192, 128], [192, 192], [256, 256]] {
+            assert!(!chosen(headdims, plain().causal(true)).expect("plain").general);
+            for options in [plain().window_size(3, 5), plain().causal(true).softcap(9.0), plain().softmax_scale(-1.0)] {
+                assert!(chosen(headdims, options.num_splits(4)).expect("it is built for this").general, "{headdims:?}");
+            }
+        }
+        let dropped = chosen([64, 64], plain().window_size(3, 5).dropout(0.5, 1, 2)).expect_err("no dropout");
+        assert_eq!(dropped, "flash3: no kernel of bf16 and headdim 64 for dropout");
     }
 
     #[test]

@@ -8,14 +8,16 @@ use crate::mask::{Blocks, Mask};
 use crate::online_softmax::OnlineSoftmax;
 use crate::row_softmax::RowSoftmax;
 use crate::schedule::QueryBlock;
+use crate::scores::Scores;
 use crate::spoiled_rows::attend_spoiled_rows;
+use cuda_std::Element;
 use cuda_std::barrier::Turns;
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::LOG2_E;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{self, Slot};
 use cuda_std::thread::lane_id;
-use cuda_std::warp::{ALL, any, shuffle};
+use cuda_std::warp::{ALL, any, shuffle, sync_warp};
 use cuda_std::warpgroup::{WARPGROUP, warp_in_group};
 use cuda_std::wgmma::{self, InFlight, Registers};
 
@@ -33,14 +35,15 @@ pub struct Consumer<
     const O_COLUMNS: usize,
     const CAUSAL: bool,
     const FEW: bool,
+    const GENERAL: bool,
 > {
     memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
     group: u32,
-    rows: Rows<CAUSAL, FEW>,
+    rows: Rows<CAUSAL, FEW, GENERAL>,
     queries: pipeline::Consumer<QUERIES>,
     /// Of the keys; the values are one stage behind.
     keys: pipeline::Consumer<STAGES>,
-    /// The softmax scale in log2 units.
+    /// What the softmax multiplies scores with, for log2 units.
     scale: f32,
     softmax: RowSoftmax<1>,
     p: Registers<T, STEPS>,
@@ -62,7 +65,8 @@ impl<
     const O_COLUMNS: usize,
     const CAUSAL: bool,
     const FEW: bool,
-> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, FEW>
+    const GENERAL: bool,
+> Consumer<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, CAUSAL, FEW, GENERAL>
 {
     const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
 
@@ -72,7 +76,7 @@ impl<
     pub fn new(
         memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
         group: u32,
-        softmax_scale: f32,
+        a: &Attention<T>,
         schedule: Schedule<FEW>,
     ) -> Self {
         if group + 1 == GROUPS {
@@ -84,7 +88,7 @@ impl<
             rows: Rows { schedule, first: group * GROUP_ROWS, block_n: BLOCK_N as u32 },
             queries: memory.queries.consumer_at(group),
             keys: memory.keys.consumer(),
-            scale: softmax_scale * LOG2_E,
+            scale: Scores::relative_scale::<GENERAL>(a),
             softmax: RowSoftmax::EMPTY,
             p: Registers::zero(),
             o: Accumulator::zero(),
@@ -96,7 +100,7 @@ impl<
     /// first block of a tile while the rows of the tile before it are stored: if their Q has a stage of its own.
     #[inline(always)]
     #[track_caller]
-    pub fn run(mut self, a: &Attention<T>, parts: &Parts, mut tiles: Tiles<CAUSAL, FEW>) {
+    pub fn run(mut self, a: &Attention<T>, parts: &Parts, mut tiles: Tiles<CAUSAL, FEW, GENERAL>) {
         let mut next = self.next();
         let mut s = match next {
             Some(place) => self.first(a, place).wait(),
@@ -110,15 +114,15 @@ impl<
             self.rows.hide(a, &tile, block, &mut s);
             self.softmax.take_lazily(&mut s, self.scale);
             self.p = Registers::of(&s);
-            while CAUSAL && block > begin && block > full_end {
+            while (GENERAL || CAUSAL) && block > begin && (GENERAL || block > full_end) {
                 block -= 1;
                 self.step(a, &tile, block, true);
             }
-            while block > begin {
+            while !GENERAL && block > begin {
                 block -= 1;
                 self.step(a, &tile, block, false);
             }
-            next = self.last();
+            next = self.last(begin - tile.blocks.begin);
             s = if const { QUERIES > GROUPS } {
                 match next {
                     Some(next) => {
@@ -164,13 +168,13 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn tile(&self, a: &Attention<T>, place: Place) -> Tile {
-        place.tile::<T, CAUSAL, FEW>(a, self.rows.schedule, GROUPS * GROUP_ROWS, BLOCK_N as u32)
+        place.tile::<T, CAUSAL, FEW, GENERAL>(a, self.rows.schedule, GROUPS * GROUP_ROWS, BLOCK_N as u32)
     }
 
     /// S of the last block of keys that this warpgroup's rows of a tile see.
     #[inline(always)]
     #[track_caller]
-    fn first(&mut self, a: &Attention<T>, place: Place) -> Scores<STAGES, S_COLUMNS> {
+    fn first(&mut self, a: &Attention<T>, place: Place) -> FirstScores<STAGES, S_COLUMNS> {
         let tile = &self.tile(a, place);
         for _ in self.rows.blocks(a, tile).end..tile.blocks.end {
             self.skip();
@@ -180,7 +184,7 @@ impl<
         Self::TURN.take(self.group);
         let s = self.product_with(k);
         Self::TURN.pass(self.group);
-        Scores { s, k }
+        FirstScores { s, k }
     }
 
     /// Hands back a block of keys that only other warpgroups' rows see.
@@ -221,14 +225,24 @@ impl<
         rescale.apply_if_any(&mut self.o);
     }
 
-    /// O += P V of the last block. The next tile is asked for meanwhile, if its Q has a stage of its own.
+    /// O += P V of the last block. The next tile is asked for meanwhile, if its Q has a stage of its own. In a general kernel it is
+    /// asked for later: behind this block there may be `unseen` ones, which only other warpgroups' rows see, and more of them
+    /// than there are stages, so that V is handed back before them.
     #[inline(always)]
     #[track_caller]
-    fn last(&mut self) -> Option<Place> {
+    fn last(&mut self, unseen: u32) -> Option<Place> {
         release(self.queries.slot());
         self.queries.advance_by(GROUPS);
         let v = self.values().wait();
         let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));
+        if GENERAL {
+            self.o = o.wait::<0>();
+            release(v);
+            for _ in 0..unseen {
+                self.skip();
+            }
+            return if const { QUERIES > GROUPS } { self.next() } else { None };
+        }
         let next = if const { QUERIES > GROUPS } { self.next() } else { None };
         self.o = o.wait::<0>();
         release(v);
@@ -258,13 +272,13 @@ impl<
 }
 
 /// S of a block of keys, in flight.
-struct Scores<const STAGES: u32, const N: usize> {
+struct FirstScores<const STAGES: u32, const N: usize> {
     s: InFlight<N>,
     /// The stage of the keys.
     k: Slot<STAGES>,
 }
 
-impl<const STAGES: u32, const N: usize> Scores<STAGES, N> {
+impl<const STAGES: u32, const N: usize> FirstScores<STAGES, N> {
     /// Waits for it. The keys are needed no more.
     #[inline(always)]
     #[track_caller]
@@ -277,13 +291,13 @@ impl<const STAGES: u32, const N: usize> Scores<STAGES, N> {
 
 /// The rows of a tile that a consumer warpgroup has, from `first` on.
 #[derive(Clone, Copy)]
-struct Rows<const CAUSAL: bool, const FEW: bool> {
+struct Rows<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> {
     schedule: Schedule<FEW>,
     first: u32,
     block_n: u32,
 }
 
-impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
+impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW, GENERAL> {
     /// The blocks of keys that they need; one at least. Rows behind the last query need no more.
     #[inline(always)]
     fn blocks<T>(self, a: &Attention<T>, tile: &Tile) -> Blocks {
@@ -292,8 +306,8 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
         if first_query >= sequence.seqlen_q {
             return Blocks { end: blocks.begin, ..blocks }.or_one();
         }
-        if CAUSAL {
-            let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
+        if CAUSAL || GENERAL {
+            let mask = Mask::of::<T, CAUSAL, GENERAL>(a, &sequence);
             let own = mask.key_blocks(first_query, self.schedule.packing.query(GROUP_ROWS), self.block_n).or_one();
             self.schedule.splits.within(blocks, own)
         } else {
@@ -301,13 +315,18 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
         }
     }
 
-    /// Sets the scores of keys that rows do not see to -inf.
+    /// Sets the scores of keys that rows do not see to -inf. In a general kernel scores become what the softmax takes for them.
     #[inline(always)]
     #[track_caller]
-    fn hide<T, const N: usize>(self, a: &Attention<T>, tile: &Tile, block: u32, s: &mut Accumulator<1, N>) {
-        if self.blocks(a, tile).is_partial(block) {
-            let mask = Mask::of::<T, CAUSAL, false>(a, &tile.sequence);
-            let (first_query, first_key) = (self.of_warp(tile).first_row, block * self.block_n);
+    fn hide<T: Element, const N: usize>(self, a: &Attention<T>, tile: &Tile, block: u32, s: &mut Accumulator<1, N>) {
+        let is_partial = self.blocks(a, tile).is_partial(block);
+        let mask = Mask::of::<T, CAUSAL, GENERAL>(a, &tile.sequence);
+        let first_key = block * self.block_n;
+        if GENERAL && Scores::are_changed(a) {
+            let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
+            Scores::new(a, &sequence, head, mask).apply_relative(s, (first_row, first_key), is_partial);
+        } else if is_partial {
+            let first_query = self.of_warp(tile).first_row;
             s.map(|row, key, s| {
                 let sees = mask.sees(first_query + self.schedule.packing.query(row), first_key + key);
                 if sees { s } else { f32::NEG_INFINITY }
@@ -333,7 +352,8 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
         let lse = if splits.are_divided() { parts.lse_of(tile.split) } else { a.softmax_lse };
         let head_row = a.first_row(&sequence, head);
         let lse = lse.offset(head_row);
-        softmax.finish(o, f32::NEG_INFINITY, |row, state| {
+        let sink = if GENERAL { a.sink(head) } else { f32::NEG_INFINITY };
+        softmax.finish(o, sink, |row, state| {
             let (head, query) = (packing.head(row), first_row + packing.query(row));
             // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.
             let index = head * a.lse_head_stride as u32 + query;
@@ -356,7 +376,7 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
             (head * a.o.head_stride + query as u64 * a.o.row_stride, query < block.rows())
         });
         // Where all keys are seen, and what lies behind them is loaded as zeros, nothing spoils a row.
-        (CAUSAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite())
+        (CAUSAL || GENERAL || !a.cu_seqlens_k.is_null()) && any(ALL, !o.is_finite())
     }
 
     /// Computes again which of these rows, stored, are not finite.
@@ -368,12 +388,16 @@ impl<const CAUSAL: bool, const FEW: bool> Rows<CAUSAL, FEW> {
         tile: &Tile,
     ) {
         let first = self.of_warp(tile);
-        let (mask, scale) = (Mask::of::<T, CAUSAL, false>(a, &first.sequence), a.softmax_scale * LOG2_E);
+        let (mask, scale) = (Mask::of::<T, CAUSAL, GENERAL>(a, &first.sequence), a.softmax_scale * LOG2_E);
         let (heads, queries) = (self.schedule.packing.heads().min(16), self.schedule.packing.query(16).max(1));
         for head in 0..heads {
             let block = QueryBlock { head: first.head + head, ..first };
             let o_rows = block.sequence.query_matrix(&a.o, block.head, block.first_row, a.headdim_v, true);
-            let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
+            let scores = if GENERAL { Some(Scores::new(a, &block.sequence, block.head, mask)) } else { None };
+            let weight = |row, key, q_k: f32, softmax: OnlineSoftmax| match &scores {
+                Some(scores) => scores.sees(row, key).then(|| softmax.weight(scores.score(row, key, q_k))),
+                None => Some(softmax.weight(q_k * scale)),
+            };
             attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(a, &block, mask, true, o_rows, 0..queries, weight);
         }
     }

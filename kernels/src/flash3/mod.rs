@@ -13,6 +13,9 @@
 //! the next tile while the consumers finish the last, and these have its first S computed while they store O. Keys are walked
 //! from the last to the first: what is masked comes first, and each warpgroup leaves out what none of its rows sees.
 //!
+//! Kernels without a mask, with a causal mask, and general ones, which ask their arguments for a window, a cap, ALiBi and sinks;
+//! biases, other masks and dropout they do not know.
+//!
 //! What is not finite at keys that a row does not see must not reach it: as in [`flash2`](crate::flash2), rows that turn out
 //! not to be finite are computed again.
 //!
@@ -76,6 +79,7 @@ const fn config<
     const CAUSAL: bool,
     const FROM_KEYS: u32,
     const FEW: bool,
+    const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
     Config {
@@ -84,8 +88,8 @@ const fn config<
         tf32: false,
         headdim: HEADDIM as u32,
         headdim_v: HEADDIM_V as u32,
-        causal: Some(CAUSAL),
-        general: false,
+        causal: if GENERAL { None } else { Some(CAUSAL) },
+        general: GENERAL,
         block_m: GROUPS * GROUP_ROWS,
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
@@ -94,8 +98,9 @@ const fn config<
         from_keys: FROM_KEYS,
         few: FEW,
         // Two at the start, one before the first turn, one after the last, and two a turn: at the first block of the first tile,
-        // of the others, at blocks that are skipped before either, and at other blocks, which with a causal mask have two loops.
-        barriers: if CAUSAL { 16 } else { 14 },
+        // of the others, at blocks that are skipped before either, and at other blocks, which with a causal mask have two loops;
+        // in a general kernel also at blocks that are skipped behind the last.
+        barriers: if CAUSAL || GENERAL { 16 } else { 14 },
     }
 }
 
@@ -104,9 +109,10 @@ const fn config<
 /// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each
 /// ([`schedule`]). A tile has `GROUPS` times [`GROUP_ROWS`] query rows; Q has `QUERIES` stages of [`GROUP_ROWS`] rows, for a
 /// tile or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of
-/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`]; `FEW`: [`Config::few`].
+/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`]; `FEW`:
+/// [`Config::few`]; `GENERAL`: [`Config::general`].
 #[kernel(
-    name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}_{GROUPS}x{BLOCK_N}{CAUSAL?_causal}{FEW?_few}",
+    name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}_{GROUPS}x{BLOCK_N}{CAUSAL?_causal}{FEW?_few}{GENERAL?_general}",
     arch = sm_90a,
     // TFLOP/s on an H100, in bf16, at 16384 tokens and a hidden dimension of 2048. More warpgroups hide more of each other, but
     // larger tiles are filled worse by short sequences.
@@ -125,7 +131,7 @@ const fn config<
             (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
-        CAUSAL in [false], FEW in [false],
+        CAUSAL in [false], FEW in [false], GENERAL in [false],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
             // 399, 543, 596; three warpgroups and 128 keys: 325, 521, 598.
@@ -141,7 +147,7 @@ const fn config<
             (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
-        CAUSAL in [true], FEW in [false],
+        CAUSAL in [true], FEW in [false], GENERAL in [false],
     // Of these the ones for few keys, again for few queries.
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
@@ -151,7 +157,19 @@ const fn config<
             (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
-        CAUSAL in [false, true], FEW in [true],
+        CAUSAL in [false, true], FEW in [true], GENERAL in [false],
+    // These ask their arguments for windows and for what becomes of scores. Small blocks of keys fit small windows. At 64 four
+    // warpgroups, or three and 96 keys, would spill; so would 96 keys at 96, and two warpgroups and 128 keys at 192 with 128.
+    for T in [f16, bf16],
+        (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
+            (64, 64, 3, 6, 64, 8, 4, 8, 8, 0),
+            (96, 96, 3, 6, 64, 5, 4, 8, 12, 0),
+            (128, 128, 3, 3, 64, 5, 4, 8, 16, 0),
+            (192, 128, 3, 3, 64, 3, 4, 8, 16, 0),
+            (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
+            (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
+        ],
+        CAUSAL in [false], FEW in [false], GENERAL in [true],
     config = config,
     table = FORWARD,
 )]
@@ -169,6 +187,7 @@ pub fn forward<
     const CAUSAL: bool,
     const FROM_KEYS: u32,
     const FEW: bool,
+    const GENERAL: bool,
 >(
     p: Params,
 ) {
@@ -180,14 +199,14 @@ pub fn forward<
     let (a, schedule) = (p.attention.of::<T>(), p.schedule.known::<FEW>());
     let block_m = GROUPS * GROUP_ROWS;
     if !a.cu_seqlens_q.is_null() && schedule.walkers > 0 {
-        memory.order.find::<T, CAUSAL, FEW>(&a, schedule, block_m);
+        memory.order.find::<T, CAUSAL, FEW, GENERAL>(&a, schedule, block_m);
     }
     sync_threads();
     if FEW {
         // Parts are combined by a kernel that may begin meanwhile.
         grid::launch_dependents();
     }
-    let tiles = Tiles::<CAUSAL, FEW>::new(schedule, memory.order, block_m, BLOCK_N as u32);
+    let tiles = Tiles::<CAUSAL, FEW, GENERAL>::new(schedule, memory.order, block_m, BLOCK_N as u32);
     match warpgroup_id() {
         0 => {
             match GROUPS {
@@ -195,7 +214,7 @@ pub fn forward<
                 _ => release_registers::<32>(),
             }
             if thread_idx_x() == 0 {
-                producer::produce::<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, CAUSAL, FEW>(
+                producer::produce::<T, HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, CAUSAL, FEW, GENERAL>(
                     &p, &a, memory, tiles,
                 );
             }
@@ -219,7 +238,8 @@ pub fn forward<
                 O_COLUMNS,
                 CAUSAL,
                 FEW,
-            >::new(memory, group - 1, a.softmax_scale, schedule);
+                GENERAL,
+            >::new(memory, group - 1, &a, schedule);
             consumer.run(&a, &p.parts, tiles);
         }
     }

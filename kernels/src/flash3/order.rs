@@ -6,6 +6,7 @@
 use super::schedule::Schedule;
 use super::units::tiles_of_pack;
 use crate::attention::{Attention, Sequence};
+use crate::mask::Mask;
 use cuda_std::shared::Shared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
 
@@ -34,15 +35,30 @@ impl Order {
     /// Finds it. Said by all threads of the block, before a barrier.
     #[inline(always)]
     #[track_caller]
-    pub fn find<T, const CAUSAL: bool, const FEW: bool>(self, a: &Attention<T>, schedule: Schedule<FEW>, block_m: u32) {
+    pub fn find<T, const CAUSAL: bool, const FEW: bool, const GENERAL: bool>(
+        self,
+        a: &Attention<T>,
+        schedule: Schedule<FEW>,
+        block_m: u32,
+    ) {
         let Schedule { packing, .. } = schedule;
         let own = || Own { next: thread_idx_x(), end: a.batch };
         for i in own() {
-            let Sequence { seqlen_q, seqlen_k, .. } = a.sequence(i);
+            let sequence = a.sequence(i);
+            let Sequence { seqlen_q, seqlen_k, .. } = sequence;
             let tiles = tiles_of_pack(packing.rows(seqlen_q), block_m);
-            let units = packing.packs(a.nheads) * schedule.units_of_pack::<CAUSAL>(tiles);
-            // The last rows of a sequence see all keys, under a causal mask the first rows `seqlen_q` less.
-            let cost = if CAUSAL { (2 * seqlen_k).saturating_sub(seqlen_q) } else { seqlen_k };
+            let units = packing.packs(a.nheads) * schedule.units_of_pack::<CAUSAL, GENERAL>(tiles);
+            // The last rows of a sequence see all keys, under a causal mask the first rows `seqlen_q` less,
+            // in another window as many as it has there.
+            let cost = if GENERAL {
+                let mask = Mask::of::<T, CAUSAL, GENERAL>(a, &sequence);
+                let seen = |row| mask.end(row).saturating_sub(mask.begin(row));
+                seen(0) + seen(seqlen_q.saturating_sub(1))
+            } else if CAUSAL {
+                (2 * seqlen_k).saturating_sub(seqlen_q)
+            } else {
+                seqlen_k
+            };
             self.costs.store_vector(2 * i, [cost, units]);
         }
         sync_threads();

@@ -21,11 +21,12 @@ pub fn produce<
     const STAGES: u32,
     const CAUSAL: bool,
     const FEW: bool,
+    const GENERAL: bool,
 >(
     p: &Params,
     a: &Attention<T>,
     memory: Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>,
-    mut tiles: Tiles<CAUSAL, FEW>,
+    mut tiles: Tiles<CAUSAL, FEW, GENERAL>,
 ) {
     let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
     q_map.prefetch();

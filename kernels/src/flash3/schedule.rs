@@ -85,7 +85,7 @@ impl Place {
     /// The tile of `block_m` rows that is there, with its part of their [`key_blocks`].
     #[inline(always)]
     #[track_caller]
-    pub fn tile<T, const CAUSAL: bool, const FEW: bool>(
+    pub fn tile<T, const CAUSAL: bool, const FEW: bool, const GENERAL: bool>(
         self,
         a: &Attention<T>,
         schedule: Schedule<FEW>,
@@ -94,7 +94,7 @@ impl Place {
     ) -> Tile {
         let Place { first_row, pack, batch, split } = self;
         let sequence = a.sequence(batch);
-        let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
+        let mask = Mask::of::<T, CAUSAL, GENERAL>(a, &sequence);
         let blocks = key_blocks(mask, schedule.packing, first_row, block_m, block_n);
         Tile { first_row, pack, sequence, split, blocks: schedule.splits.part(blocks, split) }
     }
@@ -110,7 +110,7 @@ pub struct Schedule<const FEW: bool = true> {
     pub walked_packs: u32,
     /// Which heads of Q are packed.
     pub packing: Packing<FEW>,
-    /// 1 if a unit is two tiles, else 0. Only under a causal mask it may be.
+    /// 1 if a unit is two tiles, else 0. Only under a causal mask, or another window, it may be.
     pub paired: u32,
     /// Into how many parts keys are divided, each of which is a unit of its own. Divided, nothing is paired, and walkers do all.
     pub splits: Splits<FEW>,
@@ -128,20 +128,20 @@ impl Schedule {
 impl<const FEW: bool> Schedule<FEW> {
     /// Whether a unit is two tiles.
     #[inline(always)]
-    pub fn is_paired<const CAUSAL: bool>(&self) -> bool {
-        CAUSAL && (!FEW || self.paired != 0)
+    pub fn is_paired<const CAUSAL: bool, const GENERAL: bool>(&self) -> bool {
+        (CAUSAL || GENERAL) && (!(FEW || GENERAL) || self.paired != 0)
     }
 
     /// How many units the tiles of a pack make.
     #[inline(always)]
-    pub fn units_of_pack<const CAUSAL: bool>(&self, tiles: u32) -> u32 {
-        units_of_pack(tiles, self.is_paired::<CAUSAL>()) * self.splits.count()
+    pub fn units_of_pack<const CAUSAL: bool, const GENERAL: bool>(&self, tiles: u32) -> u32 {
+        units_of_pack(tiles, self.is_paired::<CAUSAL, GENERAL>()) * self.splits.count()
     }
 }
 
 /// The tiles of a block of threads.
 #[derive(Clone, Copy)]
-pub struct Tiles<const CAUSAL: bool, const FEW: bool> {
+pub struct Tiles<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> {
     schedule: Schedule<FEW>,
     order: Order,
     /// Which tile of its units comes next, as many a unit as may be.
@@ -152,7 +152,7 @@ pub struct Tiles<const CAUSAL: bool, const FEW: bool> {
     block_n: u32,
 }
 
-impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
+impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Tiles<CAUSAL, FEW, GENERAL> {
     /// Those of this block of threads. A tile has `block_m` rows, a block of keys `block_n`. The order is that of sequences of
     /// different lengths; others need none.
     #[inline(always)]
@@ -164,7 +164,7 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
     #[inline(always)]
     #[track_caller]
     pub fn tile<T>(&self, a: &Attention<T>, place: Place) -> Tile {
-        place.tile::<T, CAUSAL, FEW>(a, self.schedule, self.block_m, self.block_n)
+        place.tile::<T, CAUSAL, FEW, GENERAL>(a, self.schedule, self.block_m, self.block_n)
     }
 
     /// Which heads of Q are packed.
@@ -193,7 +193,7 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
             return true;
         }
         let Schedule { packing, splits, .. } = self.schedule;
-        let mask = Mask::of::<T, CAUSAL, false>(a, &a.sequence(batch));
+        let mask = Mask::of::<T, CAUSAL, GENERAL>(a, &a.sequence(batch));
         split < splits.of(key_blocks(mask, packing, first_row, self.block_m, self.block_n))
     }
 
@@ -203,14 +203,14 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
     fn walk<T>(&mut self, a: &Attention<T>) -> Option<Place> {
         let (seqlen_q, batch) = (self.anew(a.seqlen_q), self.anew(a.batch));
         let Schedule { packing, splits, .. } = self.schedule;
-        let is_paired = self.schedule.is_paired::<CAUSAL>();
+        let is_paired = self.schedule.is_paired::<CAUSAL, GENERAL>();
         let turn = if is_paired { self.next / 2 } else { self.next };
         let is_second = is_paired && self.next % 2 == 1;
         let (tiles, pack, index, sequence);
         if a.cu_seqlens_q.is_null() {
             tiles = tiles_of_pack(packing.rows(seqlen_q), self.block_m);
-            let unit = self.unit(turn, FEW || is_paired && tiles % 2 == 1);
-            let units = divisor(self.schedule.units_of_pack::<CAUSAL>(tiles));
+            let unit = self.unit(turn, FEW || GENERAL || is_paired && tiles % 2 == 1);
+            let units = divisor(self.schedule.units_of_pack::<CAUSAL, GENERAL>(tiles));
             if unit / units >= self.schedule.walked_packs {
                 return None;
             }
@@ -221,7 +221,7 @@ impl<const CAUSAL: bool, const FEW: bool> Tiles<CAUSAL, FEW> {
             let first;
             (sequence, first) = self.order.sequence_of(unit, batch, &mut self.rank)?;
             tiles = tiles_of_pack(packing.rows(a.sequence(sequence).seqlen_q), self.block_m);
-            let units = divisor(self.schedule.units_of_pack::<CAUSAL>(tiles));
+            let units = divisor(self.schedule.units_of_pack::<CAUSAL, GENERAL>(tiles));
             (pack, index) = ((unit - first) / units, (unit - first) % units);
         }
         let (index, split) = (index / divisor(splits.count()), index % divisor(splits.count()));

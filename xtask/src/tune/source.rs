@@ -126,17 +126,21 @@ fn rows(text: &str) -> Result<Vec<Variant>> {
     Ok(variants)
 }
 
-/// Of `[f16, bf16], (HEADDIM, ..) in [(64, ..), (128, ..)], CAUSAL in [false], FEW in [false],`. Of kernels for few queries
-/// none: what is measured has many.
+/// Of `[f16, bf16], (HEADDIM, ..) in [(64, ..), (128, ..)], CAUSAL in [false], FEW in [false], GENERAL in [false],`. Of kernels
+/// for few queries none, and of general ones: what is measured has many, and asks for nothing.
 fn rows_of_list(list: &str) -> Result<Vec<Variant>> {
     let between = format!("], ({COLUMNS}) in [");
     let (dtypes, rest) = list.split_once(&between).with_context(|| format!("its rows are not of ({COLUMNS})"))?;
     let (rows, causal) = rest.split_once("], CAUSAL in [").context("`CAUSAL in [..]` does not follow the rows")?;
     let (causal, few) = causal.split_once("], FEW in [").context("`FEW in [..]` does not follow `CAUSAL in [..]`")?;
-    match few.trim_end_matches([' ', ',', ']']) {
-        "false" => (),
-        "true" => return Ok(Vec::new()),
-        other => anyhow::bail!("FEW in [{other}]; allowed: false or true"),
+    let (few, general) =
+        few.split_once("], GENERAL in [").context("`GENERAL in [..]` does not follow `FEW in [..]`")?;
+    for (name, kind) in [("FEW", few), ("GENERAL", general)] {
+        match kind.trim_end_matches([' ', ',', ']']) {
+            "false" => (),
+            "true" => return Ok(Vec::new()),
+            other => anyhow::bail!("{name} in [{other}]; allowed: false or true"),
+        }
     }
     let dtypes = dtypes.trim_start_matches('[').split(", ").map(|dtype| match dtype {
         "f16" => Ok("f16"),
@@ -177,12 +181,12 @@ fn with_rows(text: &str, variants: &[Variant]) -> Result<String> {
     for variant in variants {
         writeln!(text, "        ({}),", variant.generics())?;
     }
-    text.push_str("    ], FEW in [false],\n    config = config,");
+    text.push_str("    ], FEW in [false], GENERAL in [false],\n    config = config,");
     text.push_str(after);
     let places: String = (0..FIELDS.len()).map(|i| format!(" {{{i}}}")).collect();
     for variant in variants {
         let (name, generics) = (variant.name(), variant.generics());
-        let numbers = FIELDS.map(|field| format!("const config::<{generics}, false>().{field}")).join(", ");
+        let numbers = FIELDS.map(|field| format!("const config::<{generics}, false, false>().{field}")).join(", ");
         writeln!(text, "#[cfg(target_arch = \"nvptx64\")]")?;
         writeln!(text, "::cuda_std::entry::global_asm!(\"{CONFIGURED}{name}{places}\", {numbers});")?;
     }
@@ -227,7 +231,7 @@ mod tests {
             assert_eq!(variant.name().matches(&stages).count(), 1);
             (variant.name().replace(&stages, ""), variant.groups * GROUP_ROWS, variant.shared_bytes())
         });
-        let built = FORWARD.iter().filter(|kernel| !kernel.config.few).map(|kernel| {
+        let built = FORWARD.iter().filter(|kernel| !kernel.config.few && !kernel.config.general).map(|kernel| {
             let config = &kernel.config;
             (kernel.name.to_owned(), config.block_m, config.shared_bytes)
         });
@@ -241,8 +245,9 @@ mod tests {
         let rows = |dtypes: &str, row: &str, causal: &str| {
             let row = format!("            // TFLOP/s (of old)\n            {row},");
             let list = format!("for T in [{dtypes}],\n        ({COLUMNS}) in [\n{row}\n        ],");
-            let text =
-                format!("#[kernel(\n    {list}\n        CAUSAL in [{causal}], FEW in [false],\n    config = config,\n");
+            let text = format!(
+                "#[kernel(\n    {list}\n        CAUSAL in [{causal}], FEW in [false], GENERAL in [false],\n    config = config,\n"
+            );
             rows(&text).map_err(|error| error.root_cause().to_string())
         };
         let row = "(128, 128, 2, 4, 96, 3, 6, 12, 16, 2048)";
@@ -272,7 +277,10 @@ mod tests {
         assert!(root.contains("pub mod flash3;") && !root.contains("flash3_backward") && !root.contains("entries"));
         assert_eq!(table.matches("#[kernel(").count(), 1);
         assert_eq!(table.matches("(bf16, 128, 128, 2, 4, 96, 3, 6, 12, 16, true, 0),\n").count(), 1, "{table}");
-        assert!(table.contains("{GROUPS}x{BLOCK_N}x{STAGES}q{QUERIES}{CAUSAL?_causal}{FEW?_few}\""), "{table}");
+        assert!(
+            table.contains("{GROUPS}x{BLOCK_N}x{STAGES}q{QUERIES}{CAUSAL?_causal}{FEW?_few}{GENERAL?_general}\""),
+            "{table}"
+        );
         assert!(!table.contains("for T in "), "{table}");
         let body = |text: &str| text[text.find("pub fn forward<").unwrap()..].to_owned();
         let original = fs::read_to_string(repository::root().join(TABLE)).unwrap();

@@ -8,6 +8,8 @@ use ferroflash::{AttentionOptions, BackwardInputs, DType, Inputs, Session, Tenso
 const BATCH: usize = 2;
 const SEQLEN_Q: usize = 35;
 const SEQLEN_K: usize = 70;
+/// Of Hopper's tiles several, and a tail.
+const LONG: (usize, usize) = (300, 700);
 const NHEADS: usize = 2;
 const NHEADS_K: usize = 1;
 
@@ -17,11 +19,15 @@ pub struct Feature {
     pub name: &'static str,
     /// Whether only problems of f32 have it.
     f32_only: bool,
+    /// Whether no gradients are computed.
+    forward_only: bool,
     ask: fn(&mut Problem),
 }
 
 /// A problem of a dtype and a head dimension that its feature may change.
 struct Problem {
+    seqlen_q: usize,
+    seqlen_k: usize,
     headdim: usize,
     headdim_v: usize,
     options: AttentionOptions,
@@ -35,7 +41,11 @@ struct Problem {
 }
 
 const fn feature(name: &'static str, ask: fn(&mut Problem)) -> Feature {
-    Feature { name, f32_only: false, ask }
+    Feature { name, f32_only: false, forward_only: false, ask }
+}
+
+const fn forward(name: &'static str, ask: fn(&mut Problem)) -> Feature {
+    Feature { forward_only: true, ..feature(name, ask) }
 }
 
 const FEATURES: [Feature; 14] = [
@@ -56,6 +66,24 @@ const FEATURES: [Feature; 14] = [
     Feature { f32_only: true, ..feature("tf32", |problem| problem.options.allow_tf32 = true) },
 ];
 
+/// Those of flash3's general kernels.
+pub const OF_HOPPER: [Feature; 9] = [
+    forward("window", |problem| problem.options = problem.options.clone().window_size(100, 30)),
+    forward("window, causal", |problem| problem.options = problem.options.clone().window_size(200, None).causal(true)),
+    forward("softmax_scale", |problem| problem.options.softmax_scale = Some(-0.1)),
+    forward("softcap", |problem| problem.options = problem.options.clone().softcap(10.0).causal(true)),
+    forward("softcap of 1", |problem| problem.options.softcap = Some(1.0)),
+    forward("ALiBi", |problem| problem.alibi = true),
+    forward("sinks, window", |problem| {
+        (problem.sinks, problem.options) = (true, problem.options.clone().window_size(128, None).causal(true));
+    }),
+    forward("headdim of V, sinks", |problem| (problem.sinks, problem.headdim_v) = (true, problem.headdim / 2 + 8)),
+    forward("all, varlen", |problem| {
+        problem.options = problem.options.clone().window_size(250, 10).softcap(20.0);
+        (problem.alibi, problem.sinks, problem.varlen) = (true, true, true);
+    }),
+];
+
 /// Those that problems of a dtype have.
 pub fn of(dtype: DType) -> impl Iterator<Item = Feature> {
     FEATURES.into_iter().filter(move |feature| dtype == DType::F32 || !feature.f32_only)
@@ -66,14 +94,19 @@ impl Feature {
     /// Returns the largest error as a part of the error that is allowed.
     pub fn check(&self, session: &Session, dtype: DType, headdim: usize) -> Result<f64> {
         let mut problem = Problem::plain(headdim);
+        if self.forward_only {
+            (problem.seqlen_q, problem.seqlen_k) = LONG;
+        }
         (self.ask)(&mut problem);
-        problem.check(session, dtype)
+        problem.check(session, dtype, self.forward_only)
     }
 }
 
 impl Problem {
     fn plain(headdim: usize) -> Self {
         Problem {
+            seqlen_q: SEQLEN_Q,
+            seqlen_k: SEQLEN_K,
             headdim,
             headdim_v: headdim,
             options: AttentionOptions::new(),
@@ -86,18 +119,19 @@ impl Problem {
         }
     }
 
-    fn check(&self, session: &Session, dtype: DType) -> Result<f64> {
+    fn check(&self, session: &Session, dtype: DType, forward_only: bool) -> Result<f64> {
+        let &Problem { seqlen_q, seqlen_k, .. } = self;
         let tokens = |seqlen, nheads, headdim, seed| match self.varlen {
             false => normal(&[BATCH, seqlen, nheads, headdim], dtype, seed),
             true => normal(&[BATCH * seqlen, nheads, headdim], dtype, seed),
         };
-        let q = tokens(SEQLEN_Q, NHEADS, self.headdim, 1)?;
-        let k = tokens(SEQLEN_K, NHEADS_K, self.headdim, 2)?;
-        let v = tokens(SEQLEN_K, NHEADS_K, self.headdim_v, 3)?;
-        let dout = tokens(SEQLEN_Q, NHEADS, self.headdim_v, 4)?;
-        let (starts_q, starts_k) = (starts(BATCH * SEQLEN_Q)?, starts(BATCH * SEQLEN_K)?);
-        let bias = self.bias.map(|[b, h, q]| normal(&[b, h, q, SEQLEN_K], dtype, 5)).transpose()?;
-        let mask = self.mask.map(|[b, h, q]| seen(&[b, h, q, SEQLEN_K])).transpose()?;
+        let q = tokens(seqlen_q, NHEADS, self.headdim, 1)?;
+        let k = tokens(seqlen_k, NHEADS_K, self.headdim, 2)?;
+        let v = tokens(seqlen_k, NHEADS_K, self.headdim_v, 3)?;
+        let dout = tokens(seqlen_q, NHEADS, self.headdim_v, 4)?;
+        let (starts_q, starts_k) = (starts(BATCH * seqlen_q)?, starts(BATCH * seqlen_k)?);
+        let bias = self.bias.map(|[b, h, q]| normal(&[b, h, q, seqlen_k], dtype, 5)).transpose()?;
+        let mask = self.mask.map(|[b, h, q]| seen(&[b, h, q, seqlen_k])).transpose()?;
         let slopes = self.alibi.then(|| Tensor::from_vec(vec![0.5f32, 0.125], &[NHEADS])).transpose()?;
         let sinks = self.sinks.then(|| normal(&[NHEADS], DType::F32, 6)).transpose()?;
 
@@ -111,6 +145,9 @@ impl Problem {
         }
         let forward = session.attention_with(&inputs, &self.options)?;
         let mut worst = part(&accuracy::check_with(&inputs, &self.options, &forward)?)?;
+        if forward_only {
+            return Ok(worst);
+        }
 
         let dlse = self.dlse.then(|| normal(forward.softmax_lse.shape(), DType::F32, 7)).transpose()?;
         let mut backward = BackwardInputs::new(inputs.clone(), &forward.out, &forward.softmax_lse, &dout);

@@ -109,6 +109,15 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
             }
         }
     }
+    if kernels.contains(&Kernel::Flash3) {
+        for &dtype in extent.feature_dtypes.iter().filter(|&&dtype| dtype != DType::F32) {
+            for &headdim in extent.feature_headdims {
+                let cases = features::OF_HOPPER.map(|feature| Case::Feature { feature, dtype, headdim });
+                let name = format!("flash3 features {} headdim {headdim}", dtype.name());
+                groups.push(Group { name, kernel: Kernel::Flash3, cases: cases.into() });
+            }
+        }
+    }
     let kernel = if backend == Backend::Cpu { Kernel::Auto } else { Kernel::Flash2 };
     for &dtype in extent.feature_dtypes {
         for &headdim in extent.feature_headdims {

@@ -3,8 +3,9 @@ use super::probabilities::exponent_base;
 use super::{Params, STAGES};
 use crate::attention::{Attention, Tensor, divisor};
 use crate::mask::Blocks;
-use crate::schedule::KeyBlock;
+use crate::schedule::{KeyBlock, key_block_anew};
 use cuda_std::fragment::MatrixElement;
+use cuda_std::math::unknown_before;
 use cuda_std::shared::Shared;
 use cuda_std::thread::{sync_threads, sync_threads_or, thread_idx_x};
 use cuda_std::{Global, GlobalMatrix, SmemTile, TileStream, copy};
@@ -38,6 +39,10 @@ pub(super) struct QueryWalk<
     /// The step that comes next: a head and a block of it.
     head: u32,
     block: u32,
+    /// Its rows of Q and dO. The addresses run along: to find them anew in each step would take some hundred instructions that
+    /// wait for each other, and more registers.
+    q_rows: TileStream<T, BLOCK_M, HEADDIM>,
+    d_o_rows: TileStream<T, BLOCK_M, HEADDIM_V>,
     /// One past the last head.
     end_head: u32,
     /// Where in shared memory that step is.
@@ -96,6 +101,10 @@ impl<
     ) -> Self {
         let heads = a.nheads / divisor(a.nheads_k);
         let first_head = key_block.head_k * heads;
+        let (first_row, aligned) = (blocks.begin * BLOCK_M as u32, a.is_aligned::<GENERAL>());
+        let rows_of =
+            |tensor, columns| key_block.sequence.query_matrix(tensor, first_head, first_row, columns, aligned);
+        let d_o = p.d_o.cast();
         let k = SmemTile::at(at);
         let v = SmemTile::at(k.end());
         let q = SmemTile::at(v.end());
@@ -103,7 +112,7 @@ impl<
         let bases = d_o_tile.stage(STAGES - 1).end();
         let mut walk = QueryWalk {
             a,
-            d_o: p.d_o.cast(),
+            d_o,
             row_sums: p.row_sums,
             key_block,
             blocks,
@@ -116,6 +125,8 @@ impl<
             sums: bases.offset(STAGES * BLOCK_M as u32),
             head: if blocks.count() > 0 { first_head } else { first_head + heads },
             block: blocks.begin,
+            q_rows: TileStream::new(threads, rows_of(&a.q, a.headdim)),
+            d_o_rows: TileStream::new(threads, rows_of(&d_o, a.headdim_v)),
             end_head: first_head + heads,
             stage: 0,
             row: (f32::INFINITY, 0.0),
@@ -130,16 +141,17 @@ impl<
 
     /// The block's rows of a tensor that is shaped like K or V.
     #[inline(always)]
-    pub fn keys(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
+    fn keys(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
         let KeyBlock { first_key, head_k, sequence } = self.key_block;
         sequence.key_matrix(tensor, head_k, first_key, columns, self.a.is_aligned::<GENERAL>())
     }
 
-    /// The next step's rows of a tensor that is shaped like Q or O.
+    /// The same, to be said after the walk: they are found anew once `x` is known, and take no registers in it.
     #[inline(always)]
-    fn queries(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
-        let first_row = self.block * BLOCK_M as u32;
-        self.key_block.sequence.query_matrix(tensor, self.head, first_row, columns, self.a.is_aligned::<GENERAL>())
+    #[track_caller]
+    pub fn keys_anew(&self, tensor: &Tensor<T>, columns: u32, x: u32) -> GlobalMatrix<T> {
+        let KeyBlock { first_key, head_k, sequence } = key_block_anew(self.a, BLOCK_N as u32, x);
+        sequence.key_matrix(tensor, head_k, first_key, columns, self.a.is_aligned::<GENERAL>())
     }
 
     /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
@@ -174,6 +186,12 @@ impl<
         self.stage = (self.stage + 1) % STAGES;
         self.block += 1;
         if self.block == self.blocks.end {
+            // Seldom, and found anew each time.
+            let anew = |x| unknown_before(x, self.block);
+            let rows = (anew(self.block) - anew(self.blocks.begin)) * BLOCK_M as u32;
+            let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
+            self.q_rows.skip(way(&self.a.q), rows);
+            self.d_o_rows.skip(way(&self.d_o), rows);
             self.block = self.blocks.begin;
             self.head += 1;
         }
@@ -185,20 +203,18 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn copied_nonfinite(&mut self) -> bool {
-        let (a, threads) = (self.a, self.threads);
         let of_keys = match self.keys_nonfinite {
             Some(nonfinite) => nonfinite,
             None => {
+                let (a, threads) = (self.a, self.threads);
                 TileStream::new(threads, self.keys(&a.k, a.headdim)).copied_nonfinite(self.k)
                     | TileStream::new(threads, self.keys(&a.v, a.headdim_v)).copied_nonfinite(self.v)
             }
         };
         self.keys_nonfinite = Some(of_keys);
-        let q_rows = TileStream::new(threads, self.queries(&a.q, a.headdim));
-        let d_o_rows = TileStream::new(threads, self.queries(&self.d_o, a.headdim_v));
         of_keys
-            | q_rows.copied_nonfinite(self.q.stage(self.stage))
-            | d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
+            | self.q_rows.copied_nonfinite(self.q.stage(self.stage))
+            | self.d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
             | self.row.0.is_nan()
             | !self.row.1.is_finite()
     }
@@ -210,8 +226,8 @@ impl<
             return;
         }
         let a = self.a;
-        TileStream::new(self.threads, self.queries(&a.q, a.headdim)).copy_async(self.q.stage(self.stage));
-        TileStream::new(self.threads, self.queries(&self.d_o, a.headdim_v)).copy_async(self.d_o_tile.stage(self.stage));
+        self.q_rows.copy_async(self.q.stage(self.stage));
+        self.d_o_rows.copy_async(self.d_o_tile.stage(self.stage));
         copy::commit();
         // A row that is not there has P = 0.
         self.row = (f32::INFINITY, 0.0);

@@ -42,6 +42,17 @@ fn key_block<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32) -> KeyBlock 
     if CAUSAL { schedule::key_block_in_turn(a, block_n, HEADS_IN_TURN) } else { schedule::key_block(a, block_n) }
 }
 
+/// [`key_block()`] once more, to be said after a loop: it is found anew once `x` is known, and takes no registers in the loop.
+#[inline(always)]
+#[track_caller]
+fn key_block_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, x: u32) -> KeyBlock {
+    if CAUSAL {
+        schedule::key_block_in_turn_anew(a, block_n, HEADS_IN_TURN, x)
+    } else {
+        schedule::key_block_anew(a, block_n, x)
+    }
+}
+
 /// Before which row a mask hides something of a block of `block_n` keys. Where keys are missing that is every row: what their P
 /// would be is not bounded, and 0 times infinity is no part of dQ.
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, masked_rows};
+use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -225,7 +225,8 @@ pub fn split<
 
     // Nobody reads K any more: it and V become dK and dV.
     sync_threads();
-    let KeyBlock { first_key, head_k, sequence } = block.anew(sum.element_mut(0, 0, 0, 0).to_bits());
+    let last = sum.element_mut(0, 0, 0, 0).to_bits();
+    let KeyBlock { first_key, head_k, sequence } = key_block_anew::<T, CAUSAL>(&a, BLOCK_N as u32, last);
     let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, true);
     let factor = if is_values { 1.0 } else { a.softmax_scale };
     sum.map(|_, _, x| x * factor);

@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, masked_rows};
+use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -162,7 +162,8 @@ pub fn whole<
         sync_threads();
     }
 
-    let KeyBlock { first_key, head_k, sequence } = block.anew(d_v.element_mut(0, 0, 0, 0).to_bits());
+    let last = d_v.element_mut(0, 0, 0, 0).to_bits();
+    let KeyBlock { first_key, head_k, sequence } = key_block_anew::<T, CAUSAL>(&a, BLOCK_N as u32, last);
     let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, true);
     d_k.map(|_, _, d_k| d_k * a.softmax_scale);
     d_k.store(k, own_row);

@@ -119,6 +119,7 @@ pub fn keys_and_values<
         for depth in 0..T::steps(HEADDIM) {
             s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), step.q, 0, depth);
         }
+        walk.store_statistics();
         let bases = ColumnVector::load(step.bases);
         let weights = probabilities.of_scores_transposed(&mut s, &bases, place, step.partial);
         let mut p = s;

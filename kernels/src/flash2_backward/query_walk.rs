@@ -47,7 +47,7 @@ pub(super) struct QueryWalk<
     end_head: u32,
     /// Where in shared memory that step is.
     stage: u32,
-    /// This thread's row of that step: the base of its exponents, and D.
+    /// This thread's row of that step, until it is stored: the base of its exponents, and D.
     row: (f32, f32),
     /// Whether what this thread copied of K and V is not finite; not known yet at first.
     keys_nonfinite: Option<bool>,
@@ -136,6 +136,7 @@ impl<
         TileStream::new(threads, walk.keys(&a.v, a.headdim_v)).copy_async(v);
         copy::commit();
         walk.load();
+        walk.store_statistics();
         walk
     }
 
@@ -159,7 +160,6 @@ impl<
     #[inline(always)]
     #[track_caller]
     pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
-        self.store_statistics();
         copy::wait::<0>();
         let partial = self.blocks.is_partial(self.block);
         let hides = self.head < self.end_head && (partial || self.a.may_hide::<GENERAL>());
@@ -215,37 +215,53 @@ impl<
         of_keys
             | self.q_rows.copied_nonfinite(self.q.stage(self.stage))
             | self.d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
-            | self.row.0.is_nan()
-            | !self.row.1.is_finite()
+            | self.has_nonfinite_statistics()
     }
 
+    /// Starts to load the next step, if there is one.
     #[inline(always)]
     #[track_caller]
     fn load(&mut self) {
         if self.head == self.end_head {
             return;
         }
-        let a = self.a;
         self.q_rows.copy_async(self.q.stage(self.stage));
         self.d_o_rows.copy_async(self.d_o_tile.stage(self.stage));
         copy::commit();
         // A row that is not there has P = 0.
         self.row = (f32::INFINITY, 0.0);
-        let sequence = &self.key_block.sequence;
-        let row = self.block * BLOCK_M as u32 + thread_idx_x();
-        if thread_idx_x() < BLOCK_M as u32 && row < sequence.seqlen_q {
+        let (a, sequence, thread) = (self.a, &self.key_block.sequence, self.thread());
+        let row = self.block * BLOCK_M as u32 + thread;
+        if thread < BLOCK_M as u32 && row < sequence.seqlen_q {
             let at = a.first_row(sequence, self.head) + row as usize;
             self.row = (exponent_base(a.softmax_lse.load(at)), self.row_sums.load(at));
         }
     }
 
+    /// Writes what has been loaded of the next step's rows. To be said once in each step, after its first product: by then
+    /// it is there, and takes no registers in the others.
     #[inline(always)]
     #[track_caller]
-    fn store_statistics(&self) {
-        if thread_idx_x() < BLOCK_M as u32 && self.head < self.end_head {
-            let at = self.stage * BLOCK_M as u32 + thread_idx_x();
+    pub fn store_statistics(&self) {
+        let thread = self.thread();
+        if thread < BLOCK_M as u32 && self.head < self.end_head {
+            let at = self.stage * BLOCK_M as u32 + thread;
             self.bases.store(at, self.row.0);
             self.sums.store(at, self.row.1);
         }
+    }
+
+    /// What this thread has written of the next step's rows, if there is a next step.
+    #[inline(always)]
+    #[track_caller]
+    fn has_nonfinite_statistics(&self) -> bool {
+        let (thread, at) = (self.thread(), self.stage * BLOCK_M as u32 + self.thread());
+        thread < BLOCK_M as u32 && (self.bases.load(at).is_nan() || !self.sums.load(at).is_finite())
+    }
+
+    /// This thread, found anew in each step: what follows from it takes no registers from one to the next.
+    #[inline(always)]
+    fn thread(&self) -> u32 {
+        unknown_before(thread_idx_x(), self.block)
     }
 }

@@ -19,7 +19,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Before the first block and after the last.
+    /// Before the first block.
     pub const NOWHERE: Place = Place { first_row: 0, place: u32::MAX };
 }
 
@@ -36,7 +36,7 @@ pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
     /// The blocks of each head: `begin` to `end`.
     begin: u32,
     end: u32,
-    /// What is copied next.
+    /// The block that is copied: that of the next step.
     block: u32,
     place: u32,
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
@@ -68,10 +68,16 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         QueryStream { q, d_o, statistics, begin, end, block: begin, place, q_rows, d_o_rows }
     }
 
-    /// Starts to copy the next block, as one group, and says which it is.
+    /// The block that is copied.
+    #[inline(always)]
+    pub fn place(&self) -> Place {
+        Place { first_row: self.block * BLOCK_M as u32, place: self.place }
+    }
+
+    /// Starts to copy the block, as one group.
     #[inline(always)]
     #[track_caller]
-    pub fn copy_async(&mut self, p: &Params, stage: u32) -> Place {
+    pub fn copy_async(&mut self, p: &Params, stage: u32) {
         self.q_rows.copy_async(self.q.stage(stage));
         self.d_o_rows.copy_async(self.d_o.stage(stage));
         let quads = const { BLOCK_M as u32 / 4 };
@@ -81,7 +87,12 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
             copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
         }
         copy::commit();
-        let copied = Place { first_row: self.block * BLOCK_M as u32, place: self.place };
+    }
+
+    /// Goes on to the next block, and starts to copy it.
+    #[inline(always)]
+    #[track_caller]
+    pub fn advance(&mut self, p: &Params, stage: u32) {
         self.block += 1;
         self.place += BLOCK_M as u32;
         if self.block == self.end {
@@ -95,7 +106,7 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
             self.place = self.place + places_of_head(&a, ROWS) - rows;
             self.block = self.begin;
         }
-        copied
+        self.copy_async(p, stage);
     }
 
     /// What the exponents of the rows of a stage subtract.

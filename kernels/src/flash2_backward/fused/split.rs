@@ -119,9 +119,8 @@ pub fn split<
     TileStream::new(SPLIT_THREADS, rows_of(&a.k, a.headdim)).copy_async(k);
     TileStream::new(SPLIT_THREADS, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
-    let mut next = Place::NOWHERE;
     if steps > 0 {
-        next = queries.copy_async(&p, 0);
+        queries.copy_async(&p, 0);
     }
     copy::wait::<0>();
     sync_threads();
@@ -142,7 +141,7 @@ pub fn split<
         let (right, other) = (right.stage(stage), other.stage(stage));
         let d_s_tile = d_s_tiles.stage(step % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
-        let Place { first_row, place } = next;
+        let Place { first_row, place } = queries.place();
 
         let add_before = || {
             let d_s_tile = d_s_tiles.stage((step + 1) % 2);
@@ -152,7 +151,7 @@ pub fn split<
             add_before();
         }
         if step + 1 < steps {
-            next = queries.copy_async(&p, (step + 1) % STAGES);
+            queries.advance(&p, (step + 1) % STAGES);
         }
         for part in 0..parts {
             let query = own_query + (part * 8 * S_COLUMNS) as u32;

@@ -100,9 +100,8 @@ pub fn whole<
     TileStream::new(threads, rows_of(&a.k, a.headdim)).copy_async(k);
     TileStream::new(threads, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
-    let mut next = Place::NOWHERE;
     if steps > 0 {
-        next = queries.copy_async(&p, 0);
+        queries.copy_async(&p, 0);
     }
     copy::wait::<0>();
     sync_threads();
@@ -114,9 +113,9 @@ pub fn whole<
     for step in 0..steps {
         let stage = step % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
-        let Place { first_row, place } = next;
+        let Place { first_row, place } = queries.place();
         if step + 1 < steps {
-            next = queries.copy_async(&p, (step + 1) % STAGES);
+            queries.advance(&p, (step + 1) % STAGES);
         }
         for part in 0..BLOCK_M / (8 * S_COLUMNS) {
             let query = (part * 8 * S_COLUMNS) as u32;

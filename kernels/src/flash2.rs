@@ -277,7 +277,7 @@ pub fn forward<
     }
 
     let last = o.element_mut(0, 0, 0, 0).to_bits();
-    let block = if CAUSAL { block.anew(last) } else { schedule::query_block_anew(&a, BLOCK_M as u32, last) };
+    let block = if CAUSAL || GENERAL { block.anew(last) } else { schedule::query_block_anew(&a, BLOCK_M as u32, last) };
     let QueryBlock { sequence, head, first_row } = block;
     let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
     softmax.finish(&mut o, a.sink(head), |row, state| {

@@ -119,7 +119,6 @@ pub fn keys_and_values<
         for depth in 0..T::steps(HEADDIM) {
             s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), step.q, 0, depth);
         }
-        walk.store_statistics();
         let bases = ColumnVector::load(step.bases);
         let weights = probabilities.of_scores_transposed(&mut s, &bases, place, step.partial);
         let mut p = s;
@@ -133,6 +132,9 @@ pub fn keys_and_values<
                 d_v.add_product(&p.operand::<T>(depth), step.d_o, depth, 0);
             }
         }
+
+        // Nothing is read ahead for the next product before this one: there are no registers for it.
+        sync_warp(ALL);
 
         // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
         let mut d_s = Accumulator::<M, S_COLUMNS>::zero();

@@ -43,11 +43,13 @@ pub(super) struct QueryWalk<
     /// wait for each other, and more registers.
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM_V>,
+    /// Where the LSE of its first row is, and its D.
+    statistic: u64,
     /// One past the last head.
     end_head: u32,
     /// Where in shared memory that step is.
     stage: u32,
-    /// This thread's row of that step, until it is stored: the base of its exponents, and D.
+    /// This thread's row of that step: the base of its exponents, and D.
     row: (f32, f32),
     /// Whether what this thread copied of K and V is not finite; not known yet at first.
     keys_nonfinite: Option<bool>,
@@ -127,6 +129,7 @@ impl<
             block: blocks.begin,
             q_rows: TileStream::new(threads, rows_of(&a.q, a.headdim)),
             d_o_rows: TileStream::new(threads, rows_of(&d_o, a.headdim_v)),
+            statistic: a.first_row(&key_block.sequence, first_head) as u64 + first_row as u64,
             end_head: first_head + heads,
             stage: 0,
             row: (f32::INFINITY, 0.0),
@@ -136,7 +139,6 @@ impl<
         TileStream::new(threads, walk.keys(&a.v, a.headdim_v)).copy_async(v);
         copy::commit();
         walk.load();
-        walk.store_statistics();
         walk
     }
 
@@ -160,8 +162,15 @@ impl<
     #[inline(always)]
     #[track_caller]
     pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
+        self.store_statistics();
         copy::wait::<0>();
-        let partial = self.blocks.is_partial(self.block);
+        // Without a window to the left all queries from some block on see all keys. Keys that are not there hide nothing: their
+        // gradients go nowhere.
+        let partial = match (GENERAL, CAUSAL) {
+            (true, _) => self.blocks.is_partial(self.block),
+            (false, true) => self.block < self.blocks.full_begin,
+            (false, false) => false,
+        };
         let hides = self.head < self.end_head && (partial || self.a.may_hide::<GENERAL>());
         let poisonous = if (CAUSAL || GENERAL) && hides {
             sync_threads_or(self.copied_nonfinite())
@@ -185,6 +194,7 @@ impl<
         };
         self.stage = (self.stage + 1) % STAGES;
         self.block += 1;
+        self.statistic += BLOCK_M as u64;
         if self.block == self.blocks.end {
             // Seldom, and found anew each time.
             let anew = |x| unknown_before(x, self.block);
@@ -192,6 +202,7 @@ impl<
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
             self.q_rows.skip(way(&self.a.q), rows);
             self.d_o_rows.skip(way(&self.d_o), rows);
+            self.statistic = self.statistic.wrapping_add(self.a.lse_head_stride.wrapping_sub(rows as u64));
             self.block = self.blocks.begin;
             self.head += 1;
         }
@@ -215,7 +226,8 @@ impl<
         of_keys
             | self.q_rows.copied_nonfinite(self.q.stage(self.stage))
             | self.d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
-            | self.has_nonfinite_statistics()
+            | self.row.0.is_nan()
+            | !self.row.1.is_finite()
     }
 
     /// Starts to load the next step, if there is one.
@@ -230,19 +242,17 @@ impl<
         copy::commit();
         // A row that is not there has P = 0.
         self.row = (f32::INFINITY, 0.0);
-        let (a, sequence, thread) = (self.a, &self.key_block.sequence, self.thread());
+        let thread = self.thread();
         let row = self.block * BLOCK_M as u32 + thread;
-        if thread < BLOCK_M as u32 && row < sequence.seqlen_q {
-            let at = a.first_row(sequence, self.head) + row as usize;
-            self.row = (exponent_base(a.softmax_lse.load(at)), self.row_sums.load(at));
+        if thread < BLOCK_M as u32 && row < self.key_block.sequence.seqlen_q {
+            let at = (self.statistic + thread as u64) as usize;
+            self.row = (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at));
         }
     }
 
-    /// Writes what has been loaded of the next step's rows. To be said once in each step, after its first product: by then
-    /// it is there, and takes no registers in the others.
     #[inline(always)]
     #[track_caller]
-    pub fn store_statistics(&self) {
+    fn store_statistics(&self) {
         let thread = self.thread();
         if thread < BLOCK_M as u32 && self.head < self.end_head {
             let at = self.stage * BLOCK_M as u32 + thread;
@@ -251,17 +261,9 @@ impl<
         }
     }
 
-    /// What this thread has written of the next step's rows, if there is a next step.
-    #[inline(always)]
-    #[track_caller]
-    fn has_nonfinite_statistics(&self) -> bool {
-        let (thread, at) = (self.thread(), self.stage * BLOCK_M as u32 + self.thread());
-        thread < BLOCK_M as u32 && (self.bases.load(at).is_nan() || !self.sums.load(at).is_finite())
-    }
-
     /// This thread, found anew in each step: what follows from it takes no registers from one to the next.
     #[inline(always)]
     fn thread(&self) -> u32 {
-        unknown_before(thread_idx_x(), self.block)
+        if GENERAL { unknown_before(thread_idx_x(), self.block) } else { thread_idx_x() }
     }
 }

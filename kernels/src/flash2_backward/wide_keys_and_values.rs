@@ -132,7 +132,6 @@ pub fn wide_keys_and_values<
             for depth in 0..T::steps(HEADDIM) {
                 s.add_product_transposed(&LeftOperand::<T, 1>::load(k, own_row, depth), step.q, 0, depth);
             }
-            walk.store_statistics();
             let bases = ColumnVector::load(step.bases);
             give(weights, probabilities.of_scores_transposed(&mut s, &bases, place, step.partial));
             let mut p = s;
@@ -165,7 +164,6 @@ pub fn wide_keys_and_values<
             for depth in 0..T::steps(HEADDIM_V) {
                 d_s.add_product_transposed(&LeftOperand::<T, 1>::load(v, own_row, depth), step.d_o, 0, depth);
             }
-            walk.store_statistics();
             probabilities.drop_transposed(&mut d_s, place);
             d_s.zip_columns(&ColumnVector::load(step.sums), |d_p, sum| d_p - sum);
             sync_threads();

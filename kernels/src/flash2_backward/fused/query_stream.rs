@@ -98,7 +98,7 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         if self.block == self.end {
             // From the end of one head to the beginning of the next. Seldom, and found anew each time.
             let anew = |x| unknown_before(x, self.place);
-            let rows = anew((self.end - self.begin) * BLOCK_M as u32);
+            let rows = (anew(self.block) - anew(self.begin)) * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
             self.q_rows.skip(way(&p.attention.q.cast()), rows);
             self.d_o_rows.skip(way(&p.d_o.cast()), rows);

@@ -96,6 +96,8 @@ pub fn split<
     let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     let masked_rows = masked_rows(&block, BLOCK_N as u32, &blocks, BLOCK_M as u32);
+    // For keys that are counted from the first of the block.
+    let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -165,7 +167,7 @@ pub fn split<
             if is_values {
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
                 if first_row < masked_rows {
-                    mask.apply_transposed(&mut x, first_key + own_row, first_row + query);
+                    mask_of_block.apply_transposed(&mut x, own_row, first_row + query);
                 }
                 x.zip_columns(&columns, |s, base| ex2(fma(s, scale, -base)));
                 x.store_at(handed, own_row, query);

@@ -85,6 +85,8 @@ pub fn whole<
     let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     let masked_rows = masked_rows(&block, BLOCK_N as u32, &blocks, BLOCK_M as u32);
+    // For keys that are counted from the first of the block.
+    let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -126,7 +128,7 @@ pub fn whole<
                 s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), q, query, depth);
             }
             if first_row < masked_rows {
-                mask.apply_transposed(&mut s, first_key + own_row, first_row + query);
+                mask_of_block.apply_transposed(&mut s, own_row, first_row + query);
             }
             let bases = ColumnVector::load(queries.bases(stage).offset(query));
             s.zip_columns(&bases, |s, base| ex2(fma(s, scale, -base)));

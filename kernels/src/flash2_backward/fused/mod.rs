@@ -25,7 +25,7 @@ pub use whole::{WHOLE, whole};
 
 use super::Params;
 use crate::attention::Attention;
-use crate::mask::Blocks;
+use crate::mask::{Blocks, Mask};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::SmemTile;
 use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
@@ -51,6 +51,14 @@ fn key_block_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, x: u32)
     } else {
         schedule::key_block_anew(a, block_n, x)
     }
+}
+
+/// The blocks of `block_m` queries that this block of threads needs of each head, found anew once `x` is known.
+#[inline(always)]
+#[track_caller]
+fn query_blocks_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, block_m: u32, x: u32) -> Blocks {
+    let KeyBlock { first_key, sequence, .. } = key_block_anew::<T, CAUSAL>(a, block_n, x);
+    Mask::of::<T, CAUSAL, false>(a, &sequence).query_blocks(first_key, block_n, block_m)
 }
 
 /// Before which row a mask hides something of a block of `block_n` keys. Where keys are missing that is every row: what their P

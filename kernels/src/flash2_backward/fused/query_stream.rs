@@ -33,12 +33,11 @@ pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
     d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// In each stage what the exponents of its rows subtract, then D.
     statistics: Shared<f32>,
-    /// The blocks of each head: `begin` to `end`.
-    begin: u32,
-    end: u32,
     /// The block that is copied: that of the next step.
     block: u32,
     place: u32,
+    /// Blocks of its head from it on.
+    left: u32,
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM>,
 }
@@ -58,14 +57,14 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         d_o: SmemTile<T, BLOCK_M, HEADDIM>,
         statistics: Shared<f32>,
     ) -> Self {
-        let Blocks { begin, end, .. } = *blocks;
+        let begin = blocks.begin;
         let a: Attention<T> = p.attention.of();
         let rows = |tensor: &Tensor<T>, columns| {
             TileStream::new(threads, sequence.query_matrix(tensor, head, begin * BLOCK_M as u32, columns, true))
         };
         let (q_rows, d_o_rows) = (rows(&a.q, a.headdim), rows(&p.d_o.cast(), a.headdim_v));
         let place = first_place(&a, &sequence, head, ROWS) + begin * BLOCK_M as u32;
-        QueryStream { q, d_o, statistics, begin, end, block: begin, place, q_rows, d_o_rows }
+        QueryStream { q, d_o, statistics, block: begin, place, left: blocks.count(), q_rows, d_o_rows }
     }
 
     /// The block that is copied.
@@ -78,8 +77,8 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
     #[inline(always)]
     #[track_caller]
     pub fn copy_async(&mut self, p: &Params, stage: u32) {
-        self.q_rows.copy_async(self.q.stage(stage));
-        self.d_o_rows.copy_async(self.d_o.stage(stage));
+        self.q_rows.copy_async_anew(self.q.stage(stage));
+        self.d_o_rows.copy_async_anew(self.d_o.stage(stage));
         let quads = const { BLOCK_M as u32 / 4 };
         if thread_idx_x() < 2 * quads {
             let (part, row) = (thread_idx_x() / quads, thread_idx_x() % quads * 4);
@@ -89,22 +88,24 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         copy::commit();
     }
 
-    /// Goes on to the next block, and starts to copy it.
+    /// Goes on to the next block, and starts to copy it. `blocks_anew(x)` are those of each head, found anew once `x` is known.
     #[inline(always)]
     #[track_caller]
-    pub fn advance(&mut self, p: &Params, stage: u32) {
+    pub fn advance(&mut self, p: &Params, stage: u32, blocks_anew: impl FnOnce(u32) -> Blocks) {
         self.block += 1;
         self.place += BLOCK_M as u32;
-        if self.block == self.end {
-            // From the end of one head to the beginning of the next. Seldom, and found anew each time.
+        self.left -= 1;
+        if self.left == 0 {
+            // From the end of one head to the beginning of the next. Seldom, and all is found anew each time.
             let anew = |x| unknown_before(x, self.place);
-            let rows = (anew(self.block) - anew(self.begin)) * BLOCK_M as u32;
+            let blocks = blocks_anew(self.place);
+            let rows = blocks.count() * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
             self.q_rows.skip(way(&p.attention.q.cast()), rows);
             self.d_o_rows.skip(way(&p.d_o.cast()), rows);
             let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
             self.place = self.place + places_of_head(&a, ROWS) - rows;
-            self.block = self.begin;
+            (self.block, self.left) = (blocks.begin, blocks.count());
         }
         self.copy_async(p, stage);
     }

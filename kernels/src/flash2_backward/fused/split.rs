@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows};
+use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows, query_blocks_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -153,7 +153,8 @@ pub fn split<
             add_before();
         }
         if step + 1 < steps {
-            queries.advance(&p, (step + 1) % STAGES);
+            let blocks_anew = |x| query_blocks_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
+            queries.advance(&p, (step + 1) % STAGES, blocks_anew);
         }
         for part in 0..parts {
             let query = own_query + (part * 8 * S_COLUMNS) as u32;

@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows};
+use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows, query_blocks_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -8,7 +8,7 @@ use crate::mask::Mask;
 use crate::schedule::KeyBlock;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, PackedMatrixElement};
-use cuda_std::math::{LOG2_E, ex2, fma};
+use cuda_std::math::{LOG2_E, ex2, fma, unknown_before};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{sync_threads, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
@@ -108,7 +108,6 @@ pub fn whole<
     copy::wait::<0>();
     sync_threads();
 
-    let scale = a.softmax_scale * LOG2_E;
     let own_row = warp_id() * 16 * M as u32;
     let mut d_k = Accumulator::<M, D_COLUMNS>::zero();
     let mut d_v = Accumulator::<M, D_COLUMNS>::zero();
@@ -116,8 +115,10 @@ pub fn whole<
         let stage = step % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
         let Place { first_row, place } = queries.place();
+        let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         if step + 1 < steps {
-            queries.advance(&p, (step + 1) % STAGES);
+            let blocks_anew = |x| query_blocks_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
+            queries.advance(&p, (step + 1) % STAGES, blocks_anew);
         }
         for part in 0..BLOCK_M / (8 * S_COLUMNS) {
             let query = (part * 8 * S_COLUMNS) as u32;
@@ -127,7 +128,7 @@ pub fn whole<
             for depth in 0..HEADDIM / T::DEPTH {
                 s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), q, query, depth);
             }
-            if first_row < masked_rows {
+            if if CAUSAL { first_row < masked_rows } else { block.rows() < BLOCK_N as u32 } {
                 mask_of_block.apply_transposed(&mut s, own_row, first_row + query);
             }
             let bases = ColumnVector::load(queries.bases(stage).offset(query));

@@ -29,6 +29,7 @@ use crate::mask::{Blocks, Mask};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::SmemTile;
 use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
+use cuda_std::math::unknown_before;
 use places::d_q_sums;
 use query_stream::QueryStream;
 
@@ -61,11 +62,13 @@ fn query_blocks_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, bloc
     Mask::of::<T, CAUSAL, false>(a, &sequence).query_blocks(first_key, block_n, block_m)
 }
 
-/// Before which row a mask hides something of a block of `block_n` keys. Where keys are missing that is every row: what their P
-/// would be is not bounded, and 0 times infinity is no part of dQ.
+/// Whether a mask hides something of the `block_m` queries from `first_row` on, of a block of `block_n` keys from which on the
+/// mask counts. Where keys are missing that is so of all queries: what their P would be is not bounded, and 0 times infinity
+/// is no part of dQ. Found anew in each step, from what the mask itself takes.
 #[inline(always)]
-fn masked_rows(block: &KeyBlock, block_n: u32, blocks: &Blocks, block_m: u32) -> u32 {
-    if block.rows() < block_n { u32::MAX } else { blocks.full_begin * block_m }
+fn is_masked<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32, first_row: u32) -> bool {
+    let mask = Mask { seqlen_k: unknown_before(mask.seqlen_k, first_row), ..*mask };
+    mask.seqlen_k < block_n || CAUSAL && first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
 }
 
 /// Row and column of this warp's part of a block of dQ.

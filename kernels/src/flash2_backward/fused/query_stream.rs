@@ -80,8 +80,9 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         self.q_rows.copy_async_anew(self.q.stage(stage));
         self.d_o_rows.copy_async_anew(self.d_o.stage(stage));
         let quads = const { BLOCK_M as u32 / 4 };
-        if thread_idx_x() < 2 * quads {
-            let (part, row) = (thread_idx_x() / quads, thread_idx_x() % quads * 4);
+        let thread = unknown_before(thread_idx_x(), self.place);
+        if thread < 2 * quads {
+            let (part, row) = (thread / quads, thread % quads * 4);
             let from = p.statistics.offset(statistic_at(self.place + row, part, ROWS));
             copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
         }

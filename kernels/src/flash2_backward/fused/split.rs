@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows, query_blocks_anew};
+use super::{QueryStream, add_d_q, is_masked, key_block, key_block_anew, query_blocks_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -9,7 +9,7 @@ use crate::schedule::KeyBlock;
 use cuda_std::barrier::NamedBarrier;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, PackedMatrixElement};
-use cuda_std::math::{LOG2_E, ex2, fma};
+use cuda_std::math::{LOG2_E, ex2, fma, unknown_before};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{sync_threads, warp_id};
 use cuda_std::{SmemTile, TileStream, copy, kernel};
@@ -95,7 +95,6 @@ pub fn split<
     }
     let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
-    let masked_rows = masked_rows(&block, BLOCK_N as u32, &blocks, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
     let group = a.nheads / divisor(a.nheads_k);
@@ -127,7 +126,6 @@ pub fn split<
     copy::wait::<0>();
     sync_threads();
 
-    let scale = a.softmax_scale * LOG2_E;
     let is_values = warp_id() < 4;
     let warp = warp_id() % 4;
     let own_row = warp / across * 16 * M as u32;
@@ -144,6 +142,8 @@ pub fn split<
         let d_s_tile = d_s_tiles.stage(step % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
         let Place { first_row, place } = queries.place();
+        let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
+        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
 
         let add_before = || {
             let d_s_tile = d_s_tiles.stage((step + 1) % 2);
@@ -167,7 +167,7 @@ pub fn split<
             let columns = ColumnVector::load(statistics.offset(stage * 2 * BLOCK_M as u32 + query));
             if is_values {
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
-                if first_row < masked_rows {
+                if is_masked {
                     mask_of_block.apply_transposed(&mut x, own_row, first_row + query);
                 }
                 x.zip_columns(&columns, |s, base| ex2(fma(s, scale, -base)));

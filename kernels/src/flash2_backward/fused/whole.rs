@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, key_block_anew, masked_rows, query_blocks_anew};
+use super::{QueryStream, add_d_q, is_masked, key_block, key_block_anew, query_blocks_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -84,7 +84,6 @@ pub fn whole<
     }
     let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
-    let masked_rows = masked_rows(&block, BLOCK_N as u32, &blocks, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
     let group = a.nheads / divisor(a.nheads_k);
@@ -115,6 +114,7 @@ pub fn whole<
         let stage = step % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
         let Place { first_row, place } = queries.place();
+        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
         let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         if step + 1 < steps {
             let blocks_anew = |x| query_blocks_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
@@ -128,7 +128,7 @@ pub fn whole<
             for depth in 0..HEADDIM / T::DEPTH {
                 s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), q, query, depth);
             }
-            if if CAUSAL { first_row < masked_rows } else { block.rows() < BLOCK_N as u32 } {
+            if is_masked {
                 mask_of_block.apply_transposed(&mut s, own_row, first_row + query);
             }
             let bases = ColumnVector::load(queries.bases(stage).offset(query));

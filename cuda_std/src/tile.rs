@@ -218,15 +218,16 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         self.copy_part_async(to, 0, 1);
     }
 
-    /// As [`copy_async`](Self::copy_async) for a matrix that is aligned. This thread's place in a tile is found anew, and takes
-    /// no register from one tile to the next.
+    /// As [`copy_async`](Self::copy_async) for a matrix that is aligned, and of which `rows` are left from the first of this tile
+    /// on. What follows from them and from the thread is found anew: from one tile to the next only the address takes registers.
     #[inline(always)]
     #[track_caller]
-    pub fn copy_async_anew(&mut self, to: SmemTile<T, ROWS, COLS>) {
-        let place = Self::place_of(unknown_before(thread::thread_idx_x(), self.rows as u32));
-        let rows = 0..Self::rows_of_a_thread(self.threads);
-        self.copy_rows(to, place, rows, |to, from, _, valid| copy::copy_async(to, from, valid));
-        self.rows -= ROWS as i32;
+    pub fn copy_async_anew(&mut self, to: SmemTile<T, ROWS, COLS>, rows: u32, columns: u32) {
+        let (own_row, own_chunk) = Self::place_of(unknown_before(thread::thread_idx_x(), rows));
+        self.columns = columns as i32 - (own_chunk * SmemTile::<T, ROWS, COLS>::CHUNK) as i32;
+        self.rows = if self.columns > 0 { rows as i32 - own_row as i32 } else { 0 };
+        let all = 0..Self::rows_of_a_thread(self.threads);
+        self.copy_rows(to, (own_row, own_chunk), all, |to, from, _, valid| copy::copy_async(to, from, valid));
     }
 
     /// One of `parts` parts of [`copy_async`](Self::copy_async), which are all to be called, in their order: so copies

@@ -24,8 +24,8 @@ pub use split::{SPLIT, split};
 pub use whole::{WHOLE, whole};
 
 use super::Params;
-use crate::attention::Attention;
-use crate::mask::{Blocks, Mask};
+use crate::attention::{Attention, Sequence};
+use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
 use cuda_std::SmemTile;
 use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
@@ -54,12 +54,13 @@ fn key_block_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, x: u32)
     }
 }
 
-/// The blocks of `block_m` queries that this block of threads needs of each head, found anew once `x` is known.
+/// The sequence of this block of threads, and the first block of `block_m` queries that it needs of each head, found anew once
+/// `x` is known.
 #[inline(always)]
 #[track_caller]
-fn query_blocks_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, block_m: u32, x: u32) -> Blocks {
+fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, block_m: u32, x: u32) -> (Sequence, u32) {
     let KeyBlock { first_key, sequence, .. } = key_block_anew::<T, CAUSAL>(a, block_n, x);
-    Mask::of::<T, CAUSAL, false>(a, &sequence).query_blocks(first_key, block_n, block_m)
+    (sequence, Mask::of::<T, CAUSAL, false>(a, &sequence).query_blocks(first_key, block_n, block_m).begin)
 }
 
 /// Whether a mask hides something of the `block_m` queries from `first_row` on, of a block of `block_n` keys from which on the

@@ -36,8 +36,8 @@ pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
     /// The block that is copied: that of the next step.
     block: u32,
     place: u32,
-    /// Blocks of its head from it on.
-    left: u32,
+    /// Rows of its head from its first on.
+    rows: u32,
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM>,
 }
@@ -64,7 +64,7 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         };
         let (q_rows, d_o_rows) = (rows(&a.q, a.headdim), rows(&p.d_o.cast(), a.headdim_v));
         let place = first_place(&a, &sequence, head, ROWS) + begin * BLOCK_M as u32;
-        QueryStream { q, d_o, statistics, block: begin, place, left: blocks.count(), q_rows, d_o_rows }
+        QueryStream { q, d_o, statistics, block: begin, place, rows: sequence.seqlen_q.wrapping_sub(begin * BLOCK_M as u32), q_rows, d_o_rows }
     }
 
     /// The block that is copied.
@@ -77,8 +77,8 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
     #[inline(always)]
     #[track_caller]
     pub fn copy_async(&mut self, p: &Params, stage: u32) {
-        self.q_rows.copy_async_anew(self.q.stage(stage));
-        self.d_o_rows.copy_async_anew(self.d_o.stage(stage));
+        self.q_rows.copy_async_anew(self.q.stage(stage), self.rows, p.attention.headdim);
+        self.d_o_rows.copy_async_anew(self.d_o.stage(stage), self.rows, p.attention.headdim_v);
         let quads = const { BLOCK_M as u32 / 4 };
         let thread = unknown_before(thread_idx_x(), self.place);
         if thread < 2 * quads {
@@ -89,24 +89,26 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         copy::commit();
     }
 
-    /// Goes on to the next block, and starts to copy it. `blocks_anew(x)` are those of each head, found anew once `x` is known.
+    /// Goes on to the next block, and starts to copy it. `first_anew(x)` is the sequence, and the first block of each head,
+    /// found anew once `x` is known. After it all blocks to the end of the head are needed.
     #[inline(always)]
     #[track_caller]
-    pub fn advance(&mut self, p: &Params, stage: u32, blocks_anew: impl FnOnce(u32) -> Blocks) {
+    pub fn advance(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (Sequence, u32)) {
         self.block += 1;
         self.place += BLOCK_M as u32;
-        self.left -= 1;
-        if self.left == 0 {
+        if self.rows > BLOCK_M as u32 {
+            self.rows -= BLOCK_M as u32;
+        } else {
             // From the end of one head to the beginning of the next. Seldom, and all is found anew each time.
             let anew = |x| unknown_before(x, self.place);
-            let blocks = blocks_anew(self.place);
-            let rows = blocks.count() * BLOCK_M as u32;
+            let (sequence, begin) = first_anew(self.place);
+            let rows = (self.block - begin) * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
-            self.q_rows.skip(way(&p.attention.q.cast()), rows);
-            self.d_o_rows.skip(way(&p.d_o.cast()), rows);
+            self.q_rows.skip(way(&p.attention.q.cast()), 0);
+            self.d_o_rows.skip(way(&p.d_o.cast()), 0);
             let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
             self.place = self.place + places_of_head(&a, ROWS) - rows;
-            (self.block, self.left) = (blocks.begin, blocks.count());
+            (self.block, self.rows) = (begin, sequence.seqlen_q - begin * BLOCK_M as u32);
         }
         self.copy_async(p, stage);
     }

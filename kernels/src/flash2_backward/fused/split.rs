@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, is_masked, key_block, key_block_anew, query_blocks_anew};
+use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -9,7 +9,7 @@ use crate::schedule::KeyBlock;
 use cuda_std::barrier::NamedBarrier;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, PackedMatrixElement};
-use cuda_std::math::{LOG2_E, ex2, fma, unknown_before};
+use cuda_std::math::{LOG2_E, ex2, fma};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{sync_threads, warp_id};
 use cuda_std::{SmemTile, TileStream, copy, kernel};
@@ -126,6 +126,7 @@ pub fn split<
     copy::wait::<0>();
     sync_threads();
 
+    let scale = a.softmax_scale * LOG2_E;
     let is_values = warp_id() < 4;
     let warp = warp_id() % 4;
     let own_row = warp / across * 16 * M as u32;
@@ -142,7 +143,6 @@ pub fn split<
         let d_s_tile = d_s_tiles.stage(step % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
         let Place { first_row, place } = queries.place();
-        let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
 
         let add_before = || {
@@ -153,8 +153,8 @@ pub fn split<
             add_before();
         }
         if step + 1 < steps {
-            let blocks_anew = |x| query_blocks_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
-            queries.advance(&p, (step + 1) % STAGES, blocks_anew);
+            let first_anew = |x| first_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
+            queries.advance(&p, (step + 1) % STAGES, first_anew);
         }
         for part in 0..parts {
             let query = own_query + (part * 8 * S_COLUMNS) as u32;

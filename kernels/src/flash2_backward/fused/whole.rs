@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, is_masked, key_block, key_block_anew, query_blocks_anew};
+use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -117,8 +117,8 @@ pub fn whole<
         let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
         let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         if step + 1 < steps {
-            let blocks_anew = |x| query_blocks_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
-            queries.advance(&p, (step + 1) % STAGES, blocks_anew);
+            let first_anew = |x| first_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
+            queries.advance(&p, (step + 1) % STAGES, first_anew);
         }
         for part in 0..BLOCK_M / (8 * S_COLUMNS) {
             let query = (part * 8 * S_COLUMNS) as u32;

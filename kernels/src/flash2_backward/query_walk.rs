@@ -2,7 +2,7 @@
 use super::probabilities::exponent_base;
 use super::{Params, STAGES};
 use crate::attention::{Attention, Tensor, divisor};
-use crate::mask::Blocks;
+use crate::mask::{Blocks, Mask};
 use crate::schedule::{KeyBlock, key_block_anew};
 use cuda_std::fragment::MatrixElement;
 use cuda_std::math::unknown_before;
@@ -157,6 +157,19 @@ impl<
         sequence.key_matrix(tensor, head_k, first_key, columns, self.a.is_aligned::<GENERAL>())
     }
 
+    /// The blocks of each head. Where there is a mask, they are found anew from what it takes.
+    #[inline(always)]
+    fn blocks(&self) -> Blocks {
+        if !(CAUSAL || GENERAL) {
+            return self.blocks;
+        }
+        let anew = |n| unknown_before(n, self.block);
+        let KeyBlock { first_key, sequence, .. } = self.key_block;
+        let mask = Mask::of::<T, CAUSAL, GENERAL>(self.a, &sequence);
+        let mask = Mask { seqlen_q: anew(mask.seqlen_q), ..mask };
+        mask.query_blocks(anew(first_key), BLOCK_N as u32, BLOCK_M as u32)
+    }
+
     /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
     /// takes. After the last step it waits too: nothing that a thread has copied is then read or under way.
     #[inline(always)]
@@ -167,8 +180,8 @@ impl<
         // Without a window to the left all queries from some block on see all keys. Keys that are not there hide nothing: their
         // gradients go nowhere.
         let partial = match (GENERAL, CAUSAL) {
-            (true, _) => self.blocks.is_partial(self.block),
-            (false, true) => self.block < self.blocks.full_begin,
+            (true, _) => self.blocks().is_partial(self.block),
+            (false, true) => self.block < self.blocks().full_begin,
             (false, false) => false,
         };
         let hides = self.head < self.end_head && (partial || self.a.may_hide::<GENERAL>());
@@ -195,15 +208,22 @@ impl<
         self.stage = (self.stage + 1) % STAGES;
         self.block += 1;
         self.statistic += BLOCK_M as u64;
-        if self.block == self.blocks.end {
+        // Where all queries to the last are seen, that takes no register of its own.
+        let is_end = if CAUSAL {
+            self.block * BLOCK_M as u32 >= self.key_block.sequence.seqlen_q
+        } else {
+            self.block == self.blocks().end
+        };
+        if is_end {
             // Seldom, and found anew each time.
             let anew = |x| unknown_before(x, self.block);
-            let rows = (anew(self.block) - anew(self.blocks.begin)) * BLOCK_M as u32;
+            let begin = self.blocks().begin;
+            let rows = (anew(self.block) - anew(begin)) * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
             self.q_rows.skip(way(&self.a.q), rows);
             self.d_o_rows.skip(way(&self.d_o), rows);
             self.statistic = self.statistic.wrapping_add(self.a.lse_head_stride.wrapping_sub(rows as u64));
-            self.block = self.blocks.begin;
+            self.block = begin;
             self.head += 1;
         }
         self.load();

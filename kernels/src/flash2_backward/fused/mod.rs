@@ -24,7 +24,7 @@ pub use split::{SPLIT, split};
 pub use whole::{WHOLE, whole};
 
 use super::Params;
-use crate::attention::{Attention, Sequence};
+use crate::attention::Attention;
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
 use cuda_std::SmemTile;
@@ -54,13 +54,16 @@ fn key_block_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, x: u32)
     }
 }
 
-/// The sequence of this block of threads, and the first block of `block_m` queries that it needs of each head, found anew once
-/// `x` is known.
+/// Tokens of Q of this block of threads, and the first block of `block_m` queries that it needs of each head, found anew once
+/// `x` is known: under a causal mask from that of its block of keys, which is at hand.
 #[inline(always)]
 #[track_caller]
-fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, block_m: u32, x: u32) -> (Sequence, u32) {
-    let KeyBlock { first_key, sequence, .. } = key_block_anew::<T, CAUSAL>(a, block_n, x);
-    (sequence, Mask::of::<T, CAUSAL, false>(a, &sequence).query_blocks(first_key, block_n, block_m).begin)
+fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32, block_m: u32, x: u32) -> (u32, u32) {
+    if !CAUSAL {
+        return (key_block_anew::<T, CAUSAL>(a, block_n, x).sequence.seqlen_q, 0);
+    }
+    let mask = Mask { seqlen_q: unknown_before(mask.seqlen_q, x), ..*mask };
+    (mask.seqlen_q, mask.query_blocks(0, block_n, block_m).begin)
 }
 
 /// Whether a mask hides something of the `block_m` queries from `first_row` on, of a block of `block_n` keys from which on the
@@ -68,8 +71,11 @@ fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, block_m: u3
 /// is no part of dQ. Found anew in each step, from what the mask itself takes.
 #[inline(always)]
 fn is_masked<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32, first_row: u32) -> bool {
+    if !CAUSAL {
+        return mask.seqlen_k < block_n;
+    }
     let mask = Mask { seqlen_k: unknown_before(mask.seqlen_k, first_row), ..*mask };
-    mask.seqlen_k < block_n || CAUSAL && first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
+    mask.seqlen_k < block_n || first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
 }
 
 /// Row and column of this warp's part of a block of dQ.

@@ -89,11 +89,11 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         copy::commit();
     }
 
-    /// Goes on to the next block, and starts to copy it. `first_anew(x)` is the sequence, and the first block of each head,
-    /// found anew once `x` is known. After it all blocks to the end of the head are needed.
+    /// Goes on to the next block, and starts to copy it. `first_anew(x)` is how many tokens Q has, and the first block of
+    /// each head, found anew once `x` is known. After it all blocks to the end of the head are needed.
     #[inline(always)]
     #[track_caller]
-    pub fn advance(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (Sequence, u32)) {
+    pub fn advance(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (u32, u32)) {
         self.block += 1;
         self.place += BLOCK_M as u32;
         if self.rows > BLOCK_M as u32 {
@@ -101,14 +101,14 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         } else {
             // From the end of one head to the beginning of the next. Seldom, and all is found anew each time.
             let anew = |x| unknown_before(x, self.place);
-            let (sequence, begin) = first_anew(self.place);
-            let rows = (self.block - begin) * BLOCK_M as u32;
+            let (seqlen_q, begin) = first_anew(self.place);
+            let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
             self.q_rows.skip(way(&p.attention.q.cast()), 0);
             self.d_o_rows.skip(way(&p.d_o.cast()), 0);
             let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
             self.place = self.place + places_of_head(&a, ROWS) - rows;
-            (self.block, self.rows) = (begin, sequence.seqlen_q - begin * BLOCK_M as u32);
+            (self.block, self.rows) = (begin, seqlen_q - begin * BLOCK_M as u32);
         }
         self.copy_async(p, stage);
     }

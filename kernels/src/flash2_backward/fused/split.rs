@@ -153,7 +153,7 @@ pub fn split<
             add_before();
         }
         if step + 1 < steps {
-            let first_anew = |x| first_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
+            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
             queries.advance(&p, (step + 1) % STAGES, first_anew);
         }
         for part in 0..parts {

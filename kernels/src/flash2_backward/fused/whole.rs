@@ -117,7 +117,7 @@ pub fn whole<
         let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
         let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         if step + 1 < steps {
-            let first_anew = |x| first_anew::<T, CAUSAL>(&a, BLOCK_N as u32, BLOCK_M as u32, x);
+            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
             queries.advance(&p, (step + 1) % STAGES, first_anew);
         }
         for part in 0..BLOCK_M / (8 * S_COLUMNS) {

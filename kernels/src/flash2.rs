@@ -270,6 +270,10 @@ pub fn forward<
         }
 
         let p = logits.weights(s, (row, key), partial, j - key_blocks.begin, &mut softmax, &mut o);
+        if GENERAL {
+            // V is not read ahead: the scores have taken the registers.
+            sync_warp(ALL);
+        }
         for step in 0..BLOCK_N / T::DEPTH {
             o.add_product(&p.operand::<T>(step), v, step, 0);
         }
@@ -277,7 +281,12 @@ pub fn forward<
     }
 
     let last = o.element_mut(0, 0, 0, 0).to_bits();
-    let block = if CAUSAL || GENERAL { block.anew(last) } else { schedule::query_block_anew(&a, BLOCK_M as u32, last) };
+    // What a general kernel of a wide head keeps for the loop takes fewer registers than what finding it anew does.
+    let block = if CAUSAL || GENERAL && HEADDIM > 32 {
+        block.anew(last)
+    } else {
+        schedule::query_block_anew(&a, BLOCK_M as u32, last)
+    };
     let QueryBlock { sequence, head, first_row } = block;
     let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
     softmax.finish(&mut o, a.sink(head), |row, state| {
@@ -292,8 +301,6 @@ pub fn forward<
     let o_tile = SmemTile::<T, BLOCK_M, HEADDIM_V>::at(dynamic_shared());
     o.store(o_tile, own_row);
     if (CAUSAL || GENERAL) && any(ALL, !o.is_finite()) {
-        let mask = Mask::of::<T, CAUSAL, GENERAL>(&a, &sequence);
-        let logits = Logits::new::<GENERAL>(&a, &sequence, head, mask);
         let weight = |row, key, q_k, softmax| logits.weight(row, key, q_k, softmax);
         let rows = own_row..own_row + 16 * M as u32;
         attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(&a, &block, mask, aligned, o_tile, rows, weight);

@@ -71,11 +71,8 @@ fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32
 /// is no part of dQ. Found anew in each step, from what the mask itself takes.
 #[inline(always)]
 fn is_masked<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32, first_row: u32) -> bool {
-    if !CAUSAL {
-        return mask.seqlen_k < block_n;
-    }
     let mask = Mask { seqlen_k: unknown_before(mask.seqlen_k, first_row), ..*mask };
-    mask.seqlen_k < block_n || first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
+    mask.seqlen_k < block_n || CAUSAL && first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
 }
 
 /// Row and column of this warp's part of a block of dQ.

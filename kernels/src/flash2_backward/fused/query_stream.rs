@@ -64,7 +64,16 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         };
         let (q_rows, d_o_rows) = (rows(&a.q, a.headdim), rows(&p.d_o.cast(), a.headdim_v));
         let place = first_place(&a, &sequence, head, ROWS) + begin * BLOCK_M as u32;
-        QueryStream { q, d_o, statistics, block: begin, place, rows: sequence.seqlen_q.wrapping_sub(begin * BLOCK_M as u32), q_rows, d_o_rows }
+        QueryStream {
+            q,
+            d_o,
+            statistics,
+            block: begin,
+            place,
+            rows: sequence.seqlen_q.wrapping_sub(begin * BLOCK_M as u32),
+            q_rows,
+            d_o_rows,
+        }
     }
 
     /// The block that is copied.

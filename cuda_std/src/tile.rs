@@ -218,6 +218,18 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         self.copy_part_async(to, 0, 1);
     }
 
+    /// As [`copy_async`](Self::copy_async) for a matrix that is aligned, and of which `rows` are left from the first of this tile
+    /// on. What follows from them and from the thread is found anew: from one tile to the next only the address takes registers.
+    #[inline(always)]
+    #[track_caller]
+    pub fn copy_async_anew(&mut self, to: SmemTile<T, ROWS, COLS>, rows: u32, columns: u32) {
+        let (own_row, own_chunk) = Self::place_of(unknown_before(thread::thread_idx_x(), rows));
+        self.columns = columns as i32 - (own_chunk * SmemTile::<T, ROWS, COLS>::CHUNK) as i32;
+        self.rows = if self.columns > 0 { rows as i32 - own_row as i32 } else { 0 };
+        let all = 0..Self::rows_of_a_thread(self.threads);
+        self.copy_rows(to, (own_row, own_chunk), all, |to, from, _, valid| copy::copy_async(to, from, valid));
+    }
+
     /// One of `parts` parts of [`copy_async`](Self::copy_async), which are all to be called, in their order: so copies
     /// start one by one between other instructions, and none of them waits for another.
     #[inline(always)]
@@ -227,10 +239,10 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         let limit = |part| (count as usize * part / parts) as u32;
         let (begin, end) = (limit(part), limit(part + 1));
         if self.aligned {
-            self.copy_rows(to, begin..end, |to, from, _, valid| copy::copy_async(to, from, valid));
+            self.copy_rows(to, Self::place(), begin..end, |to, from, _, valid| copy::copy_async(to, from, valid));
         } else {
             // Rare, and little code as a loop.
-            self.copy_rows(to, unknown(begin)..unknown(end), |to, from, columns, valid| {
+            self.copy_rows(to, Self::place(), unknown(begin)..unknown(end), |to, from, columns, valid| {
                 load_elements(from, to, if valid { columns } else { 0 });
             });
         }
@@ -239,19 +251,20 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         }
     }
 
-    /// Calls `copy(to, from, columns, valid)` for each chunk of these rows of this thread: `columns` are there from the
-    /// chunk's first on, if it is valid.
+    /// Calls `copy(to, from, columns, valid)` for each chunk of these rows of this thread, whose first row and chunk are
+    /// `place`: `columns` are there from the chunk's first on, if it is valid.
     #[inline(always)]
     #[track_caller]
     fn copy_rows(
         &mut self,
         to: SmemTile<T, ROWS, COLS>,
+        place: (u32, u32),
         rows: Range<u32>,
         copy: impl Fn(Shared<T>, Global<T>, u32, bool),
     ) {
         // Which slabs are there is found anew for each tile: kept, it would take a register a slab.
         let all_columns = unknown_before(self.columns as u32, self.rows as u32) as i32;
-        Self::each_chunk(self.threads, to, rows, |to, row, slab| {
+        Self::each_chunk(self.threads, to, place, rows, |to, row, slab| {
             let column = slab * Self::SLAB_COLUMNS;
             let columns = all_columns - column as i32;
             let valid = row < self.rows && (slab == 0 || columns > 0);
@@ -268,7 +281,8 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     #[track_caller]
     pub fn copied_nonfinite(&self, tile: SmemTile<T, ROWS, COLS>) -> bool {
         let mut found = 0;
-        Self::each_chunk(self.threads, tile, 0..Self::rows_of_a_thread(self.threads), |chunk, _, _| {
+        let rows = 0..Self::rows_of_a_thread(self.threads);
+        Self::each_chunk(self.threads, tile, Self::place(), rows, |chunk, _, _| {
             for word in chunk.cast::<u32>().load_vector::<4>(0) {
                 found |= T::nonfinite(word);
             }
@@ -284,16 +298,16 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         ROWS as u32 / rows_at_once
     }
 
-    /// Calls `f(chunk, row, slab)` for each chunk of these rows of this thread in a tile; rows count from its first.
+    /// Calls `f(chunk, row, slab)` for each chunk of these rows of a thread in a tile; rows count from its first.
     #[inline(always)]
     #[track_caller]
     fn each_chunk(
         threads: u32,
         tile: SmemTile<T, ROWS, COLS>,
+        (own_row, own_chunk): (u32, u32),
         rows: Range<u32>,
         mut f: impl FnMut(Shared<T>, i32, u32),
     ) {
-        let (own_row, own_chunk) = Self::place();
         let first = tile.chunk(own_row, own_chunk);
         for i in rows {
             let row = i * (threads / Self::SLAB_CHUNKS);
@@ -311,7 +325,12 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     /// This thread's first row and chunk.
     #[inline(always)]
     fn place() -> (u32, u32) {
-        (thread::thread_idx_x() / Self::SLAB_CHUNKS, thread::thread_idx_x() % Self::SLAB_CHUNKS)
+        Self::place_of(thread::thread_idx_x())
+    }
+
+    #[inline(always)]
+    fn place_of(thread: u32) -> (u32, u32) {
+        (thread / Self::SLAB_CHUNKS, thread % Self::SLAB_CHUNKS)
     }
 }
 

@@ -270,6 +270,10 @@ pub fn forward<
         }
 
         let p = logits.weights(s, (row, key), partial, j - key_blocks.begin, &mut softmax, &mut o);
+        if GENERAL {
+            // V is not read ahead: the scores have taken the registers.
+            sync_warp(ALL);
+        }
         for step in 0..BLOCK_N / T::DEPTH {
             o.add_product(&p.operand::<T>(step), v, step, 0);
         }
@@ -277,7 +281,12 @@ pub fn forward<
     }
 
     let last = o.element_mut(0, 0, 0, 0).to_bits();
-    let block = if CAUSAL || GENERAL { block.anew(last) } else { schedule::query_block_anew(&a, BLOCK_M as u32, last) };
+    // What a general kernel of a wide head keeps for the loop takes fewer registers than what finding it anew does.
+    let block = if CAUSAL || GENERAL && HEADDIM > 32 {
+        block.anew(last)
+    } else {
+        schedule::query_block_anew(&a, BLOCK_M as u32, last)
+    };
     let QueryBlock { sequence, head, first_row } = block;
     let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
     softmax.finish(&mut o, a.sink(head), |row, state| {

@@ -131,6 +131,15 @@ pub fn key_block<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
     key_block_at(a, block_n, block_idx_x())
 }
 
+/// [`key_block`] once more, to be said after a loop: it is found anew once `x` is known, and takes no registers in the loop.
+#[inline(always)]
+#[track_caller]
+pub fn key_block_anew<T>(a: &Attention<T>, block_n: u32, x: u32) -> KeyBlock {
+    let anew = |n| unknown_before(n, x);
+    let a = Attention { seqlen_k: anew(a.seqlen_k), nheads_k: anew(a.nheads_k), ..*a };
+    key_block_at(&a, block_n, anew(block_idx_x()))
+}
+
 /// Key block `number` of these, where it is not that of the block of threads.
 #[inline(always)]
 pub fn key_block_at<T>(a: &Attention<T>, block_n: u32, number: u32) -> KeyBlock {
@@ -146,6 +155,15 @@ pub fn key_block_at<T>(a: &Attention<T>, block_n: u32, number: u32) -> KeyBlock 
 #[track_caller]
 pub fn key_block_in_turn<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32) -> KeyBlock {
     key_block_in_turn_at(a, block_n, heads_in_turn, block_idx_x())
+}
+
+/// [`key_block_in_turn`] once more, as [`key_block_anew`].
+#[inline(always)]
+#[track_caller]
+pub fn key_block_in_turn_anew<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32, x: u32) -> KeyBlock {
+    let anew = |n| unknown_before(n, x);
+    let a = Attention { seqlen_k: anew(a.seqlen_k), nheads_k: anew(a.nheads_k), ..*a };
+    key_block_in_turn_at(&a, block_n, heads_in_turn, anew(block_idx_x()))
 }
 
 /// As [`key_block_at`].

@@ -95,15 +95,25 @@ impl MatrixElement for f32 {
         step: u32,
         column: u32,
     ) {
-        for k in 0..8 {
-            for n in 0..2 {
-                let b = pair(tile, step, k as u32, column + 8 * n as u32);
-                for m in 0..M {
-                    for i in 0..4 {
-                        if keep(Accumulator::<M, 2>::row(m, i / 2), k as u32) {
-                            d[m][n][i] = math::fma(a.0[m][i / 2][k], b[i % 2], d[m][n][i]);
+        // A loop, as the ones around it: whether a key is kept is a branch or more, and eight of each were no little code.
+        let mut a = a.0;
+        for k in 0..math::unknown(8) {
+            let b = [0, 1].map(|n| pair(tile, step, k, column + 8 * n));
+            for m in 0..M {
+                for half in 0..2 {
+                    if keep(Accumulator::<M, 2>::row(m, half), k) {
+                        for n in 0..2 {
+                            for i in 0..2 {
+                                let x = &mut d[m][n][2 * half + i];
+                                *x = math::fma(a[m][half][0], b[n][i], *x);
+                            }
                         }
                     }
+                    let [first, rest @ ..] = a[m][half];
+                    for i in 0..7 {
+                        a[m][half][i] = rest[i];
+                    }
+                    a[m][half][7] = first;
                 }
             }
         }

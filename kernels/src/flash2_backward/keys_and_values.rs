@@ -133,6 +133,9 @@ pub fn keys_and_values<
             }
         }
 
+        // Nothing is read ahead for the next product before this one: there are no registers for it.
+        sync_warp(ALL);
+
         // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
         let mut d_s = Accumulator::<M, S_COLUMNS>::zero();
         for depth in 0..T::steps(HEADDIM) {
@@ -152,11 +155,12 @@ pub fn keys_and_values<
         }
     }
 
+    let last = d_v.element_mut(0, 0, 0, 0).to_bits();
     // K and V are read by nobody any more, and their tiles become dK's and dV's, each warp's rows its own.
     d_k.map(|_, _, d_k| d_k * a.softmax_scale);
     d_k.store(k, own_row);
     d_v.store(v, own_row);
     sync_warp(ALL);
-    k.store_rows(own_row, 16 * M as u32, walk.keys(&p.d_k.cast(), a.headdim));
-    v.store_rows(own_row, 16 * M as u32, walk.keys(&p.d_v.cast(), a.headdim_v));
+    k.store_rows(own_row, 16 * M as u32, walk.keys_anew(&p.d_k.cast(), a.headdim, last));
+    v.store_rows(own_row, 16 * M as u32, walk.keys_anew(&p.d_v.cast(), a.headdim_v, last));
 }

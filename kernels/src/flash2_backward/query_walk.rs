@@ -2,9 +2,10 @@
 use super::probabilities::exponent_base;
 use super::{Params, STAGES};
 use crate::attention::{Attention, Tensor, divisor};
-use crate::mask::Blocks;
-use crate::schedule::KeyBlock;
+use crate::mask::{Blocks, Mask};
+use crate::schedule::{KeyBlock, key_block_anew};
 use cuda_std::fragment::MatrixElement;
+use cuda_std::math::unknown_before;
 use cuda_std::shared::Shared;
 use cuda_std::thread::{sync_threads, sync_threads_or, thread_idx_x};
 use cuda_std::{Global, GlobalMatrix, SmemTile, TileStream, copy};
@@ -38,6 +39,12 @@ pub(super) struct QueryWalk<
     /// The step that comes next: a head and a block of it.
     head: u32,
     block: u32,
+    /// Its rows of Q and dO. The addresses run along: to find them anew in each step would take some hundred instructions that
+    /// wait for each other, and more registers.
+    q_rows: TileStream<T, BLOCK_M, HEADDIM>,
+    d_o_rows: TileStream<T, BLOCK_M, HEADDIM_V>,
+    /// Where the LSE of its first row is, and its D.
+    statistic: u64,
     /// One past the last head.
     end_head: u32,
     /// Where in shared memory that step is.
@@ -96,6 +103,10 @@ impl<
     ) -> Self {
         let heads = a.nheads / divisor(a.nheads_k);
         let first_head = key_block.head_k * heads;
+        let (first_row, aligned) = (blocks.begin * BLOCK_M as u32, a.is_aligned::<GENERAL>());
+        let rows_of =
+            |tensor, columns| key_block.sequence.query_matrix(tensor, first_head, first_row, columns, aligned);
+        let d_o = p.d_o.cast();
         let k = SmemTile::at(at);
         let v = SmemTile::at(k.end());
         let q = SmemTile::at(v.end());
@@ -103,7 +114,7 @@ impl<
         let bases = d_o_tile.stage(STAGES - 1).end();
         let mut walk = QueryWalk {
             a,
-            d_o: p.d_o.cast(),
+            d_o,
             row_sums: p.row_sums,
             key_block,
             blocks,
@@ -116,6 +127,9 @@ impl<
             sums: bases.offset(STAGES * BLOCK_M as u32),
             head: if blocks.count() > 0 { first_head } else { first_head + heads },
             block: blocks.begin,
+            q_rows: TileStream::new(threads, rows_of(&a.q, a.headdim)),
+            d_o_rows: TileStream::new(threads, rows_of(&d_o, a.headdim_v)),
+            statistic: a.first_row(&key_block.sequence, first_head) as u64 + first_row as u64,
             end_head: first_head + heads,
             stage: 0,
             row: (f32::INFINITY, 0.0),
@@ -130,16 +144,30 @@ impl<
 
     /// The block's rows of a tensor that is shaped like K or V.
     #[inline(always)]
-    pub fn keys(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
+    fn keys(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
         let KeyBlock { first_key, head_k, sequence } = self.key_block;
         sequence.key_matrix(tensor, head_k, first_key, columns, self.a.is_aligned::<GENERAL>())
     }
 
-    /// The next step's rows of a tensor that is shaped like Q or O.
+    /// The same, to be said after the walk: they are found anew once `x` is known, and take no registers in it.
     #[inline(always)]
-    fn queries(&self, tensor: &Tensor<T>, columns: u32) -> GlobalMatrix<T> {
-        let first_row = self.block * BLOCK_M as u32;
-        self.key_block.sequence.query_matrix(tensor, self.head, first_row, columns, self.a.is_aligned::<GENERAL>())
+    #[track_caller]
+    pub fn keys_anew(&self, tensor: &Tensor<T>, columns: u32, x: u32) -> GlobalMatrix<T> {
+        let KeyBlock { first_key, head_k, sequence } = key_block_anew(self.a, BLOCK_N as u32, x);
+        sequence.key_matrix(tensor, head_k, first_key, columns, self.a.is_aligned::<GENERAL>())
+    }
+
+    /// The blocks of each head. Where there is a mask, they are found anew from what it takes.
+    #[inline(always)]
+    fn blocks(&self) -> Blocks {
+        if !(CAUSAL || GENERAL) {
+            return self.blocks;
+        }
+        let anew = |n| unknown_before(n, self.block);
+        let KeyBlock { first_key, sequence, .. } = self.key_block;
+        let mask = Mask::of::<T, CAUSAL, GENERAL>(self.a, &sequence);
+        let mask = Mask { seqlen_q: anew(mask.seqlen_q), ..mask };
+        mask.query_blocks(anew(first_key), BLOCK_N as u32, BLOCK_M as u32)
     }
 
     /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
@@ -149,7 +177,13 @@ impl<
     pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
         self.store_statistics();
         copy::wait::<0>();
-        let partial = self.blocks.is_partial(self.block);
+        // Without a window to the left all queries from some block on see all keys. Keys that are not there hide nothing: their
+        // gradients go nowhere.
+        let partial = match (GENERAL, CAUSAL) {
+            (true, _) => self.blocks().is_partial(self.block),
+            (false, true) => self.block < self.blocks().full_begin,
+            (false, false) => false,
+        };
         let hides = self.head < self.end_head && (partial || self.a.may_hide::<GENERAL>());
         let poisonous = if (CAUSAL || GENERAL) && hides {
             sync_threads_or(self.copied_nonfinite())
@@ -173,8 +207,23 @@ impl<
         };
         self.stage = (self.stage + 1) % STAGES;
         self.block += 1;
-        if self.block == self.blocks.end {
-            self.block = self.blocks.begin;
+        self.statistic += BLOCK_M as u64;
+        // Where all queries to the last are seen, that takes no register of its own.
+        let is_end = if CAUSAL {
+            self.block * BLOCK_M as u32 >= self.key_block.sequence.seqlen_q
+        } else {
+            self.block == self.blocks().end
+        };
+        if is_end {
+            // Seldom, and found anew each time.
+            let anew = |x| unknown_before(x, self.block);
+            let begin = self.blocks().begin;
+            let rows = (anew(self.block) - anew(begin)) * BLOCK_M as u32;
+            let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
+            self.q_rows.skip(way(&self.a.q), rows);
+            self.d_o_rows.skip(way(&self.d_o), rows);
+            self.statistic = self.statistic.wrapping_add(self.a.lse_head_stride.wrapping_sub(rows as u64));
+            self.block = begin;
             self.head += 1;
         }
         self.load();
@@ -185,51 +234,56 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn copied_nonfinite(&mut self) -> bool {
-        let (a, threads) = (self.a, self.threads);
         let of_keys = match self.keys_nonfinite {
             Some(nonfinite) => nonfinite,
             None => {
+                let (a, threads) = (self.a, self.threads);
                 TileStream::new(threads, self.keys(&a.k, a.headdim)).copied_nonfinite(self.k)
                     | TileStream::new(threads, self.keys(&a.v, a.headdim_v)).copied_nonfinite(self.v)
             }
         };
         self.keys_nonfinite = Some(of_keys);
-        let q_rows = TileStream::new(threads, self.queries(&a.q, a.headdim));
-        let d_o_rows = TileStream::new(threads, self.queries(&self.d_o, a.headdim_v));
         of_keys
-            | q_rows.copied_nonfinite(self.q.stage(self.stage))
-            | d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
+            | self.q_rows.copied_nonfinite(self.q.stage(self.stage))
+            | self.d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
             | self.row.0.is_nan()
             | !self.row.1.is_finite()
     }
 
+    /// Starts to load the next step, if there is one.
     #[inline(always)]
     #[track_caller]
     fn load(&mut self) {
         if self.head == self.end_head {
             return;
         }
-        let a = self.a;
-        TileStream::new(self.threads, self.queries(&a.q, a.headdim)).copy_async(self.q.stage(self.stage));
-        TileStream::new(self.threads, self.queries(&self.d_o, a.headdim_v)).copy_async(self.d_o_tile.stage(self.stage));
+        self.q_rows.copy_async(self.q.stage(self.stage));
+        self.d_o_rows.copy_async(self.d_o_tile.stage(self.stage));
         copy::commit();
         // A row that is not there has P = 0.
         self.row = (f32::INFINITY, 0.0);
-        let sequence = &self.key_block.sequence;
-        let row = self.block * BLOCK_M as u32 + thread_idx_x();
-        if thread_idx_x() < BLOCK_M as u32 && row < sequence.seqlen_q {
-            let at = a.first_row(sequence, self.head) + row as usize;
-            self.row = (exponent_base(a.softmax_lse.load(at)), self.row_sums.load(at));
+        let thread = self.thread();
+        let row = self.block * BLOCK_M as u32 + thread;
+        if thread < BLOCK_M as u32 && row < self.key_block.sequence.seqlen_q {
+            let at = (self.statistic + thread as u64) as usize;
+            self.row = (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at));
         }
     }
 
     #[inline(always)]
     #[track_caller]
     fn store_statistics(&self) {
-        if thread_idx_x() < BLOCK_M as u32 && self.head < self.end_head {
-            let at = self.stage * BLOCK_M as u32 + thread_idx_x();
+        let thread = self.thread();
+        if thread < BLOCK_M as u32 && self.head < self.end_head {
+            let at = self.stage * BLOCK_M as u32 + thread;
             self.bases.store(at, self.row.0);
             self.sums.store(at, self.row.1);
         }
+    }
+
+    /// This thread, found anew in each step: what follows from it takes no registers from one to the next.
+    #[inline(always)]
+    fn thread(&self) -> u32 {
+        if GENERAL { unknown_before(thread_idx_x(), self.block) } else { thread_idx_x() }
     }
 }

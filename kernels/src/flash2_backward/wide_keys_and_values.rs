@@ -148,9 +148,10 @@ pub fn wide_keys_and_values<
             }
         }
         // K and V are read by nobody any more, and their tiles become dK's and dV's, each warp's rows its own.
+        let last = d_v.element_mut(0, 0, 0, 0).to_bits();
         d_v.store(v, own_row);
         sync_warp(ALL);
-        v.store_rows(own_row, KEYS as u32, walk.keys(&p.d_v.cast(), a.headdim_v));
+        v.store_rows(own_row, KEYS as u32, walk.keys_anew(&p.d_v.cast(), a.headdim_v, last));
     } else {
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
         while let Some(step) = walk.advance() {
@@ -177,10 +178,11 @@ pub fn wide_keys_and_values<
                 }
             }
         }
+        let last = d_k.element_mut(0, 0, 0, 0).to_bits();
         d_k.map(|_, _, d_k| d_k * a.softmax_scale);
         d_k.store(k, own_row);
         sync_warp(ALL);
-        k.store_rows(own_row, KEYS as u32, walk.keys(&p.d_k.cast(), a.headdim));
+        k.store_rows(own_row, KEYS as u32, walk.keys_anew(&p.d_k.cast(), a.headdim, last));
     }
 }
 

@@ -25,10 +25,11 @@ pub use whole::{WHOLE, whole};
 
 use super::Params;
 use crate::attention::Attention;
-use crate::mask::Blocks;
+use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
 use cuda_std::SmemTile;
 use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
+use cuda_std::math::unknown_before;
 use places::d_q_sums;
 use query_stream::QueryStream;
 
@@ -42,11 +43,36 @@ fn key_block<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32) -> KeyBlock 
     if CAUSAL { schedule::key_block_in_turn(a, block_n, HEADS_IN_TURN) } else { schedule::key_block(a, block_n) }
 }
 
-/// Before which row a mask hides something of a block of `block_n` keys. Where keys are missing that is every row: what their P
-/// would be is not bounded, and 0 times infinity is no part of dQ.
+/// [`key_block()`] once more, to be said after a loop: it is found anew once `x` is known, and takes no registers in the loop.
 #[inline(always)]
-fn masked_rows(block: &KeyBlock, block_n: u32, blocks: &Blocks, block_m: u32) -> u32 {
-    if block.rows() < block_n { u32::MAX } else { blocks.full_begin * block_m }
+#[track_caller]
+fn key_block_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, x: u32) -> KeyBlock {
+    if CAUSAL {
+        schedule::key_block_in_turn_anew(a, block_n, HEADS_IN_TURN, x)
+    } else {
+        schedule::key_block_anew(a, block_n, x)
+    }
+}
+
+/// Tokens of Q of this block of threads, and the first block of `block_m` queries that it needs of each head, found anew once
+/// `x` is known: under a causal mask from that of its block of keys, which is at hand.
+#[inline(always)]
+#[track_caller]
+fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32, block_m: u32, x: u32) -> (u32, u32) {
+    if !CAUSAL {
+        return (key_block_anew::<T, CAUSAL>(a, block_n, x).sequence.seqlen_q, 0);
+    }
+    let mask = Mask { seqlen_q: unknown_before(mask.seqlen_q, x), ..*mask };
+    (mask.seqlen_q, mask.query_blocks(0, block_n, block_m).begin)
+}
+
+/// Whether a mask hides something of the `block_m` queries from `first_row` on, of a block of `block_n` keys from which on the
+/// mask counts. Where keys are missing that is so of all queries: what their P would be is not bounded, and 0 times infinity
+/// is no part of dQ. Found anew in each step, from what the mask itself takes.
+#[inline(always)]
+fn is_masked<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32, first_row: u32) -> bool {
+    let mask = Mask { seqlen_k: unknown_before(mask.seqlen_k, first_row), ..*mask };
+    mask.seqlen_k < block_n || CAUSAL && first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
 }
 
 /// Row and column of this warp's part of a block of dQ.

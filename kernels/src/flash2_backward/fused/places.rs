@@ -6,6 +6,7 @@ use super::Params;
 use crate::attention::{Attention, Sequence};
 use cuda_std::Global;
 use cuda_std::fragment::Accumulator;
+use cuda_std::math::unknown_before;
 use cuda_std::thread::warp_id;
 
 /// Rows of Q whose statistics belong together.
@@ -59,6 +60,7 @@ pub(super) fn d_q_sums<const HEADDIM: usize, const Q_ROWS: usize, const Q_COLUMN
     p: &Params,
     place: u32,
 ) -> Global<f32> {
-    let own = warp_id() as usize * Accumulator::<Q_ROWS, Q_COLUMNS>::ELEMENTS;
+    // Found anew for each block: from one to the next it takes no registers.
+    let own = unknown_before(warp_id(), place) as usize * Accumulator::<Q_ROWS, Q_COLUMNS>::ELEMENTS;
     p.d_q_sums.offset(place as usize * HEADDIM + own)
 }

@@ -19,7 +19,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Before the first block and after the last.
+    /// Before the first block.
     pub const NOWHERE: Place = Place { first_row: 0, place: u32::MAX };
 }
 
@@ -33,12 +33,11 @@ pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
     d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// In each stage what the exponents of its rows subtract, then D.
     statistics: Shared<f32>,
-    /// The blocks of each head: `begin` to `end`.
-    begin: u32,
-    end: u32,
-    /// What is copied next.
+    /// The block that is copied: that of the next step.
     block: u32,
     place: u32,
+    /// Rows of its head from its first on.
+    rows: u32,
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM>,
 }
@@ -58,44 +57,69 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         d_o: SmemTile<T, BLOCK_M, HEADDIM>,
         statistics: Shared<f32>,
     ) -> Self {
-        let Blocks { begin, end, .. } = *blocks;
+        let begin = blocks.begin;
         let a: Attention<T> = p.attention.of();
         let rows = |tensor: &Tensor<T>, columns| {
             TileStream::new(threads, sequence.query_matrix(tensor, head, begin * BLOCK_M as u32, columns, true))
         };
         let (q_rows, d_o_rows) = (rows(&a.q, a.headdim), rows(&p.d_o.cast(), a.headdim_v));
         let place = first_place(&a, &sequence, head, ROWS) + begin * BLOCK_M as u32;
-        QueryStream { q, d_o, statistics, begin, end, block: begin, place, q_rows, d_o_rows }
+        QueryStream {
+            q,
+            d_o,
+            statistics,
+            block: begin,
+            place,
+            rows: sequence.seqlen_q.wrapping_sub(begin * BLOCK_M as u32),
+            q_rows,
+            d_o_rows,
+        }
     }
 
-    /// Starts to copy the next block, as one group, and says which it is.
+    /// The block that is copied.
+    #[inline(always)]
+    pub fn place(&self) -> Place {
+        Place { first_row: self.block * BLOCK_M as u32, place: self.place }
+    }
+
+    /// Starts to copy the block, as one group.
     #[inline(always)]
     #[track_caller]
-    pub fn copy_async(&mut self, p: &Params, stage: u32) -> Place {
-        self.q_rows.copy_async(self.q.stage(stage));
-        self.d_o_rows.copy_async(self.d_o.stage(stage));
+    pub fn copy_async(&mut self, p: &Params, stage: u32) {
+        self.q_rows.copy_async_anew(self.q.stage(stage), self.rows, p.attention.headdim);
+        self.d_o_rows.copy_async_anew(self.d_o.stage(stage), self.rows, p.attention.headdim_v);
         let quads = const { BLOCK_M as u32 / 4 };
-        if thread_idx_x() < 2 * quads {
-            let (part, row) = (thread_idx_x() / quads, thread_idx_x() % quads * 4);
+        let thread = unknown_before(thread_idx_x(), self.place);
+        if thread < 2 * quads {
+            let (part, row) = (thread / quads, thread % quads * 4);
             let from = p.statistics.offset(statistic_at(self.place + row, part, ROWS));
             copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
         }
         copy::commit();
-        let copied = Place { first_row: self.block * BLOCK_M as u32, place: self.place };
+    }
+
+    /// Goes on to the next block, and starts to copy it. `first_anew(x)` is how many tokens Q has, and the first block of
+    /// each head, found anew once `x` is known. After it all blocks to the end of the head are needed.
+    #[inline(always)]
+    #[track_caller]
+    pub fn advance(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (u32, u32)) {
         self.block += 1;
         self.place += BLOCK_M as u32;
-        if self.block == self.end {
-            // From the end of one head to the beginning of the next. Seldom, and found anew each time.
+        if self.rows > BLOCK_M as u32 {
+            self.rows -= BLOCK_M as u32;
+        } else {
+            // From the end of one head to the beginning of the next. Seldom, and all is found anew each time.
             let anew = |x| unknown_before(x, self.place);
-            let rows = anew((self.end - self.begin) * BLOCK_M as u32);
+            let (seqlen_q, begin) = first_anew(self.place);
+            let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
-            self.q_rows.skip(way(&p.attention.q.cast()), rows);
-            self.d_o_rows.skip(way(&p.d_o.cast()), rows);
+            self.q_rows.skip(way(&p.attention.q.cast()), 0);
+            self.d_o_rows.skip(way(&p.d_o.cast()), 0);
             let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
             self.place = self.place + places_of_head(&a, ROWS) - rows;
-            self.block = self.begin;
+            (self.block, self.rows) = (begin, seqlen_q - begin * BLOCK_M as u32);
         }
-        copied
+        self.copy_async(p, stage);
     }
 
     /// What the exponents of the rows of a stage subtract.

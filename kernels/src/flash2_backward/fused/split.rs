@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, masked_rows};
+use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -95,7 +95,8 @@ pub fn split<
     }
     let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
-    let masked_rows = masked_rows(&block, BLOCK_N as u32, &blocks, BLOCK_M as u32);
+    // For keys that are counted from the first of the block.
+    let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -119,9 +120,8 @@ pub fn split<
     TileStream::new(SPLIT_THREADS, rows_of(&a.k, a.headdim)).copy_async(k);
     TileStream::new(SPLIT_THREADS, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
-    let mut next = Place::NOWHERE;
     if steps > 0 {
-        next = queries.copy_async(&p, 0);
+        queries.copy_async(&p, 0);
     }
     copy::wait::<0>();
     sync_threads();
@@ -142,7 +142,8 @@ pub fn split<
         let (right, other) = (right.stage(stage), other.stage(stage));
         let d_s_tile = d_s_tiles.stage(step % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
-        let Place { first_row, place } = next;
+        let Place { first_row, place } = queries.place();
+        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
 
         let add_before = || {
             let d_s_tile = d_s_tiles.stage((step + 1) % 2);
@@ -152,7 +153,8 @@ pub fn split<
             add_before();
         }
         if step + 1 < steps {
-            next = queries.copy_async(&p, (step + 1) % STAGES);
+            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
+            queries.advance(&p, (step + 1) % STAGES, first_anew);
         }
         for part in 0..parts {
             let query = own_query + (part * 8 * S_COLUMNS) as u32;
@@ -165,8 +167,8 @@ pub fn split<
             let columns = ColumnVector::load(statistics.offset(stage * 2 * BLOCK_M as u32 + query));
             if is_values {
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
-                if first_row < masked_rows {
-                    mask.apply_transposed(&mut x, first_key + own_row, first_row + query);
+                if is_masked {
+                    mask_of_block.apply_transposed(&mut x, own_row, first_row + query);
                 }
                 x.zip_columns(&columns, |s, base| ex2(fma(s, scale, -base)));
                 x.store_at(handed, own_row, query);
@@ -225,7 +227,8 @@ pub fn split<
 
     // Nobody reads K any more: it and V become dK and dV.
     sync_threads();
-    let KeyBlock { first_key, head_k, sequence } = block.anew(sum.element_mut(0, 0, 0, 0).to_bits());
+    let last = sum.element_mut(0, 0, 0, 0).to_bits();
+    let KeyBlock { first_key, head_k, sequence } = key_block_anew::<T, CAUSAL>(&a, BLOCK_N as u32, last);
     let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, true);
     let factor = if is_values { 1.0 } else { a.softmax_scale };
     sum.map(|_, _, x| x * factor);

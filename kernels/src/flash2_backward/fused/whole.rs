@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, key_block, masked_rows};
+use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -8,7 +8,7 @@ use crate::mask::Mask;
 use crate::schedule::KeyBlock;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, PackedMatrixElement};
-use cuda_std::math::{LOG2_E, ex2, fma};
+use cuda_std::math::{LOG2_E, ex2, fma, unknown_before};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{sync_threads, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
@@ -84,7 +84,8 @@ pub fn whole<
     }
     let mask = Mask::of::<T, CAUSAL, false>(&a, &sequence);
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
-    let masked_rows = masked_rows(&block, BLOCK_N as u32, &blocks, BLOCK_M as u32);
+    // For keys that are counted from the first of the block.
+    let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -100,23 +101,24 @@ pub fn whole<
     TileStream::new(threads, rows_of(&a.k, a.headdim)).copy_async(k);
     TileStream::new(threads, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
-    let mut next = Place::NOWHERE;
     if steps > 0 {
-        next = queries.copy_async(&p, 0);
+        queries.copy_async(&p, 0);
     }
     copy::wait::<0>();
     sync_threads();
 
-    let scale = a.softmax_scale * LOG2_E;
     let own_row = warp_id() * 16 * M as u32;
     let mut d_k = Accumulator::<M, D_COLUMNS>::zero();
     let mut d_v = Accumulator::<M, D_COLUMNS>::zero();
     for step in 0..steps {
         let stage = step % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
-        let Place { first_row, place } = next;
+        let Place { first_row, place } = queries.place();
+        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
+        let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         if step + 1 < steps {
-            next = queries.copy_async(&p, (step + 1) % STAGES);
+            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
+            queries.advance(&p, (step + 1) % STAGES, first_anew);
         }
         for part in 0..BLOCK_M / (8 * S_COLUMNS) {
             let query = (part * 8 * S_COLUMNS) as u32;
@@ -126,8 +128,8 @@ pub fn whole<
             for depth in 0..HEADDIM / T::DEPTH {
                 s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), q, query, depth);
             }
-            if first_row < masked_rows {
-                mask.apply_transposed(&mut s, first_key + own_row, first_row + query);
+            if is_masked {
+                mask_of_block.apply_transposed(&mut s, own_row, first_row + query);
             }
             let bases = ColumnVector::load(queries.bases(stage).offset(query));
             s.zip_columns(&bases, |s, base| ex2(fma(s, scale, -base)));
@@ -162,7 +164,8 @@ pub fn whole<
         sync_threads();
     }
 
-    let KeyBlock { first_key, head_k, sequence } = block.anew(d_v.element_mut(0, 0, 0, 0).to_bits());
+    let last = d_v.element_mut(0, 0, 0, 0).to_bits();
+    let KeyBlock { first_key, head_k, sequence } = key_block_anew::<T, CAUSAL>(&a, BLOCK_N as u32, last);
     let rows_of = |tensor: &Tensor<T>, columns| sequence.key_matrix(tensor, head_k, first_key, columns, true);
     d_k.map(|_, _, d_k| d_k * a.softmax_scale);
     d_k.store(k, own_row);

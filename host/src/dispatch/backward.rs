@@ -273,9 +273,8 @@ impl Passes {
     /// that it is in a batch with: not on the longest of them either, where they are not equally long.
     fn flash3_ordered(wanted: &Wanted) -> Result<Self, String> {
         let problem = wanted.problem;
-        let kernels = &[flash3::ORDERED][..];
-        let table =
-            Table { name: "flash3 backward, in order", kernels, plain: Feature::OF_HOPPER_BACKWARD, pads: true };
+        let (kernels, known) = (&[flash3::ORDERED][..], Feature::OF_HOPPER_BACKWARD);
+        let table = Table { name: "flash3 backward, in order", kernels, plain: known, general: known, pads: true };
         let pass = table.find_among(wanted, |config| config.from_keys == 0 || problem.varlen.is_none(), |_| true)?;
         let Config { headdim, block_m, .. } = pass.config;
         let mut workspace = Self::fused_workspace(problem, headdim, block_m);

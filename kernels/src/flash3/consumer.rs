@@ -231,6 +231,8 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn last(&mut self, unseen: u32) -> Option<Place> {
+        // All lanes have read where the tile is.
+        sync_warp(ALL);
         release(self.queries.slot());
         self.queries.advance_by(GROUPS);
         let v = self.values().wait();

@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 fn build_only(archs: &[Arch], parts: &str, options: &Options) -> Result<ExitCode> {
     let is_wanted = |name: &str| parts.split(',').any(|part| name.contains(part));
     let toolchains = Toolchain::find_all()?;
-    let kept = artefacts::read(&workspace::ptx()).unwrap_or_default();
+    let kept = artefacts::read(&workspace::ptx())?;
     let folder = workspace::root().join("target/device/only");
     fs::create_dir_all(&folder)?;
     let (mut built, mut complaints) = (Artefacts::new(), Vec::new());

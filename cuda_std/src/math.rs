@@ -50,7 +50,7 @@ pub fn tanh(x: f32) -> f32 {
 #[inline(always)]
 pub fn tanh_of_small(x: f32) -> f32 {
     let square = x * x;
-    let p = fma(square, fma(square, fma(square, 0.017_131_344, -0.052_984_24), 0.133_247_5), -0.333_330_68);
+    let p = fma(square, fma(square, fma(square, 0.017_131_344, -0.052_984_24), 0.133_247_5), -0.333_330_7);
     x * fma(square, p, 1.0)
 }
 

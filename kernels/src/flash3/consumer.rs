@@ -17,7 +17,7 @@ use cuda_std::math::LOG2_E;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{self, Slot};
 use cuda_std::thread::lane_id;
-use cuda_std::warp::{ALL, any, shuffle, sync_warp};
+use cuda_std::warp::{ALL, any, shuffle};
 use cuda_std::warpgroup::{WARPGROUP, warp_in_group};
 use cuda_std::wgmma::{self, InFlight, Registers};
 
@@ -231,9 +231,8 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn last(&mut self, unseen: u32) -> Option<Place> {
-        // All lanes have read where the tile is.
-        sync_warp(ALL);
-        release(self.queries.slot());
+        // Each lane has read where the tile is.
+        self.queries.slot().release();
         self.queries.advance_by(GROUPS);
         let v = self.values().wait();
         let o = wgmma::add_product(self.o, self.p, self.memory.v.stage(v.index).columns(0));

@@ -5,6 +5,7 @@ use cuda_std::SmemTile;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Pipeline;
 use cuda_std::shared::{Shared, dynamic_shared};
+use cuda_std::warpgroup::WARPGROUP;
 
 /// Tiles, and the pipelines that they come through.
 #[derive(Clone, Copy)]
@@ -34,7 +35,8 @@ pub struct Memory<
     pub order: Order,
 }
 
-/// Warps of a warpgroup: of each, one thread releases a stage.
+/// Warps of a warpgroup: of each, one thread releases a stage of keys or values. One of queries all release, as all read where their
+/// tile is.
 const WARPS: u32 = 4;
 
 impl<
@@ -72,7 +74,7 @@ impl<
     #[inline(always)]
     #[track_caller]
     pub fn init_barriers(self, groups: u32) {
-        self.queries.init(1, WARPS);
+        self.queries.init(1, WARPGROUP);
         self.keys.init(1, WARPS * groups);
         self.values.init(1, WARPS * groups);
     }

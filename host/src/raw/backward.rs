@@ -163,13 +163,15 @@ mod tests {
 
     #[test]
     fn the_workspace_holds_d_or_d_q_as_well() {
-        let call = |deterministic| {
+        let bytes = |kernel, deterministic| {
             let options = AttentionOptions::new().deterministic(deterministic);
-            BackwardCall::new(&BackwardArguments { options, ..arguments() }).expect("valid")
+            let call = BackwardCall::new(&BackwardArguments { options, kernel, ..arguments() });
+            call.expect("valid").workspace_bytes()
         };
-        assert_eq!(call(true).workspace_bytes(), 2 * 4 * 8 * 4);
-        // 128 rows instead of 8.
-        assert_eq!(call(false).workspace_bytes(), 2 * 4 * 128 * (64 + 2) * 4);
+        assert_eq!(bytes(Kernel::Flash2, true), 2 * 4 * 8 * 4);
+        // 128 rows instead of 8; and counters, of which there are few.
+        let with_d_q = 2 * 4 * 128 * (64 + 2) * 4;
+        assert_eq!((bytes(Kernel::Auto, false), bytes(Kernel::Auto, true)), (with_d_q, with_d_q + 256));
     }
 
     #[test]

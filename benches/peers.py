@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Times ferroflash beside PyTorch's FlashAttention-2 and cuDNN, on one GPU, in one process.
+"""Times ferroflash's flash2 beside PyTorch's FlashAttention-2 and cuDNN, on one GPU, in one process.
 
     cargo build --release
     python3 benches/peers.py
-    python3 benches/peers.py --kernel flash2
     python3 benches/peers.py --backward
     python3 benches/peers.py --headdim 128 --seqlens 4096,16384 --json peers.json --svg peers.svg
 
-The kernels are those that the command `ferroflash` embeds: `ferroflash ptx` gives their PTX and how to launch them, and
-`ferroflash info --explain-dispatch` says which family it takes on this GPU.
+The kernels are those that the command `ferroflash` embeds: `ferroflash ptx` gives their PTX and how to launch them. flash3, which
+the host has more to do for, is measured through the Python package: `python -m ferroflash.bench`, and `benches/versions.py`.
 Needs PyTorch with CUDA, on a GPU of compute capability 8.0 or newer; for --svg also matplotlib.
 
 How it measures, and why:
@@ -30,7 +29,6 @@ import ctypes
 import json
 import math
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -170,19 +168,11 @@ class Kernel:
         if f"_param_0[{ctypes.sizeof(parameters)}]" not in self.entry["ptx"]:
             raise LookupError(f"{self.entry['name']} takes other parameters than this script knows")
         self.driver = driver
-        cluster = re.search(r"\.reqnctapercluster (\d+)", self.entry["ptx"])
-        self.cluster = int(cluster[1]) if cluster else 1
         self.function = driver.load(self.entry["ptx"], self.entry["name"], self.entry["shared_bytes"])
 
     def launch(self, rows, block, heads, parameters):
-        """As many blocks as it takes for so many rows a head, `block` ("block_m" or "block_n") rows each; but blocks that
-        take units of two no more than there are multiprocessors."""
-        blocks = math.ceil(rows / self.entry[block] / self.cluster) * self.cluster * heads
-        if "_units_" in self.entry["name"]:
-            blocks = min(blocks // 2, torch.cuda.get_device_properties(0).multi_processor_count)
-        self.launch_blocks(blocks, parameters)
-
-    def launch_blocks(self, blocks, parameters):
+        """As many blocks as it takes for so many rows a head, `block` ("block_m" or "block_n") rows each."""
+        blocks = math.ceil(rows / self.entry[block]) * heads
         self.driver.launch(self.function, blocks, self.entry["threads"], self.entry["shared_bytes"], parameters)
 
 
@@ -230,119 +220,6 @@ class Flash2:
             window_right=0 if self.causal else unbounded,
             aligned=1,
         )
-
-
-class TensorMap(ctypes.Structure):
-    """`cuda_std::tensor::TensorMap`: what the driver encodes."""
-
-    _fields_ = [("bits", ctypes.c_uint64 * 16)]
-    DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # of CUtensorMapDataType
-    SWIZZLES = {32: 1, 64: 2, 128: 3}  # of CUtensorMapSwizzle
-    L2_PROMOTION_256B = 3  # of CUtensorMapL2promotion
-
-    @classmethod
-    def of(cls, driver, x, rows, headdim, heads_first=False):
-        """Tiles of so many rows of x (batch, seqlen, heads, headdim), for a kernel of this head dimension.
-
-        In coordinates the row comes before the head, or with `heads_first` behind it.
-        """
-        panel = next(columns for columns in (64, 32, 16) if headdim % columns == 0)
-        batch, seqlen, heads, columns = x.shape
-        dimensions = [(seqlen, x.stride(1), rows), (heads, x.stride(2), 1), (batch, x.stride(0), 1)]
-        if heads_first:
-            dimensions[:2] = dimensions[1::-1]
-        extents, strides, tile = zip(*dimensions)
-        strides = [stride * x.element_size() for stride in strides]
-        memory = ctypes.create_string_buffer(192)
-        aligned = (ctypes.addressof(memory) + 63) // 64 * 64
-        driver.call(
-            "cuTensorMapEncodeTiled",
-            ctypes.c_void_p(aligned),
-            cls.DTYPES[x.dtype],
-            4,
-            ctypes.c_void_p(x.data_ptr()),
-            (ctypes.c_uint64 * 4)(columns, *extents),
-            (ctypes.c_uint64 * 3)(*strides),
-            (ctypes.c_uint32 * 4)(panel, *tile),
-            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-            0,
-            cls.SWIZZLES[panel * x.element_size()],
-            cls.L2_PROMOTION_256B,
-            0,
-        )
-        return cls.from_buffer_copy(ctypes.string_at(aligned, 128))
-
-
-class Flash3Parameters(ctypes.Structure):
-    """`kernels::flash3::Params`."""
-
-    _fields_ = [
-        ("q", TensorMap),
-        ("k", TensorMap),
-        ("v", TensorMap),
-        ("attention", Attention),
-        ("walkers", ctypes.c_uint32),
-        ("walked_packs", ctypes.c_uint32),
-        ("log2_heads", ctypes.c_uint32),
-        ("paired", ctypes.c_uint32),
-        ("splits", ctypes.c_uint32),
-        ("o_of_parts", ctypes.c_void_p),
-        ("lse_of_parts", ctypes.c_void_p),
-        ("rows", ctypes.c_uint64),
-    ]
-
-
-class Flash3(Flash2):
-    """The family flash3, scheduled as `host/src/families/hopper.rs` does it where queries are not few."""
-
-    ROWS = 64  # of a tile of Q
-    LONG = 4096
-
-    def __init__(self, driver, command, dtype, headdim, causal):
-        self.driver, self.command, self.dtype, self.headdim, self.causal = driver, command, dtype, headdim, causal
-        self.kernels = {}
-
-    def kernel(self, seqlen_k):
-        """The entry point that the host takes for so many keys."""
-        if seqlen_k not in self.kernels:
-            choice = dispatched(self.command, self.dtype, self.headdim, self.causal, "flash3", seqlen_k)
-            name = choice["launches"][0]["entry"]
-            self.kernels[seqlen_k] = Kernel(self.driver, self.command, Flash3Parameters, name=name)
-        return self.kernels[seqlen_k]
-
-    def launch(self, q, k, v, o, lse):
-        (batch, seqlen_q, nheads, _), seqlen_k = q.shape, k.shape[1]
-        kernel = self.kernel(seqlen_k)
-        multiprocessors, entry = torch.cuda.get_device_properties(0).multi_processor_count, kernel.entry
-        heads, tiles = batch * nheads, math.ceil(seqlen_q / entry["block_m"])
-        units = math.ceil(tiles / 2) if self.causal else tiles
-        is_long = seqlen_k >= self.LONG or tiles % 2 == 1
-        unwalked = math.ceil(3 * multiprocessors / (2 * units)) if self.causal and is_long else 0
-        walked_heads = max(0, heads - unwalked)
-        walkers = min(multiprocessors, walked_heads * units)
-        maps = [
-            TensorMap.of(self.driver, x, rows, self.headdim, heads_first)
-            for x, rows, heads_first in (
-                (q, self.ROWS, True),
-                (k, entry["block_n"], False),
-                (v, entry["block_n"], False),
-            )
-        ]
-        attention = self.parameters(q, k, v, o, lse)
-        parameters = Flash3Parameters(*maps, attention, walkers, walked_heads, 0, self.causal, 1)
-        kernel.launch_blocks((heads - walked_heads) * tiles + walkers, parameters)
-
-
-FAMILIES = {"flash2": Flash2, "flash3": Flash3}
-
-
-def dispatched(command, dtype, headdim, causal, kernel="auto", seqlen=4096, direction="forward"):
-    """What the host takes on this GPU."""
-    shape = ["--dtype", dtype, "--headdim", headdim, "--seqlen", seqlen, *(["--causal"] if causal else [])]
-    choice = answer(command, "info", "--explain-dispatch", "--kernel", kernel, *map(str, shape))[direction]
-    if "refused" in choice:
-        raise LookupError(choice["refused"])
-    return choice
 
 
 class Backward:
@@ -430,64 +307,6 @@ class Flash2Backward(Backward):
             (self.fused, keys, "block_n", parameters),
             (self.finish, queries, "block_m", parameters),
         ]
-
-
-class Flash3BackwardParameters(ctypes.Structure):
-    """`kernels::flash3_backward::Params`."""
-
-    _fields_ = [
-        ("q", TensorMap),
-        ("k", TensorMap),
-        ("v", TensorMap),
-        ("d_o", TensorMap),
-        ("backward", BackwardParameters),
-        ("heads_in_turn", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32 * 3),  # to a multiple of 16 bytes
-    ]
-
-
-class Flash3Backward(Backward):
-    """The same on Hopper, launched as `host/src/families/hopper/backward.rs` does it."""
-
-    CACHED = 32 * 2**20  # bytes of Q, dO and the sums of dQ of the heads that take turns
-
-    def load(self):
-        self.kernels = {}
-
-    def of_keys(self, seqlen_k):
-        """The entry points that the host takes for so many keys."""
-        if seqlen_k not in self.kernels:
-            choice = dispatched(
-                self.command, self.dtype, self.headdim, self.causal, "flash3", seqlen_k, direction="backward"
-            )
-            types = (BackwardParameters, Flash3BackwardParameters, BackwardParameters)
-            names = [launch["entry"] for launch in choice["launches"]]
-            self.kernels[seqlen_k] = [
-                Kernel(self.driver, self.command, parameters, name=name) for parameters, name in zip(types, names)
-            ]
-        return self.kernels[seqlen_k]
-
-    def workspace(self, q, k):
-        prepare, _, _ = self.of_keys(k.shape[1])
-        return places(q, prepare.entry["block_m"], self.headdim)
-
-    def launches(self, queries, keys, tensors, parameters):
-        prepare, fused, finish = self.of_keys(keys[0])
-        block_m, block_n = fused.entry["block_m"], fused.entry["block_n"]
-        maps = [
-            TensorMap.of(self.driver, x, rows, self.headdim)
-            for x, rows in zip(tensors, (block_m, block_n, block_n, block_m))
-        ]
-        of_head = 8 * self.headdim * queries[0] * (queries[1] // keys[1])
-        in_turn = max(1, min(self.CACHED // of_head, keys[1]))
-        return [
-            (prepare, queries, "block_m", parameters),
-            (fused, keys, "block_n", Flash3BackwardParameters(*maps, parameters, in_turn)),
-            (finish, queries, "block_m", parameters),
-        ]
-
-
-BACKWARD = {"flash2": Flash2Backward, "flash3": Flash3Backward}
 
 
 def places(q, rows, headdim):
@@ -684,13 +503,9 @@ def measure_all(options):
         for causal in options.causal:
             say(f"headdim {headdim}{', causal' if causal else ''}")
             peer, keeps_rule = sdpa, check
-            direction, families = ("backward", BACKWARD) if options.backward else ("forward", FAMILIES)
-            family = options.kernel
-            if family == "auto":
-                family = dispatched(options.ferroflash, options.dtype, headdim, causal, direction=direction)["kernel"]
-            ours = families[family]
+            ours = Flash2
             if options.backward:
-                ours = DeterministicBackward if options.deterministic else ours
+                ours = DeterministicBackward if options.deterministic else Flash2Backward
                 peer, keeps_rule = sdpa_backward, check_backward
             attentions = {
                 OURS: ours(driver, options.ferroflash, options.dtype, headdim, causal),
@@ -804,7 +619,6 @@ def arguments():
     add("--tokens", metavar="N", type=positive, default=16384, help="batch x seqlen [16384]")
     add("--hidden", metavar="N", type=positive, default=2048, help="heads x headdim [2048]")
     add("--causal", choices=masks, default="both", help="[both]")
-    add("--kernel", choices=["auto", *FAMILIES], default="auto", help="ours [auto]")
     add("--backward", action="store_true", help="time the gradients")
     add("--deterministic", action="store_true", help="ours the same bits in every run")
     add("--dtype", choices=DTYPES, default="bf16", help="[bf16]")
@@ -815,8 +629,6 @@ def arguments():
     add("--json", metavar="FILE", help="write the results to this file, too")
     add("--svg", metavar="FILE", help="draw them")
     options = parser.parse_args()
-    if options.deterministic and options.kernel == "flash3":
-        parser.error("--deterministic: of flash2 alone here; python -m ferroflash.bench measures flash3's")
     options.causal = masks[options.causal]
     return options
 

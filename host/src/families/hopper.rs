@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn tiles_of_windows_that_are_open_on_one_side_are_paired() {
         let x = |seqlen| Layout::contiguous(DType::BF16, &[1, seqlen, 16, 128]).expect("small");
-        let scheduled = |lengths: (usize, usize), left, right| {
+        let scheduled = |lengths: (usize, usize), left: Option<usize>, right: Option<usize>| {
             let options = AttentionOptions::new().window_size(left, right).softcap(9.0);
             let (q, k) = (x(lengths.0), x(lengths.1));
             let problem = Problem::new(&q, &k, &k, &options).expect("valid");

@@ -194,7 +194,10 @@ impl Family {
         let (plain, general) = (Feature::OF_HOPPER, Feature::OF_GENERAL_HOPPER);
         let table = Table { name: "flash3", kernels: &[kernels], plain, general, pads: true };
         let is_filled = |config: &_| hopper::fills_tiles(wanted.problem, config);
-        let find = |is_few| table.find_among(wanted, |config| config.few == is_few, is_filled);
+        // Gradients that depend on nothing but their sequence need an O and an LSE that do not depend on the longest one.
+        let Problem { deterministic, ref varlen, .. } = *wanted.problem;
+        let knows_length = |config: &Config| config.from_keys == 0 || !deterministic || varlen.is_none();
+        let find = |is_few| table.find_among(wanted, |config| config.few == is_few && knows_length(config), is_filled);
         let kernel = find(false)?;
         let few = find(true).ok().filter(|few| hopper::has_few_queries(wanted.problem, &few.config, &kernel.config));
         Ok(Family::Flash3(Flash3::new(few.unwrap_or(kernel), wanted.problem)))

@@ -227,6 +227,23 @@ mod tests {
     }
 
     #[test]
+    fn with_deterministic_gradients_the_longest_sequence_chooses_no_tiles() {
+        let x = Layout::contiguous(DType::BF16, &[6000, 8, 128]).expect("small");
+        let begins = [0, 1000, 6000];
+        let cu_seqlens = Layout::contiguous(DType::I32, &[begins.len()]).expect("small");
+        let inputs =
+            Inputs { cu_seqlens_q: Some(&cu_seqlens), cu_seqlens_k: Some(&cu_seqlens), ..Inputs::new(&x, &x, &x) };
+        let chosen = |deterministic| {
+            let sequences = Sequences::new(&begins, 6000, &begins, 6000).expect("they end with the tensor");
+            let options = AttentionOptions::new().deterministic(deterministic);
+            let problem = Problem::of(&inputs, Some(sequences), &options).expect("valid");
+            let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true }, Target::HOPPER);
+            Family::flash3(&wanted).expect("it is built for this").kernels()[0].0
+        };
+        assert_eq!([true, false].map(chosen), ["2x128", "3x80"].map(|tile| format!("flash3_fwd_bf16_d128_{tile}")));
+    }
+
+    #[test]
     fn tiles_are_paired_where_they_differ() {
         let layout = |seqlen, nheads| Layout::contiguous(DType::BF16, &[1, seqlen, nheads, 128]).expect("small");
         let scheduled = |seqlen_q: usize, causal| {

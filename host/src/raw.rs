@@ -362,7 +362,8 @@ mod tests {
         assert_eq!(on(&broadcast, Target::HOPPER).as_deref(), Ok("flash2"));
         let strides_of_0 = "flash3: no kernel of f16 and headdim 64 for strides of 0 or of 2^40 bytes and more";
         assert_eq!(broadcast.plans.newest.refused, [strides_of_0]);
-        assert_eq!(on(&call(|a| a.options.softcap = Some(9.0)), Target::HOPPER).as_deref(), Ok("flash2"));
+        assert_eq!(on(&call(|a| a.options.softcap = Some(9.0)), Target::HOPPER).as_deref(), Ok("flash3"));
+        assert_eq!(on(&call(|a| a.options.softcap = Some(1e30)), Target::HOPPER).as_deref(), Ok("flash2"));
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::ptr::null_mut;
 use ferroflash::cuda::{Device, DeviceTensor};
 use ferroflash::raw::{Arguments, BackwardArguments, BackwardCall, Call, RawTensor};
 use ferroflash::{
-    Attention, Backend, BackwardInputs, DType, Error, GradientOutputs, Gradients, Inputs, Kernel, Session,
-    SimulatorOptions, Tensor, TensorRef, sim,
+    Attention, AttentionOptions, Backend, BackwardInputs, DType, Error, GradientOutputs, Gradients, Inputs, Kernel,
+    Session, SimulatorOptions, Tensor, TensorRef, WindowSize, sim,
 };
 
 use crate::combination::{Broken, Combination};
@@ -182,10 +182,19 @@ impl Combination {
         held.map_err(|reason| format!("{kernel}, {gaps:?}: {reason}"))
     }
 
-    /// Whether this kernel computes gradients of it. Those of flash3 are of heads of V as long as those of K, and of wide
-    /// heads their last bits differ from run to run.
+    /// Whether this kernel computes gradients of it. Those of flash3 are of heads of V as long as those of K, of none of the
+    /// features that its general kernels have forward, and of wide heads their last bits differ from run to run.
     fn has_backward(&self, kernel: Kernel) -> bool {
-        let has_flash3 = self.headdim == self.headdim_v && (!self.options.deterministic || self.headdim <= 128);
+        let AttentionOptions { softmax_scale, window_size, softcap, dropout, deterministic, .. } = self.options;
+        let is_plain = window_size == WindowSize::default()
+            && softmax_scale.is_none_or(|scale| scale > 0.0)
+            && softcap.is_none()
+            && dropout.is_none()
+            && self.alibi.is_none()
+            && self.bias.is_none()
+            && self.mask.is_none()
+            && !self.sinks;
+        let has_flash3 = is_plain && self.headdim == self.headdim_v && (!deterministic || self.headdim <= 128);
         kernel.has_backward() && (kernel != Kernel::Flash3 || has_flash3)
     }
 

@@ -109,11 +109,8 @@ impl MatrixElement for f32 {
                             }
                         }
                     }
-                    let [first, rest @ ..] = a[m][half];
-                    for i in 0..7 {
-                        a[m][half][i] = rest[i];
-                    }
-                    a[m][half][7] = first;
+                    let [a0, a1, a2, a3, a4, a5, a6, a7] = a[m][half];
+                    a[m][half] = [a1, a2, a3, a4, a5, a6, a7, a0];
                 }
             }
         }

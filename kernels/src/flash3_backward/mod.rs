@@ -81,8 +81,8 @@ const STAGES: u32 = 2;
 ///
 /// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
 /// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]; or [`prepare_ring()`], [`ring()`] and [`finish_ring()`], which
-/// all take these; or [`prepare_ordered()`], which does too, [`ordered()`] and [`finish()`]. Each may be launched before the one before it has
-/// ended ([`cuda_std::grid`]).
+/// all take these; or [`prepare_ordered()`], which does too, [`ordered()`] and [`finish()`]. Each may be launched before the one
+/// before it has ended ([`cuda_std::grid`]).
 ///
 /// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
 /// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`]

@@ -62,7 +62,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Builds some entry points, each as a file for itself, and changes nothing of what is kept.
+/// Builds some entry points, each as a file for itself. What is kept stays as it is, but with `--force`.
 fn build_only(archs: &[Arch], parts: &str, options: &Options) -> Result<ExitCode> {
     let is_wanted = |name: &str| parts.split(',').any(|part| name.contains(part));
     let toolchains = Toolchain::find_all()?;

@@ -123,6 +123,14 @@ pub fn keys_of_head<T>(a: &Attention<T>, first_key: u32) -> KeyBlock {
     KeyBlock { first_key, head_k, sequence: a.sequence(batch) }
 }
 
+/// The last `block_n` keys of that head, or fewer where they are not so many.
+#[inline(always)]
+#[track_caller]
+pub fn last_keys_of_head<T>(a: &Attention<T>, block_n: u32) -> KeyBlock {
+    let block = keys_of_head(a, 0);
+    KeyBlock { first_key: block.rows().saturating_sub(1) / block_n * block_n, ..block }
+}
+
 /// The key block of this block of threads, in a grid of one dimension with `ceil(seqlen_k / block_n) * nheads_k * batch`
 /// blocks. Under a causal mask the first keys are seen by the most queries: they come first.
 #[inline(always)]

@@ -7,7 +7,9 @@ use cuda_std::{DType, Element, Global, Kernel};
 use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
-use kernels::flash3_backward::{FINISH, FINISH_RING, HEADS, ORDERED, Order, Params, RING, Ring, SPLIT, WHOLE};
+use kernels::flash3_backward::{
+    FINISH, FINISH_RING, HEADS, ORDERED, Order, Params, RING, Ring, SPLIT, WHOLE, can_finish_in_order,
+};
 use kernels::flash3_backward::{PREPARE, PREPARE_HEADS, PREPARE_ORDERED, PREPARE_RING};
 use kernels::{Config, mask};
 
@@ -139,17 +141,33 @@ fn check<T: Element>(p: Problem, seed: u64) {
     for pass in kernels_of([WHOLE, SPLIT], T::DTYPE, p.headdim, is_causal) {
         check_pass::<T>(p, pass, Takes::OneBlock, (seed, seed));
     }
+    let mut of_heads = None;
+    if p.headdim <= 64 {
+        for pass in kernels_of([HEADS, &[]], T::DTYPE, p.headdim, is_causal) {
+            of_heads = Some((pass, bits(check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed)))));
+        }
+    }
     if p.headdim <= 128 {
-        for (table, takes) in [(HEADS, Takes::WholeHead), (ORDERED, Takes::OneInOrder)] {
-            for pass in kernels_of([table, &[]], T::DTYPE, p.headdim, is_causal) {
-                let found = check_pass::<T>(p, pass, takes, (seed, seed));
-                let again = check_pass::<T>(p, pass, takes, (seed, seed + 1));
-                let bits =
-                    |found: [Vec<T>; 3]| found.map(|x| x.into_iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>());
-                assert!(bits(found) == bits(again), "{}: other bits where threads run in another order", pass.name);
+        for pass in kernels_of([ORDERED, &[]], T::DTYPE, p.headdim, is_causal) {
+            let in_order = Takes::OneInOrder { finishes: can_finish(pass) };
+            let found = bits(check_pass::<T>(p, pass, in_order, (seed, seed)));
+            let again = bits(check_pass::<T>(p, pass, in_order, (seed, seed + 1)));
+            assert!(found == again, "{}: other bits where threads run in another order", pass.name);
+            if let Some((heads, of_heads)) = &of_heads {
+                assert!(&found == of_heads, "{}: other bits than {}", pass.name, heads.name);
             }
         }
     }
+}
+
+/// Whether the first keys can finish dQ.
+fn can_finish(pass: &Kernel<Params, Config>) -> bool {
+    can_finish_in_order(pass.config.headdim, pass.config.block_m)
+}
+
+/// The bits of gradients.
+fn bits<T: Element>(found: [Vec<T>; 3]) -> [Vec<u32>; 3] {
+    found.map(|x| x.into_iter().map(|x| x.to_f32().to_bits()).collect())
 }
 
 /// Which keys a block of threads takes.
@@ -161,8 +179,10 @@ enum Takes {
         heads: u32,
         lag: u32,
     },
-    /// One, which adds to dQ in its turn.
-    OneInOrder,
+    /// One, which adds to dQ in its turn; the first keys may finish it.
+    OneInOrder {
+        finishes: bool,
+    },
     WholeHead,
 }
 
@@ -322,10 +342,10 @@ fn check_pass<T: Element>(
         heads_in_turn: 2,
         ring,
         order: match takes {
-            Takes::OneInOrder => {
+            Takes::OneInOrder { finishes } => {
                 let key_blocks = pairs * seqlen_k.div_ceil(block_n as usize);
                 let counters = memory.allocate::<u32>("counters", key_blocks * Order::COUNTERS as usize);
-                Order { counters: counters.global() }
+                Order { counters: counters.global(), finishes: finishes.into() }
             }
             _ => Order::NONE,
         },
@@ -335,7 +355,7 @@ fn check_pass<T: Element>(
     let cluster = pass.cluster as usize;
     let key_blocks = seqlen_k.div_ceil(block_n as usize * cluster) * cluster;
     let key_blocks = match takes {
-        Takes::OneBlock | Takes::OneInOrder | Takes::OneOfRing { .. } => of_heads(key_blocks),
+        Takes::OneBlock | Takes::OneInOrder { .. } | Takes::OneOfRing { .. } => of_heads(key_blocks),
         Takes::WholeHead => of_heads(1),
     };
     fn of_queries<P>(table: &'static [Kernel<P, Config>], pass: &Config) -> &'static Kernel<P, Config> {
@@ -346,7 +366,7 @@ fn check_pass<T: Element>(
     let of_queries = |table| run(of_queries(table, &pass.config), query_blocks, order, &memory, parameters.backward);
     match takes {
         Takes::OneOfRing { .. } => of_queries_too(PREPARE_RING, query_blocks),
-        Takes::OneInOrder => of_queries_too(PREPARE_ORDERED, query_blocks),
+        Takes::OneInOrder { .. } => of_queries_too(PREPARE_ORDERED, query_blocks),
         Takes::WholeHead => of_queries(PREPARE_HEADS),
         Takes::OneBlock => of_queries(PREPARE),
     }
@@ -354,7 +374,8 @@ fn check_pass<T: Element>(
     match takes {
         Takes::OneOfRing { lag, .. } => of_queries_too(FINISH_RING, query_blocks / pairs * lag as usize),
         Takes::WholeHead => {}
-        Takes::OneBlock | Takes::OneInOrder => of_queries(FINISH),
+        Takes::OneInOrder { finishes: true } => {}
+        Takes::OneBlock | Takes::OneInOrder { .. } => of_queries(FINISH),
     }
 
     let tolerance = if T::DTYPE == DType::F16 { 5e-4 } else { 4e-3 };
@@ -416,10 +437,12 @@ fn packed_sequences() {
 #[test]
 fn many_keys_in_order() {
     for causal in [false, true] {
-        for (lengths, headdim) in [(&[(330, 520); 2], 64), (&[(420, 300); 2], 128)] {
+        for (lengths, headdim) in [(&[(330, 520); 4], 64), (&[(420, 300); 4], 128)] {
             let problem = Problem { lengths, nheads: 2, nheads_k: 1, headdim, causal, ..FIXED };
             for pass in kernels_of([ORDERED, &[]], DType::BF16, headdim, |config| config.causal == Some(causal)) {
-                check_pass::<bf16>(problem, pass, Takes::OneInOrder, (18, 18));
+                let [finished, apart] = [can_finish(pass), false]
+                    .map(|finishes| check_pass::<bf16>(problem, pass, Takes::OneInOrder { finishes }, (18, 18)));
+                assert!(bits(finished) == bits(apart), "{}: dQ is the same whoever finishes it", pass.name);
             }
         }
     }

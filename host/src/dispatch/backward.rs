@@ -237,16 +237,20 @@ impl Passes {
         let find =
             |kernels: &[&'static [_]]| Table { name, kernels, plain: known, general: known, pads: true }.find(wanted);
         let pass = find(&[flash3::WHOLE, flash3::SPLIT])?;
-        // Heads that are taken whole need no order either; but whether they are depends on how many the batch has.
-        if wanted.problem.deterministic {
-            return Self::flash3_ordered(wanted);
-        }
+        let is_deterministic = wanted.problem.deterministic;
+        // In a batch of sequences that are not equally long, order alone is independent of the longest.
+        let may_be_whole = !is_deterministic || wanted.problem.varlen.is_none();
         let heads = find(&[flash3::HEADS]).ok();
-        let heads = heads.filter(|_| hopper::backward::takes_whole_heads(wanted.problem, &pass.config));
+        let heads = heads.filter(|_| may_be_whole && hopper::backward::takes_whole_heads(wanted.problem, &pass.config));
+        let is_ordered = hopper::backward::is_fast_in_order(wanted.problem, &pass.config);
         if let Some(heads) = heads
+            && !is_ordered
             && wanted.problem.seqlen_k <= hopper::backward::HEADS_RATHER_THAN_RINGS_UP_TO
         {
             return Self::flash3_heads(wanted.problem, heads);
+        }
+        if is_deterministic || is_ordered {
+            return Self::flash3_ordered(wanted);
         }
         if let Ok(pass) = find(&[flash3::RING])
             && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
@@ -280,17 +284,15 @@ impl Passes {
         let mut workspace = Self::fused_workspace(problem, headdim, block_m);
         let counters = hopper::backward::counters_of_order(problem, &pass.config);
         workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: counters });
-        Ok(Passes {
-            family: "flash3",
-            steps: vec![
-                Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_ORDERED, pass)?), grid: Grid::Queries },
-                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
-                Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
-            ],
-            how: ORDERED.to_owned(),
-            workspace,
-            sums: Sums::InOrder,
-        })
+        let mut steps = vec![
+            Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_ORDERED, pass)?), grid: Grid::Queries },
+            Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+        ];
+        let finishes = hopper::backward::finishes_in_order(problem, &pass.config);
+        if !finishes {
+            steps.push(Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries });
+        }
+        Ok(Passes { family: "flash3", steps, how: ORDERED.to_owned(), workspace, sums: Sums::InOrder { finishes } })
     }
 
     /// FlashAttention-3's, by blocks of threads that take whole heads.

@@ -146,14 +146,24 @@ mod walk {
     pub const RING: u32 = 2;
     /// One, which adds to dQ in its [turn](super::Order).
     pub const ORDERED: u32 = 3;
+
+    /// Whether keys add to dQ in their order.
+    pub const fn is_in_order(walk: u32) -> bool {
+        walk == HEAD || walk == ORDERED
+    }
 }
 
-/// The next keys of a walk, if there are any.
+/// Whether the first keys can finish dQ where keys add to it in their order: where there are registers for it.
+pub const fn can_finish_in_order(headdim: u32, block_m: u32) -> bool {
+    !is_tight(headdim as usize, block_m as usize)
+}
+
+/// The next keys of a walk, if there are any: of a head those before these.
 #[inline(always)]
 #[track_caller]
-fn next_keys<T, const WALK: u32>(a: &Attention<T>, mut block: KeyBlock, block_n: u32) -> Option<KeyBlock> {
-    let goes_on = WALK == walk::HEAD && block.advance(block_n);
-    goes_on.then(|| schedule::keys_of_head(a, block.first_key))
+fn next_keys<T, const WALK: u32>(a: &Attention<T>, block: KeyBlock, block_n: u32) -> Option<KeyBlock> {
+    let goes_on = WALK == walk::HEAD && block.first_key > 0;
+    goes_on.then(|| schedule::keys_of_head(a, block.first_key - block_n))
 }
 
 /// What a block of threads does: its keys, and the blocks of queries that they need, of each of its heads.
@@ -195,15 +205,15 @@ impl Work {
         Work { block, blocks, masked, group: a.nheads / divisor(a.nheads_k) }
     }
 
-    /// Before which row of a head these are the last keys that add to dQ.
+    /// Before which row of a head no query needs the keys behind these.
     #[inline(always)]
-    fn finished_rows<T, const CAUSAL: bool>(&self, a: &Attention<T>, block_m: u32, block_n: u32) -> u32 {
-        let next_key = self.block.first_key + block_n;
-        if next_key >= self.block.sequence.seqlen_k {
+    fn alone_before<T, const CAUSAL: bool>(&self, a: &Attention<T>, block_m: u32, block_n: u32) -> u32 {
+        let behind = self.block.first_key + block_n;
+        if behind >= self.block.sequence.seqlen_k {
             return u32::MAX;
         }
         let mask = Mask::of::<T, CAUSAL, false>(a, &self.block.sequence);
-        mask.query_blocks(next_key, block_n, block_m).begin * block_m
+        mask.query_blocks(behind, block_n, block_m).begin * block_m
     }
 
     /// Blocks of queries of all heads.

@@ -1,9 +1,12 @@
-//! Sums of dQ in one order: that of the keys, whatever else runs and whatever comes first.
+//! dQ summed in one order: that of the keys, from the last to the first, whatever else runs and whatever comes first.
 //!
 //! A block of keys adds to dQ of a block of queries when the keys behind its own have. Under a causal mask these have fewer
-//! queries, but all that they have they share, and meet in the same order ([`Rounds`]); so one counter a block of keys says how far
-//! it is, and who comes next looks at it alone. Each warpgroup's part has a thread that adds it, and a counter. Whom nobody comes
-//! before stores: nothing has to be cleared.
+//! queries, but those are met in the same order; so one counter a block of keys says how far it is, and who comes next looks at it
+//! alone. Each warpgroup's part has a thread that adds it, and a counter. Whom nobody comes before stores: nothing has to be
+//! cleared. The first keys come last, and all queries that see any see them: where sequences are short to these comes what the
+//! others have summed, and the warpgroup adds its own in registers, and finishes dQ, with sums that the L2 cache still has. Many
+//! short heads are faster so than without an order. Where sequences are long the blocks of the first keys, the last to end, would
+//! take longer by more than a kernel does that comes after.
 //!
 //! Blocks of threads wait for blocks before them alone: the last keys come first. A block of keys that begins when the one behind
 //! it does falls behind by as long as an addition takes to end and to be heard of, likely two blocks of queries, and from then on
@@ -11,33 +14,37 @@
 //! not have. That the longest come last costs up to 7 % there by a model of it; the other way round, with the last queries first
 //! (the descending walk of Qiang et al., "DASH: Deterministic Attention Scheduling for High-throughput Reproducible LLM Training",
 //! arXiv 2601.21824), costs 40 %, where additions take longer than blocks of queries, in that model and on an H100. Without a mask
-//! heads take turns, as many as the cache holds, so that few keys of a head begin at the same time.
-use super::memory::Outgoing;
-use super::{GROUP_ROWS, GROUPS, Params, Step, Work, config_of};
-use crate::attention::Attention;
+//! heads take turns, so that few keys of a head begin at the same time, and no more than the cache holds.
+//!
+//! A block of threads that takes all keys of a head has dQ to itself, and waits for nobody: the bits are the same.
+use super::memory::{Destination, Outgoing};
+use super::prepare::{clear_unseeing, rows_without_keys};
+use super::{GROUP_ROWS, GROUPS, Params, Work, can_finish_in_order, config_of, next_keys, walk};
+use crate::attention::{Attention, Sequence};
 use crate::config::Config;
-use crate::flash2_backward::fused::{PREPARE_THREADS, first_place, prepare_block};
-use crate::mask::Mask;
+use crate::flash2_backward::fused::{PREPARE_THREADS, prepare_block};
 use crate::schedule::{self, KeyBlock};
 use cuda_std::arrivals::Arrivals;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::MatrixElement;
-use cuda_std::math::unknown;
+use cuda_std::math::unknown_before;
 use cuda_std::thread::{block_idx_x, grid_dim_x, thread_idx_x};
 use cuda_std::{Global, bulk, grid, kernel};
 
-/// Who has added to dQ how often.
+/// Who has added to dQ how often, and who finishes it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Order {
     /// [`COUNTERS`](Self::COUNTERS) for each block of keys of each head of K of each sequence, of so many as the longest has;
     /// [`prepare_ordered()`] clears them. Null: there is no order.
     pub counters: Global<u32>,
+    /// Whether the first keys finish dQ, if they [can](super::can_finish_in_order); 0: [`finish()`](super::finish()) does.
+    pub finishes: u32,
 }
 
 impl Order {
     /// For kernels that add whenever they can.
-    pub const NONE: Order = Order { counters: Global::NULL };
+    pub const NONE: Order = Order { counters: Global::NULL, finishes: 0 };
 
     /// Counters of a block of keys: one for each warpgroup.
     pub const COUNTERS: u32 = GROUPS;
@@ -73,103 +80,104 @@ pub(super) fn key_block_in_order<T>(a: &Attention<T>, block_n: u32, heads_in_tur
     KeyBlock { first_key: last_key_block - block.first_key, ..block }
 }
 
-/// A walk over the blocks of queries that a block of keys needs: of one after the other those of all heads that share the keys.
-pub(super) struct Rounds {
-    next: Step,
-    left: u32,
-    group: u32,
-    end_head: u32,
-    /// Places from one head to the next.
-    to_next_head: u32,
-    block_m: u32,
+/// How far the keys behind are.
+struct Behind {
+    added: Arrivals,
+    /// Their steps that the next one waits for, and those that they are known to have done.
+    needed: u32,
+    known: u32,
 }
 
-impl Rounds {
-    /// All steps of a block of keys.
+impl Behind {
+    /// Waits for their next step, after which it is these keys' turn.
     #[inline(always)]
-    pub fn of<T>(work: &Work, a: &Attention<T>, block_m: u32) -> Self {
-        let first_place = |head| first_place(a, &work.block.sequence, head, block_m);
-        let head = work.block.head_k * work.group;
-        let first_row = block_m * work.blocks.begin;
-        Rounds {
-            next: Step { head, first_row, place: first_place(head) + first_row },
-            left: work.steps(),
-            group: work.group,
-            end_head: head + work.group,
-            to_next_head: first_place(1) - first_place(0),
-            block_m,
+    #[track_caller]
+    fn wait(&mut self) {
+        self.needed += 1;
+        if self.known < self.needed {
+            self.known = self.added.wait_for_all(self.needed);
         }
-    }
-
-    #[inline(always)]
-    pub fn next(&mut self) -> Option<Step> {
-        if self.left == 0 {
-            return None;
-        }
-        // The loop stays one, as that of a walk by heads.
-        self.left = unknown(self.left - 1);
-        let step = self.next;
-        self.next.head += 1;
-        self.next.place += self.to_next_head;
-        if self.next.head == self.end_head {
-            self.next.head -= self.group;
-            self.next.first_row += self.block_m;
-            self.next.place = self.next.place - self.group * self.to_next_head + self.block_m;
-        }
-        Some(step)
     }
 }
 
-/// Adds what warpgroup `group` has of dQ to its sums, each time in its turn.
+/// Sums what warpgroup `group` has of dQ, each time in its turn, for all keys of a `WALK` from `block` on.
 #[inline(always)]
 #[track_caller]
-pub(super) fn add_in_order<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize, const CAUSAL: bool>(
+pub(super) fn sum_in_order<
+    T,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const CAUSAL: bool,
+    const WALK: u32,
+>(
     p: &Params,
     a: &Attention<T>,
     outgoing: Outgoing<HEADDIM, BLOCK_M>,
-    block: KeyBlock,
+    mut block: KeyBlock,
     group: u32,
 ) {
     let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
-    let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
-    let behind = KeyBlock { first_key: block.first_key + BLOCK_N as u32, ..block };
-    // So many steps are of queries that the keys behind do not have.
-    let alone = if behind.rows() > 0 {
-        let blocks = Work::of::<T, CAUSAL>(a, behind, BLOCK_M as u32, BLOCK_N as u32).blocks;
-        (blocks.begin - work.blocks.begin) * work.group
-    } else {
-        work.steps()
-    };
-    let added = p.order.added(a, block, BLOCK_N as u32, group);
-    let added_behind = p.order.added(a, behind, BLOCK_N as u32, group);
-
+    let waits = const { WALK == walk::ORDERED };
+    let finishes = const { can_finish_in_order(HEADDIM as u32, BLOCK_M as u32) } && (!waits || p.order.finishes != 0);
     let mut parts = outgoing.parts.consumer_at(group);
-    // The step before the first: nothing to add.
-    parts.wait().release();
-    parts.next_round();
-    // Steps of the keys behind that the next one waits for: none, while it is not more than 0; and how many they are known to
-    // have done.
-    let (mut needed, mut known) = (-(alone as i32), 0);
-    let mut rounds = Rounds::of(&work, a, BLOCK_M as u32);
-    while let Some(step) = rounds.next() {
-        needed += 1;
-        if known < needed {
-            known = added_behind.wait_for_all(needed as u32) as i32;
-        }
-        let slot = parts.wait();
+    loop {
+        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+        let alone_before = work.alone_before::<T, CAUSAL>(a, BLOCK_M as u32, BLOCK_N as u32);
+        let keys_behind = KeyBlock { first_key: block.first_key + BLOCK_N as u32, ..block };
+        let added = |block| p.order.added(a, block, BLOCK_N as u32, group);
+        let mut behind = Behind { added: added(keys_behind), needed: 0, known: 0 };
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        let sums = |place: u32| p.backward.d_q_sums.offset(place as usize * HEADDIM + (group * part) as usize);
+        // The step before the first: nothing to add.
+        let mut slot = parts.wait();
         parts.next_round();
-        let to = p.backward.d_q_sums.offset(step.place as usize * HEADDIM + (group * part) as usize);
-        let from = outgoing.part(group);
-        if needed <= 0 {
-            bulk::store(to, from, part);
+        if block.first_key > 0 || !finishes {
+            slot.release();
+            while let Some(step) = walk.next() {
+                slot = parts.wait();
+                parts.next_round();
+                if step.first_row < alone_before {
+                    bulk::store(sums(step.place), outgoing.part(group), part);
+                } else {
+                    if waits {
+                        behind.wait();
+                    }
+                    bulk::add(sums(step.place), outgoing.part(group), part);
+                }
+                bulk::commit();
+                bulk::wait_read::<0>();
+                slot.release();
+                if waits {
+                    bulk::wait::<0>();
+                    added(block).arrive();
+                }
+            }
+            // What comes next adds to these sums.
+            bulk::wait::<0>();
         } else {
-            bulk::add(to, from, part);
+            while let Some(step) = walk.next() {
+                // Found in each step: kept, it would take registers that a thread which copies does not have.
+                let anew = |x| unknown_before(x, step.place);
+                let Sequence { batch, first_q, seqlen_q, .. } = block.sequence;
+                let first = p.backward.d_q.index(anew(batch), step.head, (anew(first_q) + step.first_row).into());
+                let has_sums = step.first_row >= alone_before;
+                outgoing.set_destination(group, Destination { rows: seqlen_q - step.first_row, has_sums, first });
+                if has_sums {
+                    if waits {
+                        behind.wait();
+                    }
+                    bulk::load(outgoing.part(group), sums(step.place), part, slot.release_with(4 * part));
+                } else {
+                    slot.release();
+                }
+                slot = parts.wait();
+                parts.next_round();
+            }
+            slot.release();
         }
-        bulk::commit();
-        bulk::wait_read::<0>();
-        slot.release();
-        bulk::wait::<0>();
-        added.arrive();
+        let Some(next) = next_keys::<T, WALK>(a, block, BLOCK_N as u32) else { break };
+        block = next;
     }
 }
 
@@ -185,8 +193,8 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
     }
 }
 
-/// [`prepare()`](super::prepare()) for [`ordered()`](super::ordered()), which stores the first of the sums: those alone are
-/// cleared to which nobody adds, of queries that see no key. And the counters. Grid: as there.
+/// [`prepare_heads()`](super::prepare_heads()) for [`ordered()`](super::ordered()), with its counters. Where that does not finish
+/// dQ, the sums of queries that see no key are cleared. Grid: as there.
 #[kernel(
     name = "flash3_bwd_prepare_ordered_{T}_d{HEADDIM}_m{BLOCK_M}",
     arch = sm_90a,
@@ -199,8 +207,9 @@ pub fn prepare_ordered<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u3
     grid::launch_dependents();
     let a: Attention<T> = p.backward.attention.of::<T>();
     p.order.clear(&a, GROUPS * GROUP_ROWS);
-    let block = schedule::query_block(&a, BLOCK_M);
-    let rows = block.rows().min(BLOCK_M);
-    let sees_keys = rows > 0 && Mask::of::<T, false, true>(&a, &block.sequence).end(block.first_row + rows - 1) > 0;
-    prepare_block::<T, HEADDIM, BLOCK_M>(p.backward, !sees_keys);
+    let finishes = p.order.finishes != 0;
+    prepare_block::<T, HEADDIM, BLOCK_M>(p.backward, !finishes && rows_without_keys(&a, BLOCK_M) > 0);
+    if finishes {
+        clear_unseeing::<T, BLOCK_M>(&p.backward, &a);
+    }
 }

@@ -71,11 +71,11 @@ pub fn prepare_ring<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(
 }
 
 /// The same for [`heads`](super::heads()), which stores the first of the sums: nothing is cleared. dQ of queries that
-/// see no key, which it does not meet, is written here. Grid: as for [`prepare()`].
+/// see no key is written here. Grid: as for [`prepare()`].
 #[kernel(
     name = "flash3_bwd_prepare_heads_{T}_d{HEADDIM}_m{BLOCK_M}",
     arch = sm_90a,
-    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64)],
+    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128)],
     config = prepare_config,
     table = PREPARE_HEADS,
 )]
@@ -83,13 +83,25 @@ pub fn prepare_heads<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>
     grid::wait_for_prerequisites();
     grid::launch_dependents();
     prepare_block::<T, HEADDIM, BLOCK_M>(p, false);
-    let a: Attention<T> = p.attention.of::<T>();
-    let block = schedule::query_block(&a, BLOCK_M);
-    let QueryBlock { first_row, head, sequence } = block;
-    let rows = block.rows().min(BLOCK_M);
-    if rows == 0 || Mask::of::<T, false, true>(&a, &sequence).end(first_row + rows - 1) > 0 {
-        return;
-    }
+    clear_unseeing::<T, BLOCK_M>(&p, &p.attention.of());
+}
+
+/// Rows of the block of queries of this block of threads, if none of them sees a key: the pass does not meet them. Else 0.
+#[inline(always)]
+#[track_caller]
+pub(super) fn rows_without_keys<T>(a: &Attention<T>, block_m: u32) -> u32 {
+    let block = schedule::query_block(a, block_m);
+    let rows = block.rows().min(block_m);
+    let sees_keys = rows > 0 && Mask::of::<T, false, true>(a, &block.sequence).end(block.first_row + rows - 1) > 0;
+    if sees_keys { 0 } else { rows }
+}
+
+/// Writes dQ of these.
+#[inline(always)]
+#[track_caller]
+pub(super) fn clear_unseeing<T: MatrixElement, const BLOCK_M: u32>(p: &flash2_backward::Params, a: &Attention<T>) {
+    let rows = rows_without_keys(a, BLOCK_M);
+    let QueryBlock { first_row, head, sequence } = schedule::query_block(a, BLOCK_M);
     let chunks = divisor(a.headdim.div_ceil(8));
     let mut chunk = thread_idx_x();
     while chunk < rows * chunks {

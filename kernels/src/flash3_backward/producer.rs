@@ -1,8 +1,8 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
-use super::memory::{Destination, Inputs, Outgoing};
-use super::{GROUPS, Params, STAGES, Step, Work, next_keys, ring, walk};
-use crate::attention::{Attention, Sequence};
-use crate::schedule::{self, KeyBlock};
+use super::memory::{Inputs, Outgoing};
+use super::{GROUPS, Params, STAGES, Work, next_keys, ring, walk};
+use crate::attention::Attention;
+use crate::schedule::KeyBlock;
 use cuda_std::cluster::Blocks;
 use cuda_std::matrix::PackedElement;
 use cuda_std::mbarrier::Mbarrier;
@@ -26,33 +26,7 @@ pub(super) fn load<
     p: &Params,
     a: &Attention<T>,
     inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
-    block: KeyBlock,
-) {
-    let steps = |work: Work| {
-        let mut walk = work.walk(a, BLOCK_M as u32);
-        move || walk.next()
-    };
-    load_steps::<T, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, WALK, _>(p, a, inputs, block, steps);
-}
-
-/// The same for the `steps` of each block of keys, of which each call gives the next.
-#[inline(always)]
-#[track_caller]
-pub(super) fn load_steps<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const BLOCK_M: usize,
-    const BLOCK_N: usize,
-    const CLUSTER: u32,
-    const CAUSAL: bool,
-    const WALK: u32,
-    Steps: FnMut() -> Option<Step>,
->(
-    p: &Params,
-    a: &Attention<T>,
-    inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
     mut block: KeyBlock,
-    steps: impl Fn(Work) -> Steps,
 ) {
     let map = |map| TensorMapRef::of(p, map);
     // K and V are read once.
@@ -71,8 +45,8 @@ pub(super) fn load_steps<
         }
         let of_tile = SmemTile::<T, BLOCK_N, HEADDIM>::BYTES;
         let mut is_first = true;
-        let mut next = steps(work);
-        while let Some(step) = next() {
+        let mut walk = work.walk(a, BLOCK_M as u32);
+        while let Some(step) = walk.next() {
             let matrix = [step.head as i32, batch];
             let row = (block.sequence.first_q + step.first_row) as i32;
             let statistics = p.backward.statistics.offset(2 * step.place as usize);
@@ -190,63 +164,5 @@ pub(super) fn add_queries<
         }
         let Some(next) = next_keys::<T, WALK>(a, block, BLOCK_N as u32) else { break };
         block = next;
-    }
-}
-
-/// Sums what warpgroup `group` has of dQ, where a block of threads takes all keys of a head: nobody else adds to it. The
-/// first keys store, and to the last comes what the others have summed, for the warpgroup to finish dQ with.
-#[inline(always)]
-#[track_caller]
-pub(super) fn sum_queries<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize, const CAUSAL: bool>(
-    p: &Params,
-    a: &Attention<T>,
-    outgoing: Outgoing<HEADDIM, BLOCK_M>,
-    group: u32,
-) {
-    let mut block = schedule::keys_of_head(a, 0);
-    let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
-    let mut parts = outgoing.parts.consumer_at(group);
-    loop {
-        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
-        let finished = work.finished_rows::<T, CAUSAL>(a, BLOCK_M as u32, BLOCK_N as u32);
-        let is_first = block.first_key == 0;
-        // The step before the first: nothing to add. What the keys before these have added is there from now on.
-        let mut slot = parts.wait();
-        parts.next_round();
-        bulk::wait::<0>();
-        let mut walk = work.walk(a, BLOCK_M as u32);
-        while let Some(step) = walk.next() {
-            let is_finished = step.first_row < finished;
-            let sums: Global<f32> = p.backward.d_q_sums.offset(step.place as usize * HEADDIM + (group * part) as usize);
-            if is_finished {
-                let Sequence { batch, first_q, seqlen_q, .. } = block.sequence;
-                let first = p.backward.d_q.index(batch, step.head, first_q as u64 + step.first_row as u64);
-                let rows = seqlen_q - step.first_row;
-                outgoing.set_destination(group, Destination { rows, has_sums: !is_first, first });
-            }
-            if is_finished && !is_first {
-                bulk::load(outgoing.part(group), sums, part, slot.release_with(4 * part));
-            } else {
-                slot.release();
-            }
-            slot = parts.wait();
-            parts.next_round();
-            if is_finished {
-                outgoing.set_destination(group, Destination::SUMS);
-                continue;
-            }
-            if is_first {
-                bulk::store(sums, outgoing.part(group), part);
-            } else {
-                bulk::add(sums, outgoing.part(group), part);
-            }
-            bulk::commit();
-            bulk::wait_read::<0>();
-        }
-        slot.release();
-        if !block.advance(BLOCK_N as u32) {
-            break;
-        }
-        block = schedule::keys_of_head(a, block.first_key);
     }
 }

@@ -4,9 +4,9 @@
 //! memory: one more thread has the copy engine add it to its sums.
 use super::finisher::{FINISHERS, Finisher};
 use super::memory::{Destination, Inputs, Outgoing};
-use super::order::{Rounds, add_in_order, key_block_in_order};
-use super::producer::{add_queries, load, load_steps, sum_queries};
-use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, next_keys, release, walk};
+use super::order::{key_block_in_order, sum_in_order};
+use super::producer::{add_queries, load};
+use super::{GROUP_ROWS, GROUPS, Params, Work, can_finish_in_order, config_of, is_tight, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -226,7 +226,7 @@ pub fn ring<
 }
 
 /// [`whole()`], whose blocks of keys add to dQ in their order ([`Order`](super::Order)): all gradients of a sequence are the same
-/// bits in every run and in every batch. Grid: as for [`whole()`].
+/// bits in every run and in every batch. It finishes dQ, too. Grid: as for [`whole()`].
 #[kernel(
     name = "flash3_bwd_ordered_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
@@ -281,11 +281,9 @@ pub fn ordered<
     >(&p, &a, || block);
 }
 
-/// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`whole()`], `BLOCK_N` keys after the other.
-/// Nobody else adds to dQ: what the first keys have of it is stored, and what the last keys have is added to the sums of
-/// the others in registers, and finished. So nothing has to be cleared or finished in global memory, and all gradients
-/// are the same bits in every run and in every batch. Pays where there are enough heads for all multiprocessors. Grid:
-/// `nheads_k * batch`.
+/// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`ordered()`], `BLOCK_N` keys after the other.
+/// Nobody else adds to dQ, so nobody waits. All gradients are the same bits as there. Pays where there are enough heads for all
+/// multiprocessors. Grid: `nheads_k * batch`.
 #[kernel(
     name = "flash3_bwd_heads_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
@@ -296,10 +294,6 @@ pub fn ordered<
             (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
             // 207, 247, 251 (150, 247, 377; 148, 231, 315)
             (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
-            // 259, 262, 263 (319, 455, 557; 298, 419, 503)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
-            // 206, 233, 250 (173, 298, 436; 171, 286, 391)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
         ],
     config = config,
     table = HEADS,
@@ -334,7 +328,7 @@ pub fn heads<
         LATE,
         CAUSAL,
         { walk::HEAD },
-    >(&p, &a, || schedule::keys_of_head(&a, 0));
+    >(&p, &a, || schedule::last_keys_of_head(&a, BLOCK_N as u32));
 }
 
 /// The blocks of keys of a `WALK` ([`walk`]), from the first on.
@@ -389,26 +383,10 @@ fn pass<
             let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
             if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
-                    0 if WALK == walk::ORDERED => {
-                        let steps = |work: Work| {
-                            let mut rounds = Rounds::of(&work, a, BLOCK_M as u32);
-                            move || rounds.next()
-                        };
-                        load_steps::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK, _>(
-                            p,
-                            a,
-                            memory.inputs,
-                            block,
-                            steps,
-                        );
-                    }
                     0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK>(p, a, memory.inputs, block),
-                    thread @ (32 | 64) if WALK == walk::HEAD => {
-                        sum_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, thread / 32 - 1);
-                    }
-                    thread @ (32 | 64) if WALK == walk::ORDERED => {
+                    thread @ (32 | 64) if const { walk::is_in_order(WALK) } => {
                         let group = thread / 32 - 1;
-                        add_in_order::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL>(p, a, memory.outgoing, block, group);
+                        sum_in_order::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block, group);
                     }
                     32 => add_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block),
                     thread @ 64.. if WALK == walk::RING => {
@@ -510,15 +488,16 @@ fn consume<
             Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();
             D_S.arrive(GROUPS * before + other);
-            if LATE > 0 && group > 0 && (!is_anew || keys.first_key == 0) {
+            if LATE > 0 && group > 0 && (!is_anew || keys.rows() <= BLOCK_N as u32) {
                 queries.wait();
                 queries.beside(memory.inputs.d_outputs).wait();
                 pause(LATE);
             }
-            let is_ordered = const { WALK == walk::ORDERED };
             let mut block = blocks.begin;
-            let mut heads = work.group;
-            for _ in 0..work.steps() {
+            // Counted down: up would take a register more.
+            let mut left = work.steps();
+            while left > 0 {
+                left -= 1;
                 // Descriptors are found anew in each step: kept, they would take the registers of the sums.
                 let group = unknown(group);
                 let first_key = GROUP_ROWS * group;
@@ -531,11 +510,13 @@ fn consume<
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
                 let mut p: Accumulator<1, S_COLUMNS> = s.wait::<1>();
                 if block < work.masked {
+                    // Found here: kept, what follows from the first key would take a register more.
+                    let own_key = if is_anew { own_key_anew(block) } else { own_key };
+                    let first_key =
+                        if is_anew { unknown_before(keys.first_key, block) } else { keys.first_key } + own_key;
                     let mut sequence = keys.sequence;
-                    let mut first_key = keys.first_key + own_key;
                     if is_anew {
                         [sequence.seqlen_q, sequence.seqlen_k] = memory.inputs.lengths.load_vector(0);
-                        first_key = keys.first_key + own_key_anew(block);
                     }
                     let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
                     mask.apply_transposed(&mut p, first_key, block * BLOCK_M as u32);
@@ -553,10 +534,6 @@ fn consume<
 
                 let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
                 D_S.sync(GROUPS * (1 - stage) + group);
-                let own_d_s = match is_anew && HEADDIM > 64 {
-                    true => TransposedRows::of(memory.d_s, own_key_anew(block)),
-                    false => own_d_s,
-                };
                 d_s_rounded.store_transposed(own_d_s.stage(stage));
                 fence::proxy_async();
                 let d_q = d_q_of(memory.d_s.stage(1 - stage), group);
@@ -576,17 +553,9 @@ fn consume<
                 release(q_slot);
 
                 queries.advance();
-                if is_ordered {
-                    heads -= 1;
-                    if heads == 0 {
-                        heads = work.group;
-                        block += 1;
-                    }
-                } else {
-                    block += 1;
-                    if block == blocks.end {
-                        block = blocks.begin;
-                    }
+                block += 1;
+                if block == blocks.end {
+                    block = blocks.begin;
                 }
             }
             let last = if is_anew { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
@@ -618,8 +587,8 @@ fn consume<
     }
 }
 
-/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. Where a
-/// `WALK` takes all keys of a head, these may be its last: then adds to it what the others have summed, and finishes it.
+/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. Where the keys of a
+/// `WALK` add in their order, these may be the first: then adds to it what the others have summed, and finishes it.
 #[inline(always)]
 #[track_caller]
 fn hand_over<
@@ -638,7 +607,8 @@ fn hand_over<
 ) {
     let slot = part.acquire();
     let own = outgoing.part(slot.index).offset(warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32);
-    let to = if WALK == walk::HEAD { outgoing.destination(slot.index) } else { Destination::SUMS };
+    let may_finish = const { walk::is_in_order(WALK) && can_finish_in_order(HEADDIM as u32, BLOCK_M as u32) };
+    let to = if may_finish { outgoing.destination(slot.index) } else { Destination::SUMS };
     if to.rows == 0 {
         d_q.store_registers(own);
     } else {
@@ -648,10 +618,11 @@ fn hand_over<
         d_q.map(|_, _, d_q| d_q * a.softmax_scale);
         let Tensor { data, row_stride, .. } = params.backward.d_q.cast::<T>();
         let data = data.offset(to.first as usize);
-        let own_first = GROUP_ROWS * slot.index + 16 * warp_in_group();
         // Through shared memory, where the sums were. What follows from the lane is found here: kept, it would take the
         // registers of the sums of dK and dV.
-        let lane = unknown_before(lane_id(), to.rows);
+        let anew = |x| unknown_before(x, to.rows);
+        let lane = anew(lane_id());
+        let own_first = GROUP_ROWS * anew(slot.index) + 16 * anew(warp_in_group());
         let blocks: Shared<T> = own.cast();
         sync_warp(ALL);
         d_q.store_blocks::<T, TRANSPOSED>(blocks);

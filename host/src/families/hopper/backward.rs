@@ -2,7 +2,7 @@
 use cuda_std::{Global, Kernel};
 use kernels::Config;
 use kernels::flash2_backward;
-use kernels::flash3_backward::{Order, Params, Ring};
+use kernels::flash3_backward::{Order, Params, Ring, can_finish_in_order};
 
 use super::MULTIPROCESSORS;
 use super::maps::{Extents, map};
@@ -19,7 +19,10 @@ pub enum Sums {
     /// Heads take turns at them.
     InRing(Turns),
     /// They add in their order.
-    InOrder,
+    InOrder {
+        /// [`Order::finishes`].
+        finishes: bool,
+    },
 }
 
 /// The launch, in so many blocks of threads, for a problem with rows and keys. `counters`: of a [`ring`] or of
@@ -42,7 +45,8 @@ pub fn launch(
     let v = map("v", &attention.v, dtype, (block_n, headdim_v), of_keys(problem.headdim_v))?;
     let d_o = map("dout", &backward.d_o, dtype, (block_m, headdim_v), of_queries(problem.headdim_v))?;
     let in_turn = match sums {
-        Sums::AsTheyCome | Sums::InOrder => heads_in_turn(problem, &kernel.config),
+        Sums::AsTheyCome => heads_in_turn(problem, &kernel.config),
+        Sums::InOrder { .. } => heads_in_turn_in_order(problem, &kernel.config),
         Sums::InRing(turns) => turns.in_turn,
     };
     let parameters = Params {
@@ -56,7 +60,10 @@ pub fn launch(
             Sums::InRing(Turns { heads, lag, .. }) => Ring { counters, heads, lag },
             _ => Ring::NONE,
         },
-        order: if sums == Sums::InOrder { Order { counters } } else { Order::NONE },
+        order: match sums {
+            Sums::InOrder { finishes } => Order { counters, finishes: finishes.into() },
+            _ => Order::NONE,
+        },
     };
     Launch::new(kernel, blocks, parameters)
 }
@@ -64,11 +71,49 @@ pub fn launch(
 /// What the heads that take turns may have of Q, dO and the sums of dQ, in bytes: it stays in the L2 cache.
 const CACHED: u64 = 32 << 20;
 
-/// How many heads of K take turns, under a causal mask or in order: as many as have theirs in the cache, at least one.
+/// How many heads of K take turns under a causal mask: as many as have theirs in the cache, at least one.
 fn heads_in_turn(problem: &Problem, config: &Config) -> u32 {
-    let of_head = of_head(problem, config).max(1);
+    heads_within(CACHED, problem, config).max(1)
+}
+
+/// The same where blocks of keys add in their order, at most. With more, what a block of keys has added has left the cache when
+/// the next one adds; with fewer, keys of a head begin at the same time, and wait. On an H100, headdim 128, causal, in TFLOP/s at
+/// 512 and 1024 tokens, with 32, 16 and 8 MiB: 218, 317; 236, 345; 239, 354. Headdim 64, no mask: 291, 395; 319, 427; 320, 419.
+fn heads_in_turn_in_order(problem: &Problem, config: &Config) -> u32 {
+    let cached = if config.block_m <= 64 { 8 << 20 } else { 16 << 20 };
+    heads_within(cached, problem, config).max(2)
+}
+
+/// How many heads of K have their Q, dO and sums of dQ in so many bytes.
+fn heads_within(bytes: u64, problem: &Problem, config: &Config) -> u32 {
     let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
-    (CACHED / of_head).min(heads).max(1) as u32
+    (bytes / of_head(problem, config).max(1)).min(heads) as u32
+}
+
+/// Whether the first keys finish dQ where blocks of keys add in their order. On an H100 without and with, causal, headdim 128, in
+/// TFLOP/s: 185 and 218 at 512 tokens, 577 and 557 at 8k, 615 and 581 at 16k. A sum of less than 2^-126 is 0 where it is added to
+/// memory, and is not where it is added in registers: so sequences of a batch that are not equally long are all finished in the
+/// same way.
+pub fn finishes_in_order(problem: &Problem, config: &Config) -> bool {
+    let is_short = problem.seqlen_k <= 2048 && problem.varlen.is_none();
+    is_short && can_finish_in_order(config.headdim, config.block_m)
+}
+
+/// Whether an order is the fastest way, as well. Where there are waves of blocks of threads enough that what the first ones wait
+/// does not count, and blocks of keys of a head are few. On an H100, in TFLOP/s, in order and else: headdim 128, 512 tokens 379
+/// and 358, causal 239 and 210, 1024 tokens 486 and 500, causal 354 and 327, 2048 tokens, causal, 454 and 467; headdim 64, 512
+/// tokens 322 and 317, causal 197 and 213.
+pub fn is_fast_in_order(problem: &Problem, config: &Config) -> bool {
+    let key_blocks = key_blocks(problem, config);
+    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    let are_enough = heads.saturating_mul(key_blocks) >= 12 * MULTIPROCESSORS;
+    let are_few = match (config.headdim, problem.is_causal()) {
+        (128, true) => (4..=8).contains(&key_blocks),
+        (128, false) => (2..=4).contains(&key_blocks),
+        (64, false) => (3..=4).contains(&key_blocks),
+        _ => false,
+    };
+    are_enough && are_few && problem.varlen.is_none()
 }
 
 /// How many counters there are where blocks of keys add to dQ in their order.

@@ -44,6 +44,7 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash3_backward::RING))
         .chain(info(flash3_backward::HEADS))
         .chain(info(flash3_backward::SPLIT))
+        .chain(info(flash3_backward::ORDERED_SPLIT))
         .chain(info(flash3_backward::FINISH))
         .chain(info(flash3_backward::FINISH_RING))
 }

@@ -8,7 +8,7 @@ use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
 use kernels::flash3_backward::{
-    FINISH, FINISH_RING, HEADS, ORDERED, Order, Params, RING, Ring, SPLIT, WHOLE, can_finish_in_order,
+    FINISH, FINISH_RING, HEADS, ORDERED, ORDERED_SPLIT, Order, Params, RING, Ring, SPLIT, WHOLE, can_finish_in_order,
 };
 use kernels::flash3_backward::{PREPARE, PREPARE_HEADS, PREPARE_ORDERED, PREPARE_RING};
 use kernels::{Config, mask};
@@ -147,15 +147,13 @@ fn check<T: Element>(p: Problem, seed: u64) {
             of_heads = Some((pass, bits(check_pass::<T>(p, pass, Takes::WholeHead, (seed, seed)))));
         }
     }
-    if p.headdim <= 128 {
-        for pass in kernels_of([ORDERED, &[]], T::DTYPE, p.headdim, is_causal) {
-            let in_order = Takes::OneInOrder { finishes: can_finish(pass) };
-            let found = bits(check_pass::<T>(p, pass, in_order, (seed, seed)));
-            let again = bits(check_pass::<T>(p, pass, in_order, (seed, seed + 1)));
-            assert!(found == again, "{}: other bits where threads run in another order", pass.name);
-            if let Some((heads, of_heads)) = &of_heads {
-                assert!(&found == of_heads, "{}: other bits than {}", pass.name, heads.name);
-            }
+    for pass in kernels_of([ORDERED, ORDERED_SPLIT], T::DTYPE, p.headdim, is_causal) {
+        let in_order = Takes::OneInOrder { finishes: can_finish(pass) };
+        let found = bits(check_pass::<T>(p, pass, in_order, (seed, seed)));
+        let again = bits(check_pass::<T>(p, pass, in_order, (seed, seed + 1)));
+        assert!(found == again, "{}: other bits where threads run in another order", pass.name);
+        if let Some((heads, of_heads)) = &of_heads {
+            assert!(&found == of_heads, "{}: other bits than {}", pass.name, heads.name);
         }
     }
 }
@@ -343,7 +341,7 @@ fn check_pass<T: Element>(
         ring,
         order: match takes {
             Takes::OneInOrder { finishes } => {
-                let key_blocks = pairs * seqlen_k.div_ceil(block_n as usize);
+                let key_blocks = pairs * seqlen_k.div_ceil(Order::BLOCK_N as usize);
                 let counters = memory.allocate::<u32>("counters", key_blocks * Order::COUNTERS as usize);
                 Order { counters: counters.global(), finishes: finishes.into() }
             }
@@ -437,9 +435,11 @@ fn packed_sequences() {
 #[test]
 fn many_keys_in_order() {
     for causal in [false, true] {
-        for (lengths, headdim) in [(&[(330, 520); 4], 64), (&[(420, 300); 4], 128)] {
+        for (lengths, headdim) in [(&[(330, 520); 4], 64), (&[(420, 300); 4], 128), (&[(150, 300); 4], 256)] {
             let problem = Problem { lengths, nheads: 2, nheads_k: 1, headdim, causal, ..FIXED };
-            for pass in kernels_of([ORDERED, &[]], DType::BF16, headdim, |config| config.causal == Some(causal)) {
+            for pass in
+                kernels_of([ORDERED, ORDERED_SPLIT], DType::BF16, headdim, |config| config.causal == Some(causal))
+            {
                 let [finished, apart] = [can_finish(pass), false]
                     .map(|finishes| check_pass::<bf16>(problem, pass, Takes::OneInOrder { finishes }, (18, 18)));
                 assert!(bits(finished) == bits(apart), "{}: dQ is the same whoever finishes it", pass.name);

@@ -267,6 +267,35 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         }
     }
 
+    /// Stores the matrix where [`add_to`](Self::add_to) adds it.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_to(&self, to: Global<f32>) {
+        let lane = to.offset(thread::lane_id() as usize);
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    lane.store(32 * (4 * (N * m + n) + i), self.0[m][n][i]);
+                }
+            }
+        }
+    }
+
+    /// Replaces each element x by `f(x, y)`, with y that of the matrix that was summed up by [`add_to`](Self::add_to).
+    #[inline(always)]
+    #[track_caller]
+    pub fn zip_sums(&mut self, from: Global<f32>, f: impl Fn(f32, f32) -> f32) {
+        let lane = from.offset(thread::lane_id() as usize);
+        for m in 0..M {
+            for n in 0..N {
+                for i in 0..4 {
+                    let x = &mut self.0[m][n][i];
+                    *x = f(*x, lane.load(32 * (4 * (N * m + n) + i)));
+                }
+            }
+        }
+    }
+
     /// The matrix that was summed up by [`add_to`](Self::add_to).
     #[inline(always)]
     #[track_caller]

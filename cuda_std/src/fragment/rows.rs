@@ -1,5 +1,6 @@
 //! Accumulators and memory, without a detour: row by row, column by column, or as the registers lie.
 use super::Accumulator;
+use crate::math::unknown_before;
 use crate::matrix::{self, PackedElement};
 use crate::thread::lane_id;
 use crate::warp::{ALL, shuffle_xor};
@@ -20,18 +21,44 @@ impl<const N: usize> Accumulator<1, N> {
     #[inline(always)]
     #[track_caller]
     pub fn store_rows_at<T: PackedElement>(&self, to: Global<T>, columns: u32, row_of: impl Fn(u32) -> (u64, bool)) {
+        self.store_rows_by(lane_id(), to, columns, row_of);
+    }
+
+    /// The same, to be said in a loop: what follows from the lane is found anew once `x` is known, and takes no registers from
+    /// one time to the next.
+    #[inline(always)]
+    #[track_caller]
+    pub fn store_rows_anew<T: PackedElement>(
+        &self,
+        x: u32,
+        to: Global<T>,
+        columns: u32,
+        row_of: impl Fn(u32) -> (u64, bool),
+    ) {
+        self.store_rows_by(unknown_before(lane_id(), x), to, columns, row_of);
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn store_rows_by<T: PackedElement>(
+        &self,
+        lane: u32,
+        to: Global<T>,
+        columns: u32,
+        row_of: impl Fn(u32) -> (u64, bool),
+    ) {
         const { assert!(N.is_multiple_of(4), "the lanes of a quad take a block of eight columns each") };
         for half in 0..2 {
-            let (row, is_there) = row_of(Self::row(0, half));
+            let (row, is_there) = row_of(8 * half as u32 + lane / 4);
             for first in (0..N).step_by(4) {
                 let mut words = [0; 4];
                 for i in 0..4 {
                     let block = &self.0[0][first + i];
                     words[i] = T::pack(block[2 * half], block[2 * half + 1]);
                 }
-                let column = 8 * (first as u32 + lane_id() % 4);
+                let column = 8 * (first as u32 + lane % 4);
                 let at: Global<u32> = to.offset((row + column as u64) as usize).cast();
-                let words = transposed(words);
+                let words = transposed(words, lane);
                 if is_there && column < columns {
                     at.store_vector(0, words);
                 }
@@ -130,20 +157,21 @@ impl<const N: usize> Accumulator<1, N> {
     }
 }
 
-/// The transpose of the 4 x 4 matrix whose columns the lanes of a quad have: word i of lane j becomes word j of lane i.
+/// The transpose of the 4 x 4 matrix whose columns the lanes of a quad have: word i of lane j becomes word j of lane i. Said by
+/// lane `lane`.
 #[inline(always)]
 #[track_caller]
-fn transposed([a, b, c, d]: [u32; 4]) -> [u32; 4] {
-    let ([a, c], [b, d]) = (swapped([a, c], 2), swapped([b, d], 2));
-    let ([a, b], [c, d]) = (swapped([a, b], 1), swapped([c, d], 1));
+fn transposed([a, b, c, d]: [u32; 4], lane: u32) -> [u32; 4] {
+    let ([a, c], [b, d]) = (swapped([a, c], 2, lane), swapped([b, d], 2, lane));
+    let ([a, b], [c, d]) = (swapped([a, b], 1, lane), swapped([c, d], 1, lane));
     [a, b, c, d]
 }
 
 /// Of two words, the lanes at this distance swap the lower one's second and the upper one's first.
 #[inline(always)]
 #[track_caller]
-fn swapped([first, second]: [u32; 2], distance: u32) -> [u32; 2] {
-    let is_lower = lane_id() & distance == 0;
+fn swapped([first, second]: [u32; 2], distance: u32, lane: u32) -> [u32; 2] {
+    let is_lower = lane & distance == 0;
     let received = shuffle_xor(ALL, if is_lower { second } else { first }, distance);
     if is_lower { [first, received] } else { [received, second] }
 }

@@ -277,12 +277,12 @@ impl Passes {
     /// that it is in a batch with: not on the longest of them either, where they are not equally long.
     fn flash3_ordered(wanted: &Wanted) -> Result<Self, String> {
         let problem = wanted.problem;
-        let (kernels, known) = (&[flash3::ORDERED][..], Feature::OF_HOPPER_BACKWARD);
+        let (kernels, known) = (&[flash3::ORDERED, flash3::ORDERED_SPLIT][..], Feature::OF_HOPPER_BACKWARD);
         let table = Table { name: "flash3 backward, in order", kernels, plain: known, general: known, pads: true };
         let pass = table.find_among(wanted, |config| config.from_keys == 0 || problem.varlen.is_none(), |_| true)?;
         let Config { headdim, block_m, .. } = pass.config;
         let mut workspace = Self::fused_workspace(problem, headdim, block_m);
-        let counters = hopper::backward::counters_of_order(problem, &pass.config);
+        let counters = hopper::backward::counters_of_order(problem);
         workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: counters });
         let mut steps = vec![
             Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_ORDERED, pass)?), grid: Grid::Queries },
@@ -421,7 +421,7 @@ const FUSED: &str = "fused: dQ is summed by atomic additions, unless determinist
 const WHOLE_HEADS: &str = "fused, short heads one after the other: dQ is summed in the same order in every run";
 
 /// How a pass whose blocks of keys add to dQ in their order is one.
-const ORDERED: &str = "fused: dQ is summed in the order of the keys, as deterministic asks";
+const ORDERED: &str = "fused: dQ is summed in the order of the keys, the same in every run";
 
 /// How a pass whose heads take turns at the sums of dQ is one.
 const RING: &str =

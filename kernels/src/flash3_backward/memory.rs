@@ -101,26 +101,61 @@ pub(super) struct Outgoing<const HEADDIM: usize, const BLOCK_M: usize> {
     /// Each warpgroup fills a stage of its own.
     pub parts: Pipeline<GROUPS>,
     /// Where its part goes.
-    destinations: Shared<u32>,
+    pub destinations: Destinations,
 }
 
-/// What becomes of a part of dQ. The thread that takes it knows, and tells the warpgroup with the empty stage.
+/// What becomes of a part of dQ. Who copies for a warpgroup knows, and tells it.
 #[derive(Clone, Copy)]
 pub(super) struct Destination {
-    /// Rows of dQ that are finished; 0: the part is added to the sums.
+    /// Rows of dQ that are finished; 0: the part goes to the sums.
     pub rows: u32,
-    /// Whether the stage has sums to finish it with.
+    /// Whether there are sums of others to add it to.
     pub has_sums: bool,
     /// Where the first row begins in dQ, in elements.
     pub first: u64,
 }
 
 impl Destination {
-    /// The sums of dQ.
-    pub const SUMS: Destination = Destination { rows: 0, has_sums: false, first: 0 };
+    /// The sums of dQ, from others.
+    pub const SUMS: Destination = Destination { rows: 0, has_sums: true, first: 0 };
+    /// The sums of dQ, of which this is the first.
+    pub const FIRST: Destination = Destination { has_sums: false, ..Self::SUMS };
 
     /// Words of shared memory.
     const WORDS: u32 = 4;
+}
+
+/// A destination for each warpgroup.
+#[derive(Clone, Copy)]
+pub(super) struct Destinations {
+    words: Shared<u32>,
+}
+
+impl Destinations {
+    /// What they take.
+    pub const BYTES: u32 = 4 * GROUPS * Destination::WORDS;
+
+    /// Those from `words` on, aligned to 16 bytes.
+    #[inline(always)]
+    pub fn at(words: Shared<u32>) -> Self {
+        Destinations { words }
+    }
+
+    /// Says what becomes of a warpgroup's next part.
+    #[inline(always)]
+    #[track_caller]
+    pub fn set(self, group: u32, to: Destination) {
+        let words = [to.rows, to.has_sums as u32, to.first as u32, (to.first >> 32) as u32];
+        self.words.offset(group * Destination::WORDS).store_vector(0, words);
+    }
+
+    /// What becomes of a warpgroup's part.
+    #[inline(always)]
+    #[track_caller]
+    pub fn of(self, group: u32) -> Destination {
+        let [rows, has_sums, low, high] = self.words.offset(group * Destination::WORDS).load_vector(0);
+        Destination { rows, has_sums: has_sums != 0, first: low as u64 | (high as u64) << 32 }
+    }
 }
 
 impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
@@ -131,7 +166,7 @@ impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
     pub const PART_BYTES: u32 = 4 * GROUPS * Self::PART;
 
     /// What the destinations take.
-    pub const DESTINATION_BYTES: u32 = 4 * GROUPS * Destination::WORDS;
+    pub const DESTINATION_BYTES: u32 = Destinations::BYTES;
 
     /// What the barriers take.
     pub const BARRIER_BYTES: u32 = Pipeline::<GROUPS>::BYTES;
@@ -140,7 +175,11 @@ impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
     /// destinations after them.
     #[inline(always)]
     pub fn at(d_q: Shared<f32>, barriers: Shared<u64>) -> Self {
-        Outgoing { d_q, parts: Pipeline::at(barriers), destinations: d_q.offset(GROUPS * Self::PART).cast() }
+        Outgoing {
+            d_q,
+            parts: Pipeline::at(barriers),
+            destinations: Destinations::at(d_q.offset(GROUPS * Self::PART).cast()),
+        }
     }
 
     /// As [`Inputs::init_barriers`]. The first parts go to the sums.
@@ -149,24 +188,8 @@ impl<const HEADDIM: usize, const BLOCK_M: usize> Outgoing<HEADDIM, BLOCK_M> {
     pub fn init(self) {
         self.parts.init(WARPS, 1);
         for group in 0..GROUPS {
-            self.set_destination(group, Destination::SUMS);
+            self.destinations.set(group, Destination::SUMS);
         }
-    }
-
-    /// Says what becomes of a warpgroup's next part, before its stage is released.
-    #[inline(always)]
-    #[track_caller]
-    pub fn set_destination(self, group: u32, to: Destination) {
-        let words = [to.rows, to.has_sums as u32, to.first as u32, (to.first >> 32) as u32];
-        self.destinations.offset(group * Destination::WORDS).store_vector(0, words);
-    }
-
-    /// What becomes of a warpgroup's part, whose stage it has acquired.
-    #[inline(always)]
-    #[track_caller]
-    pub fn destination(self, group: u32) -> Destination {
-        let [rows, has_sums, low, high] = self.destinations.offset(group * Destination::WORDS).load_vector(0);
-        Destination { rows, has_sums: has_sums != 0, first: low as u64 | (high as u64) << 32 }
     }
 
     /// Where a warpgroup puts its part.

@@ -53,7 +53,7 @@ pub use finish::{FINISH, FINISH_RING, finish, finish_ring};
 pub use order::{Order, PREPARE_ORDERED, prepare_ordered};
 pub use prepare::{PREPARE, PREPARE_HEADS, PREPARE_RING, prepare, prepare_heads, prepare_ring};
 pub use ring::Ring;
-pub use split::{SPLIT, split};
+pub use split::{ORDERED_SPLIT, SPLIT, split, split_ordered};
 pub use whole::{HEADS, ORDERED, RING, WHOLE, heads, ordered, ring, whole};
 
 use crate::attention::{Attention, divisor};
@@ -155,7 +155,18 @@ mod walk {
 
 /// Whether the first keys can finish dQ where keys add to it in their order: where there are registers for it.
 pub const fn can_finish_in_order(headdim: u32, block_m: u32) -> bool {
-    !is_tight(headdim as usize, block_m as usize)
+    headdim > 128 || !is_tight(headdim as usize, block_m as usize)
+}
+
+/// Block `number` of keys: under a causal mask heads take turns.
+#[inline(always)]
+#[track_caller]
+fn key_block_at<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, heads_in_turn: u32, number: u32) -> KeyBlock {
+    if CAUSAL {
+        schedule::key_block_in_turn_at(a, block_n, heads_in_turn, number)
+    } else {
+        schedule::key_block_at(a, block_n, number)
+    }
 }
 
 /// The next keys of a walk, if there are any: of a head those before these.
@@ -179,23 +190,6 @@ struct Work {
 }
 
 impl Work {
-    #[inline(always)]
-    #[track_caller]
-    fn of_block<T, const CAUSAL: bool>(
-        a: &Attention<T>,
-        block_m: u32,
-        block_n: u32,
-        heads_in_turn: u32,
-        number: u32,
-    ) -> Self {
-        let block = if CAUSAL {
-            schedule::key_block_in_turn_at(a, block_n, heads_in_turn, number)
-        } else {
-            schedule::key_block_at(a, block_n, number)
-        };
-        Self::of::<T, CAUSAL>(a, block, block_m, block_n)
-    }
-
     /// What these keys need.
     #[inline(always)]
     fn of<T, const CAUSAL: bool>(a: &Attention<T>, block: KeyBlock, block_m: u32, block_n: u32) -> Self {

@@ -19,7 +19,7 @@
 //! A block of threads that takes all keys of a head has dQ to itself, and waits for nobody: the bits are the same.
 use super::memory::{Destination, Outgoing};
 use super::prepare::{clear_unseeing, rows_without_keys};
-use super::{GROUP_ROWS, GROUPS, Params, Work, can_finish_in_order, config_of, next_keys, walk};
+use super::{GROUP_ROWS, GROUPS, Params, Step, Work, can_finish_in_order, config_of, next_keys, walk};
 use crate::attention::{Attention, Sequence};
 use crate::config::Config;
 use crate::flash2_backward::fused::{PREPARE_THREADS, prepare_block};
@@ -46,22 +46,25 @@ impl Order {
     /// For kernels that add whenever they can.
     pub const NONE: Order = Order { counters: Global::NULL, finishes: 0 };
 
-    /// Counters of a block of keys: one for each warpgroup.
-    pub const COUNTERS: u32 = GROUPS;
+    /// Keys of a block of threads, or of a cluster, that add at a time.
+    pub const BLOCK_N: u32 = GROUPS * GROUP_ROWS;
 
-    /// Counts the blocks of queries to whose dQ warpgroup `group` of a block of keys has added.
+    /// Counters of a block of keys: one for each warpgroup of a cluster. A block of threads that is none has half of them.
+    pub const COUNTERS: u32 = 2 * GROUPS;
+
+    /// Counts the blocks of queries to whose dQ warpgroup `group` of a block of keys has added: of all warpgroups that have them.
     #[inline(always)]
-    fn added<T>(self, a: &Attention<T>, block: KeyBlock, block_n: u32, group: u32) -> Arrivals {
+    pub fn added<T>(self, a: &Attention<T>, block: KeyBlock, group: u32) -> Arrivals {
         let pair = block.sequence.batch * a.nheads_k + block.head_k;
-        let number = pair * a.seqlen_k.div_ceil(block_n) + block.first_key / block_n;
+        let number = pair * a.seqlen_k.div_ceil(Self::BLOCK_N) + block.first_key / Self::BLOCK_N;
         Arrivals::at(self.counters.offset((number * Self::COUNTERS + group) as usize))
     }
 
     /// Before the launch nobody has added. Said by all threads of a grid.
     #[inline(always)]
     #[track_caller]
-    fn clear<T>(self, a: &Attention<T>, block_n: u32) {
-        let counters = a.batch * a.nheads_k * a.seqlen_k.div_ceil(block_n) * Self::COUNTERS;
+    fn clear<T>(self, a: &Attention<T>) {
+        let counters = a.batch * a.nheads_k * a.seqlen_k.div_ceil(Self::BLOCK_N) * Self::COUNTERS;
         let mut counter = block_idx_x() * PREPARE_THREADS + thread_idx_x();
         while counter < counters {
             Arrivals::at(self.counters.offset(counter as usize)).clear();
@@ -70,18 +73,17 @@ impl Order {
     }
 }
 
-/// The block of keys of this block of threads: heads take turns, as in [`schedule::key_block_in_turn`], but their last keys come
-/// first.
+/// Block `number` of keys: heads take turns, as in [`schedule::key_block_in_turn`], but their last keys come first.
 #[inline(always)]
 #[track_caller]
-pub(super) fn key_block_in_order<T>(a: &Attention<T>, block_n: u32, heads_in_turn: u32) -> KeyBlock {
-    let block = schedule::key_block_in_turn(a, block_n, heads_in_turn);
-    let last_key_block = (a.seqlen_k.div_ceil(block_n) - 1) * block_n;
+pub(super) fn key_block_in_order<T>(a: &Attention<T>, heads_in_turn: u32, number: u32) -> KeyBlock {
+    let block = schedule::key_block_in_turn_at(a, Order::BLOCK_N, heads_in_turn, number);
+    let last_key_block = (a.seqlen_k.div_ceil(Order::BLOCK_N) - 1) * Order::BLOCK_N;
     KeyBlock { first_key: last_key_block - block.first_key, ..block }
 }
 
 /// How far the keys behind are.
-struct Behind {
+pub(super) struct Behind {
     added: Arrivals,
     /// Their steps that the next one waits for, and those that they are known to have done.
     needed: u32,
@@ -89,15 +91,32 @@ struct Behind {
 }
 
 impl Behind {
+    /// Those behind `block`, as far as warpgroup `group` goes.
+    #[inline(always)]
+    pub fn of<T>(order: Order, a: &Attention<T>, block: KeyBlock, group: u32) -> Self {
+        let behind = KeyBlock { first_key: block.first_key + Order::BLOCK_N, ..block };
+        Behind { added: order.added(a, behind, group), needed: 0, known: 0 }
+    }
+
     /// Waits for their next step, after which it is these keys' turn.
     #[inline(always)]
     #[track_caller]
-    fn wait(&mut self) {
+    pub fn wait(&mut self) {
         self.needed += 1;
         if self.known < self.needed {
             self.known = self.added.wait_for_all(self.needed);
         }
     }
+}
+
+/// Where dQ of a step is finished.
+#[inline(always)]
+pub(super) fn destination(p: &Params, block: KeyBlock, step: Step, has_sums: bool) -> Destination {
+    // Found in each step: kept, it would take registers that a thread which copies does not have.
+    let anew = |x| unknown_before(x, step.place);
+    let Sequence { batch, first_q, seqlen_q, .. } = block.sequence;
+    let first = p.backward.d_q.index(anew(batch), step.head, (anew(first_q) + step.first_row).into());
+    Destination { rows: seqlen_q - step.first_row, has_sums, first }
 }
 
 /// Sums what warpgroup `group` has of dQ, each time in its turn, for all keys of a `WALK` from `block` on.
@@ -124,9 +143,7 @@ pub(super) fn sum_in_order<
     loop {
         let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
         let alone_before = work.alone_before::<T, CAUSAL>(a, BLOCK_M as u32, BLOCK_N as u32);
-        let keys_behind = KeyBlock { first_key: block.first_key + BLOCK_N as u32, ..block };
-        let added = |block| p.order.added(a, block, BLOCK_N as u32, group);
-        let mut behind = Behind { added: added(keys_behind), needed: 0, known: 0 };
+        let mut behind = Behind::of(p.order, a, block, group);
         let mut walk = work.walk(a, BLOCK_M as u32);
         let sums = |place: u32| p.backward.d_q_sums.offset(place as usize * HEADDIM + (group * part) as usize);
         // The step before the first: nothing to add.
@@ -150,20 +167,16 @@ pub(super) fn sum_in_order<
                 slot.release();
                 if waits {
                     bulk::wait::<0>();
-                    added(block).arrive();
+                    p.order.added(a, block, group).arrive();
                 }
             }
             // What comes next adds to these sums.
             bulk::wait::<0>();
         } else {
             while let Some(step) = walk.next() {
-                // Found in each step: kept, it would take registers that a thread which copies does not have.
-                let anew = |x| unknown_before(x, step.place);
-                let Sequence { batch, first_q, seqlen_q, .. } = block.sequence;
-                let first = p.backward.d_q.index(anew(batch), step.head, (anew(first_q) + step.first_row).into());
-                let has_sums = step.first_row >= alone_before;
-                outgoing.set_destination(group, Destination { rows: seqlen_q - step.first_row, has_sums, first });
-                if has_sums {
+                let to = destination(p, block, step, step.first_row >= alone_before);
+                outgoing.destinations.set(group, to);
+                if to.has_sums {
                     if waits {
                         behind.wait();
                     }
@@ -186,7 +199,7 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
     Config {
         family: "flash3.backward.prepare",
         block_m: BLOCK_M,
-        block_n: GROUPS * GROUP_ROWS,
+        block_n: Order::BLOCK_N,
         threads: PREPARE_THREADS,
         min_blocks_per_sm: 4,
         ..config_of(T::DTYPE, HEADDIM, None)
@@ -198,7 +211,7 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
 #[kernel(
     name = "flash3_bwd_prepare_ordered_{T}_d{HEADDIM}_m{BLOCK_M}",
     arch = sm_90a,
-    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64), (128, 80)],
+    for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64), (128, 80), (256, 64)],
     config = prepare_config,
     table = PREPARE_ORDERED,
 )]
@@ -206,7 +219,7 @@ pub fn prepare_ordered<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u3
     grid::wait_for_prerequisites();
     grid::launch_dependents();
     let a: Attention<T> = p.backward.attention.of::<T>();
-    p.order.clear(&a, GROUPS * GROUP_ROWS);
+    p.order.clear(&a);
     let finishes = p.order.finishes != 0;
     prepare_block::<T, HEADDIM, BLOCK_M>(p.backward, !finishes && rows_without_keys(&a, BLOCK_M) > 0);
     if finishes {

@@ -5,21 +5,24 @@
 //! which the L2 cache adds. So two blocks of threads are a cluster: each has keys of its own, and sends its dS to the other.
 //! Of dQ each finds half of the columns, over the keys of both, which halves the additions; of Q and dO each fetches half,
 //! for both.
-use super::memory::Inputs;
+use super::memory::{Destination, Destinations, Inputs};
+use super::order::{Behind, destination, key_block_in_order};
 use super::producer::load;
-use super::{GROUP_ROWS, GROUPS, Params, STAGES, Walk, Work, config_of, walk};
+use super::{GROUP_ROWS, GROUPS, Params, STAGES, Walk, Work, config_of, key_block_at, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
+use crate::schedule::KeyBlock;
 use cuda_std::barrier::{NamedBarrier, NamedBarriers};
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{LOG2_E, ex2, fma, unknown};
+use cuda_std::math::{LOG2_E, ex2, fma, unknown, unknown_before};
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::{Consumer, Pipeline, Slot};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::tensor::TensorMapRef;
-use cuda_std::thread::{block_idx_x, lane_id, thread_idx_x};
+use cuda_std::thread::{WARP, block_idx_x, lane_id, thread_idx_x};
+use cuda_std::warp::{ALL, shuffle, sync_warp};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
 use cuda_std::{Global, GlobalMatrix, SmemTile, bulk, cluster, fence, grid, kernel};
@@ -43,6 +46,8 @@ struct Memory<T, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, 
     other_keys: Pipeline<1>,
     /// Of dS: a stage is full when the other block's has come, and empty when that has read what came from here.
     exchange: Pipeline<STAGES>,
+    /// Where blocks of keys add to dQ in their order: what becomes of a warpgroup's part.
+    destinations: Destinations,
 }
 
 impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
@@ -66,7 +71,9 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         let p = SmemTile::at(other_d_s.stage(STAGES - 1).end());
         let inputs = Inputs::at(bytes.cast(), p.end());
         let other_keys = Pipeline::at(inputs.end());
-        Memory { inputs, other_k, d_s, other_d_s, p, other_keys, exchange: Pipeline::at(other_keys.end()) }
+        let exchange = Pipeline::at(other_keys.end());
+        let destinations = Destinations::at(bytes.offset(const { Self::BYTES.next_multiple_of(16) }).cast());
+        Memory { inputs, other_k, d_s, other_d_s, p, other_keys, exchange, destinations }
     }
 
     /// As [`Inputs::init_barriers`].
@@ -93,6 +100,10 @@ const P_EMPTY: NamedBarrier<2, BOTH> = NamedBarrier;
 const D_S_FULL: NamedBarriers<3, 2, BOTH> = NamedBarriers;
 /// The threads that wrote dS meet.
 const D_S_WRITTEN: NamedBarrier<5, WARPGROUP> = NamedBarrier;
+/// It is a warpgroup's turn to add to dQ.
+const TURN: NamedBarriers<6, GROUPS, { WARPGROUP + WARP }> = NamedBarriers;
+/// It has.
+const ADDED: NamedBarriers<8, GROUPS, { WARPGROUP + WARP }> = NamedBarriers;
 
 const fn config<
     T: PackedElement,
@@ -118,6 +129,24 @@ const fn config<
         barriers: 10,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
     }
+}
+
+/// With the destinations.
+const fn ordered_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HALF: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const CAUSAL: bool,
+>() -> Config {
+    let split = config::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL>();
+    let shared_bytes = split.shared_bytes.next_multiple_of(16) + Destinations::BYTES;
+    Config { shared_bytes, barriers: split.barriers + 4, ..split }
 }
 
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can
@@ -155,8 +184,70 @@ pub fn split<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let number = block_idx_x() / CLUSTER;
-    let work = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number);
+    pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::ONE }>(
+        &p,
+        &a,
+        |a, number| key_block_at::<T, CAUSAL>(a, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number),
+    );
+}
+
+/// [`split()`], whose blocks of keys add to dQ in their order, as those of [`ordered()`](super::ordered()). Grid: as for
+/// [`split()`].
+#[kernel(
+    name = "flash3_bwd_ordered_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    cluster = CLUSTER,
+    for T in [f16, bf16],
+        (HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
+            (256, 128, 64, 64, 4, 8, 32, 8),
+        ],
+        CAUSAL in [false, true],
+    config = ordered_config,
+    table = ORDERED_SPLIT,
+)]
+pub fn split_ordered<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HALF: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const CAUSAL: bool,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::ORDERED }>(
+        &p,
+        &a,
+        |a, number| key_block_in_order(a, p.heads_in_turn, number),
+    );
+}
+
+/// The keys of a cluster, `keys_of` its number, with dQ as a `WALK` has it ([`walk`]).
+#[inline(always)]
+#[track_caller]
+fn pass<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HALF: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const CAUSAL: bool,
+    const WALK: u32,
+>(
+    p: &Params,
+    a: &Attention<T>,
+    keys_of: impl Fn(&Attention<T>, u32) -> KeyBlock,
+) {
+    let work = Work::of::<T, CAUSAL>(a, keys_of(a, block_idx_x() / CLUSTER), BLOCK_M as u32, CLUSTER * BLOCK_N as u32);
     if work.block.rows() == 0 {
         // As in `whole`.
         grid::wait_for_prerequisites();
@@ -170,37 +261,60 @@ pub fn split<
     cluster::sync();
     grid::wait_for_prerequisites();
     grid::launch_dependents();
-    let consumer = SplitConsumer { p: &p, a: &a, memory, work };
-    match warpgroup_id() {
+    // In order the keys are found anew by each warpgroup, and once its sums are there: kept, they would take registers that
+    // these have not left.
+    let keys_anew = |x: u32| {
+        if WALK != walk::ORDERED {
+            return work.block;
+        }
+        let anew = |n| unknown_before(n, x);
+        keys_of(
+            &Attention { seqlen_k: anew(a.seqlen_k), nheads_k: anew(a.nheads_k), ..*a },
+            anew(block_idx_x()) / CLUSTER,
+        )
+    };
+    let keys_once_known = |sums: &Accumulator<1, D_COLUMNS>| keys_anew(sums.fold_row(0, 0, |x, _| x).to_bits());
+    let work_anew = |x: u32| match WALK {
+        walk::ORDERED => Work::of::<T, CAUSAL>(a, keys_anew(x), BLOCK_M as u32, CLUSTER * BLOCK_N as u32),
+        _ => work,
+    };
+    let group = warpgroup_id();
+    let work = work_anew(group);
+    let consumer = SplitConsumer { p, a, memory, work };
+    match group {
         0 => {
             release_registers::<40>();
             if work.steps() > 0 {
                 match thread_idx_x() {
                     0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, { walk::ONE }>(
-                        &p,
-                        &a,
+                        p,
+                        a,
                         memory.inputs,
                         work.block,
                     ),
                     32 => consumer.load_other_keys(),
+                    thread @ 64.. if WALK == walk::ORDERED => {
+                        consumer.take_turns::<CAUSAL>(shuffle(ALL, thread / 32 - 2, 0));
+                    }
                     _ => {}
                 }
             }
         }
         1 => {
             claim_registers::<232>();
-            let d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL>();
+            let consumer = SplitConsumer { work: work_anew(lane_id()), ..consumer };
+            let d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, WALK>();
             // What the blocks tell each other finds them until both have ended.
             cluster::arrive();
-            d_v.store_rows(consumer.own_rows(p.backward.d_v, a.headdim_v));
+            d_v.store_rows(consumer.own_rows(keys_once_known(&d_v), p.backward.d_v, a.headdim_v));
             cluster::wait();
         }
         _ => {
             claim_registers::<232>();
-            let mut d_k = consumer.keys::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS>();
+            let mut d_k = consumer.keys::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, WALK>();
             cluster::arrive();
             d_k.map(|_, _, d_k| d_k * a.softmax_scale);
-            d_k.store_rows(consumer.own_rows(p.backward.d_k, a.headdim));
+            d_k.store_rows(consumer.own_rows(keys_once_known(&d_k), p.backward.d_k, a.headdim));
             cluster::wait();
         }
     }
@@ -241,6 +355,41 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         }
     }
 
+    /// A warp that sees to it that warpgroup `group` adds to dQ in its turn, and says where.
+    #[inline(always)]
+    #[track_caller]
+    fn take_turns<const CAUSAL: bool>(self, group: u32) {
+        let Self { p, a, memory: Memory { destinations, .. }, work } = self;
+        let (block_m, block_n) = (BLOCK_M as u32, CLUSTER * BLOCK_N as u32);
+        let alone_before = work.alone_before::<T, CAUSAL>(a, block_m, block_n);
+        let finishes = work.block.first_key == 0 && p.order.finishes != 0;
+        let of_cluster = GROUPS * cluster::block_rank() + group;
+        let mut behind = Behind::of(p.order, a, work.block, of_cluster);
+        let mut walk = work.walk(a, block_m);
+        while let Some(step) = walk.next() {
+            let has_sums = step.first_row >= alone_before;
+            if lane_id() == 0 {
+                if has_sums {
+                    behind.wait();
+                }
+                destinations.set(
+                    group,
+                    match (finishes, has_sums) {
+                        (true, has_sums) => destination(p, work.block, step, has_sums),
+                        (false, true) => Destination::SUMS,
+                        (false, false) => Destination::FIRST,
+                    },
+                );
+            }
+            sync_warp(ALL);
+            TURN.arrive(group);
+            ADDED.sync(group);
+            if lane_id() == 0 && !finishes {
+                p.order.added(a, work.block, of_cluster).arrive();
+            }
+        }
+    }
+
     /// dV, as the sum of Pᵀ dO.
     #[inline(always)]
     #[track_caller]
@@ -250,6 +399,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         const D_COLUMNS: usize,
         const Q_COLUMNS: usize,
         const CAUSAL: bool,
+        const WALK: u32,
     >(
         self,
     ) -> Accumulator<1, D_COLUMNS> {
@@ -284,7 +434,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
                 D_S_FULL.sync(1 - slot.index);
                 let d_q_in_flight = d_q.product::<Q_COLUMNS>();
                 let d_v_in_flight = wgmma::add_product(d_v, rounded, inputs.d_o.columns(0));
-                d_q.add(d_q_in_flight.wait::<1>());
+                d_q.add::<Q_COLUMNS, WALK>(&self, d_q_in_flight.wait::<1>());
                 d_v = d_v_in_flight.wait::<0>();
             } else {
                 d_v = wgmma::add_product(d_v, rounded, inputs.d_o.columns(0)).wait::<0>();
@@ -299,14 +449,20 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         P_EMPTY.sync();
         D_S_FULL.sync(1 - queries.slot().index);
         let last = d_q.product::<Q_COLUMNS>();
-        d_q.add(last.wait::<0>());
+        d_q.add::<Q_COLUMNS, WALK>(&self, last.wait::<0>());
         d_v
     }
 
     /// dK, as the sum of dSᵀ Q, without the scale.
     #[inline(always)]
     #[track_caller]
-    fn keys<const STEPS: usize, const S_COLUMNS: usize, const D_COLUMNS: usize, const Q_COLUMNS: usize>(
+    fn keys<
+        const STEPS: usize,
+        const S_COLUMNS: usize,
+        const D_COLUMNS: usize,
+        const Q_COLUMNS: usize,
+        const WALK: u32,
+    >(
         self,
     ) -> Accumulator<1, D_COLUMNS> {
         let Self { memory: Memory { p: p_tile, d_s: d_s_tiles, other_d_s, inputs, exchange, .. }, work, .. } = self;
@@ -322,7 +478,8 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         let first = first_step();
         let mut sent = exchange.producer();
         P_EMPTY.arrive();
-        for step in 0..work.steps() {
+        let steps = unknown(work.steps());
+        for step in 0..steps {
             let slot = queries.beside(inputs.d_outputs).wait();
             let d_p = wgmma::product(inputs.v.rows(0), inputs.d_o.rows(0));
             let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
@@ -348,7 +505,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
             if step > first {
                 let d_q_in_flight = d_q.product::<Q_COLUMNS>();
                 let d_k_in_flight = wgmma::add_product(d_k, rounded, inputs.q.stage(slot.index).columns(0));
-                d_q.add(d_q_in_flight.wait::<1>());
+                d_q.add::<Q_COLUMNS, WALK>(&self, d_q_in_flight.wait::<1>());
                 d_k = d_k_in_flight.wait::<0>();
             } else {
                 d_k = wgmma::add_product(d_k, rounded, inputs.q.stage(slot.index).columns(0)).wait::<0>();
@@ -357,15 +514,14 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
             queries.advance();
         }
         let last = d_q.product::<Q_COLUMNS>();
-        d_q.add(last.wait::<0>());
+        d_q.add::<Q_COLUMNS, WALK>(&self, last.wait::<0>());
         d_k
     }
 
-    /// The rows of the gradient of K or V that this warp has.
+    /// The rows of the gradient of K or V, of the cluster's keys, that this warp has.
     #[inline(always)]
-    fn own_rows(self, tensor: Tensor<Untyped>, columns: u32) -> GlobalMatrix<T> {
-        let keys = self.work.block;
-        let row = self.first_key(cluster::block_rank()) + 16 * warp_in_group();
+    fn own_rows(self, keys: KeyBlock, tensor: Tensor<Untyped>, columns: u32) -> GlobalMatrix<T> {
+        let row = keys.first_key + BLOCK_N as u32 * cluster::block_rank() + 16 * warp_in_group();
         keys.sequence.key_matrix(&tensor.cast(), keys.head_k, row, columns, true)
     }
 }
@@ -433,10 +589,14 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
             .add_product(other_d_s.stage(stage).rows(0), other_k.columns(column))
     }
 
-    /// Adds what that product was to the sums of its rows.
+    /// Adds what that product was to the sums of its rows; or in a `WALK` in order does what the destination says.
     #[inline(always)]
     #[track_caller]
-    fn add<const Q_COLUMNS: usize>(&mut self, d_q: Accumulator<1, Q_COLUMNS>) {
+    fn add<const Q_COLUMNS: usize, const WALK: u32>(
+        &mut self,
+        consumer: &SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N>,
+        mut d_q: Accumulator<1, Q_COLUMNS>,
+    ) {
         if lane_id() == 0 {
             self.received.slot().release_at(1 - self.rank);
         }
@@ -445,6 +605,35 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         // Where dQ is finished, a warp has the columns of both groups.
         let quarter = Accumulator::<1, Q_COLUMNS>::ELEMENTS;
         let part = (4 * self.rank + warp_in_group()) as usize * GROUPS as usize + self.group as usize;
-        d_q.add_to(self.sums.offset(step.place as usize * HEADDIM + part * quarter));
+        let sums = self.sums.offset(step.place as usize * HEADDIM + part * quarter);
+        if WALK != walk::ORDERED {
+            d_q.add_to(sums);
+            return;
+        }
+        TURN.sync(self.group);
+        let to = self.memory.destinations.of(self.group);
+        if to.rows == 0 {
+            if to.has_sums {
+                d_q.add_to(sums);
+            } else {
+                d_q.store_to(sums);
+            }
+        } else {
+            if to.has_sums {
+                d_q.zip_sums(sums, |d_q, sum| d_q + sum);
+            }
+            let a = consumer.a;
+            d_q.map(|_, _, d_q| d_q * a.softmax_scale);
+            // What follows from the lane is found here: kept, it would take the registers of the sums of dK and dV.
+            let anew = |x| unknown_before(x, to.rows);
+            let Tensor { data, row_stride, .. } = consumer.p.backward.d_q.cast::<T>();
+            let column = HALF as u32 * self.rank + 8 * Q_COLUMNS as u32 * self.group;
+            let first = data.offset((to.first + column as u64) as usize);
+            d_q.store_rows_anew(to.rows, first, anew(a.headdim.saturating_sub(column)), |row| {
+                let row = 16 * anew(warp_in_group()) + row;
+                (row as u64 * row_stride, row < to.rows)
+            });
+        }
+        ADDED.arrive(self.group);
     }
 }

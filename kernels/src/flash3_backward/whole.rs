@@ -6,7 +6,9 @@ use super::finisher::{FINISHERS, Finisher};
 use super::memory::{Destination, Inputs, Outgoing};
 use super::order::{key_block_in_order, sum_in_order};
 use super::producer::{add_queries, load};
-use super::{GROUP_ROWS, GROUPS, Params, Work, can_finish_in_order, config_of, is_tight, next_keys, release, walk};
+use super::{
+    GROUP_ROWS, GROUPS, Params, Work, can_finish_in_order, config_of, is_tight, key_block_at, next_keys, release, walk,
+};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -168,7 +170,7 @@ pub fn whole<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn, block_idx_x()).block;
+    let block = key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, block_idx_x());
     pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, { walk::ONE }>(
         &p,
         &a,
@@ -208,7 +210,7 @@ pub fn ring<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let block = Work::of_block::<T, CAUSAL>(&a, BLOCK_M as u32, BLOCK_N as u32, p.heads_in_turn, block_idx_x()).block;
+    let block = key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, block_idx_x());
     pass::<
         T,
         HEADDIM,
@@ -264,7 +266,7 @@ pub fn ordered<
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    let block = key_block_in_order(&a, BLOCK_N as u32, p.heads_in_turn);
+    let block = key_block_in_order(&a, p.heads_in_turn, block_idx_x());
     pass::<
         T,
         HEADDIM,
@@ -608,7 +610,7 @@ fn hand_over<
     let slot = part.acquire();
     let own = outgoing.part(slot.index).offset(warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32);
     let may_finish = const { walk::is_in_order(WALK) && can_finish_in_order(HEADDIM as u32, BLOCK_M as u32) };
-    let to = if may_finish { outgoing.destination(slot.index) } else { Destination::SUMS };
+    let to = if may_finish { outgoing.destinations.of(slot.index) } else { Destination::SUMS };
     if to.rows == 0 {
         d_q.store_registers(own);
     } else {

@@ -76,12 +76,16 @@ fn heads_in_turn(problem: &Problem, config: &Config) -> u32 {
     heads_within(CACHED, problem, config).max(1)
 }
 
-/// The same where blocks of keys add in their order, at most. With more, what a block of keys has added has left the cache when
-/// the next one adds; with fewer, keys of a head begin at the same time, and wait. On an H100, headdim 128, causal, in TFLOP/s at
-/// 512 and 1024 tokens, with 32, 16 and 8 MiB: 218, 317; 236, 345; 239, 354. Headdim 64, no mask: 291, 395; 319, 427; 320, 419.
+/// The same where blocks of keys add in their order, with or without a mask. With more, what a block of keys has added has left
+/// the cache when the next one adds; with fewer, keys of a head begin at the same time, and wait. On an H100, in TFLOP/s with 32,
+/// 16 and 8 MiB: headdim 128, causal, 512 and 1024 tokens 218, 317; 236, 345; 239, 354; headdim 64, no mask 291, 395; 319, 427;
+/// 320, 419; headdim 256, no mask, 1024 and 2048 tokens 406, 494; 435, 517; 442, 505. One head and two, where the cache holds none:
+/// headdim 256, causal, 16384 tokens 577 and 479; headdim 128, no mask 617 and 645.
 fn heads_in_turn_in_order(problem: &Problem, config: &Config) -> u32 {
-    let cached = if config.block_m <= 64 { 8 << 20 } else { 16 << 20 };
-    heads_within(cached, problem, config).max(2)
+    let is_causal = problem.is_causal();
+    let cached = if config.block_m <= 64 && (is_causal || problem.seqlen_k <= 1024) { 8 << 20 } else { 16 << 20 };
+    let least = if is_causal || config.headdim > 128 { 1 } else { 2 };
+    heads_within(cached, problem, config).max(least)
 }
 
 /// How many heads of K have their Q, dO and sums of dQ in so many bytes.
@@ -99,15 +103,20 @@ pub fn finishes_in_order(problem: &Problem, config: &Config) -> bool {
     is_short && can_finish_in_order(config.headdim, config.block_m)
 }
 
-/// Whether an order is the fastest way, as well. Where there are waves of blocks of threads enough that what the first ones wait
-/// does not count, and blocks of keys of a head are few. On an H100, in TFLOP/s, in order and else: headdim 128, 512 tokens 379
-/// and 358, causal 239 and 210, 1024 tokens 486 and 500, causal 354 and 327, 2048 tokens, causal, 454 and 467; headdim 64, 512
-/// tokens 322 and 317, causal 197 and 213.
+/// Whether an order is the fastest way, as well: where there are waves of blocks of threads enough that what the first ones wait
+/// does not count, and blocks of keys of a head are few. On an H100, in TFLOP/s, in order and else: headdim 256, 512 tokens 348
+/// and 296, causal 226 and 167, 1024 tokens 442 and 424, causal 333 and 286, 2048 tokens 517 and 528, causal 430 and 419; headdim
+/// 128, 512 tokens 379 and 358, causal 239 and 210, 1024 tokens 486 and 500, causal 354 and 327, 2048 tokens, causal, 454 and 467;
+/// headdim 64, 512 tokens 322 and 317, causal 197 and 213.
 pub fn is_fast_in_order(problem: &Problem, config: &Config) -> bool {
-    let key_blocks = key_blocks(problem, config);
+    let key_blocks = key_blocks(problem, Order::BLOCK_N);
     let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
-    let are_enough = heads.saturating_mul(key_blocks) >= 12 * MULTIPROCESSORS;
+    // Of a cluster each block of threads has a part of the keys.
+    let wave = MULTIPROCESSORS * u64::from(config.block_n) / u64::from(Order::BLOCK_N);
+    let are_enough = heads.saturating_mul(key_blocks) >= 12 * wave;
     let are_few = match (config.headdim, problem.is_causal()) {
+        (256, true) => (3..=16).contains(&key_blocks),
+        (256, false) => (3..=8).contains(&key_blocks),
         (128, true) => (4..=8).contains(&key_blocks),
         (128, false) => (2..=4).contains(&key_blocks),
         (64, false) => (3..=4).contains(&key_blocks),
@@ -117,14 +126,14 @@ pub fn is_fast_in_order(problem: &Problem, config: &Config) -> bool {
 }
 
 /// How many counters there are where blocks of keys add to dQ in their order.
-pub fn counters_of_order(problem: &Problem, config: &Config) -> u64 {
+pub fn counters_of_order(problem: &Problem) -> u64 {
     let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
-    heads.saturating_mul(key_blocks(problem, config)).saturating_mul(Order::COUNTERS.into())
+    heads.saturating_mul(key_blocks(problem, Order::BLOCK_N)).saturating_mul(Order::COUNTERS.into())
 }
 
-/// Blocks of keys of the longest sequence.
-fn key_blocks(problem: &Problem, config: &Config) -> u64 {
-    (problem.seqlen_k as u64).div_ceil(config.block_n.max(1).into())
+/// Blocks of so many keys of the longest sequence.
+fn key_blocks(problem: &Problem, block_n: u32) -> u64 {
+    (problem.seqlen_k as u64).div_ceil(block_n.max(1).into())
 }
 
 /// What of the heads that run at the same time may be used again and again, in bytes: it stays in the L2 cache, beside
@@ -177,7 +186,7 @@ pub fn ring(problem: &Problem, config: &Config) -> Option<Turns> {
     let rows = (problem.seqlen_q as u64).next_multiple_of(config.block_m.max(1).into());
     let group = (problem.nheads / problem.nheads_k) as u64;
     let of_head = rows.saturating_mul(group).saturating_mul(config.headdim.into());
-    let wave = MULTIPROCESSORS.div_ceil(key_blocks(problem, config).max(1));
+    let wave = MULTIPROCESSORS.div_ceil(key_blocks(problem, config.block_n).max(1));
     let in_turn = if problem.is_causal() { wave.div_ceil(4).max(2) } else { 1 };
     let lag = in_turn + (6 * wave).div_ceil(5);
     let (heads, all) = (2 * (in_turn + wave), (problem.nheads_k as u64).saturating_mul(problem.batch as u64));
@@ -237,13 +246,13 @@ mod tests {
     }
 
     #[test]
-    fn two_counters_a_block_of_keys_say_who_has_added() {
+    fn four_counters_a_block_of_keys_say_who_has_added() {
         let counters = |batch, seqlen, nheads| {
             let of = Layout::contiguous(DType::BF16, &[batch, seqlen, nheads, 128]).expect("small");
             let problem = Problem::new(&of, &of, &of, &AttentionOptions::new()).expect("valid");
-            counters_of_order(&problem, &Config { headdim: 128, block_n: 128, ..WHOLE[0].config })
+            counters_of_order(&problem)
         };
-        assert_eq!((counters(32, 512, 16), counters(1, 300, 16)), (32 * 16 * 4 * 2, 16 * 3 * 2));
+        assert_eq!((counters(32, 512, 16), counters(1, 300, 16)), (32 * 16 * 4 * 4, 16 * 3 * 4));
     }
 
     #[test]

@@ -27,22 +27,38 @@ pub struct Scores<T> {
     mask: Mask,
 }
 
+/// What becomes of the scores of a row beyond what all rows have in common.
+#[derive(Clone, Copy)]
+pub struct ScoreRow {
+    /// The query that it is of.
+    pub query: u32,
+    /// ALiBi's slope of its head; 0: none.
+    pub slope: f32,
+}
+
 impl<T: Element> Scores<T> {
     /// Those of `head`.
     #[inline(always)]
     #[track_caller]
     pub fn new(a: &Attention<T>, sequence: &Sequence, head: u32, mask: Mask) -> Self {
-        let slope_at = sequence.batch as u64 * a.alibi_batch_stride + head as u64;
         Scores {
             softmax_scale: a.softmax_scale,
             softcap: a.softcap,
-            slope: if a.alibi_slopes.is_null() { 0.0 } else { a.alibi_slopes.load(slope_at as usize) },
+            slope: Self::slope(a, sequence, head),
             bias: if a.bias.data.is_null() { Global::NULL } else { a.bias.row(sequence.batch, head, 0) },
             bias_stride: a.bias.row_stride,
             visible: if a.mask.data.is_null() { Global::NULL } else { a.mask.row(sequence.batch, head, 0) },
             visible_stride: a.mask.row_stride,
             mask,
         }
+    }
+
+    /// ALiBi's slope of a head; 0: none.
+    #[inline(always)]
+    #[track_caller]
+    fn slope(a: &Attention<T>, sequence: &Sequence, head: u32) -> f32 {
+        let at = sequence.batch as u64 * a.alibi_batch_stride + head as u64;
+        if a.alibi_slopes.is_null() { 0.0 } else { a.alibi_slopes.load(at as usize) }
     }
 
     /// S = Q Kᵀ becomes softcap · tanh(softmax_scale · S / softcap), or without a cap softmax_scale · S.
@@ -93,15 +109,29 @@ impl<T: Element> Scores<T> {
         }
     }
 
+    /// Row `query` of this head.
+    #[inline(always)]
+    pub fn row(&self, query: u32) -> ScoreRow {
+        ScoreRow { query, slope: self.slope }
+    }
+
+    /// Row `query` of another head of the same sequence.
+    #[inline(always)]
+    #[track_caller]
+    pub fn row_of(a: &Attention<T>, sequence: &Sequence, head: u32, query: u32) -> ScoreRow {
+        ScoreRow { query, slope: Self::slope(a, sequence, head) }
+    }
+
     /// S = Q Kᵀ becomes what the softmax takes for it, but for bias and mask; as a part of the cap, if there is one, as the
-    /// softmax multiplies in any case. The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides a
-    /// part of it. A warp says this together.
+    /// softmax multiplies in any case. Row r of the matrix is `row` r, and its first key is `first_key`; `partial`: the window
+    /// hides a part of it. A warp says this together.
     #[inline(always)]
     #[track_caller]
     pub fn apply_relative<const N: usize>(
         &self,
         s: &mut Accumulator<1, N>,
-        (first_row, first_key): (u32, u32),
+        row: impl Fn(u32) -> ScoreRow,
+        first_key: u32,
         partial: bool,
     ) {
         // A division that rounds correctly would be a call, for which registers are saved.
@@ -116,17 +146,27 @@ impl<T: Element> Scores<T> {
                 s.map(|_, _, s| tanh_of_small(s));
             }
         }
+        let rows = [row(Accumulator::<1, N>::row(0, 0)), row(Accumulator::<1, N>::row(0, 1))];
         if partial {
-            self.mask.apply(s, first_row, first_key);
+            for half in 0..2 {
+                s.map_pairs(0, half, |column, s| {
+                    let sees = |key| self.mask.sees(rows[half].query, first_key + key);
+                    [0, 1].map(|i| if sees(column + i as u32) { s[i] } else { f32::NEG_INFINITY })
+                });
+            }
         }
-        if self.slope != 0.0 {
+        if rows[0].slope != 0.0 || rows[1].slope != 0.0 {
             // Of a row the distance of the first of a lane's columns: conversions take longer than differences.
             let Mask { seqlen_q, seqlen_k, .. } = self.mask;
-            let (slope, first) = (-self.slope * inverse, Accumulator::<1, N>::column(0, 0));
-            s.map(|row, column, s| {
-                let distance = (first_row + row + seqlen_k) as i32 - (seqlen_q + first_key + first) as i32;
-                fma((distance as f32 - (column - first) as f32).abs(), slope, s)
-            });
+            let first = Accumulator::<1, N>::column(0, 0);
+            for half in 0..2 {
+                let (query, slope) = (rows[half].query, -rows[half].slope * inverse);
+                let distance = (query + seqlen_k) as i32 - (seqlen_q + first_key + first) as i32;
+                s.map_pairs(0, half, |column, s| {
+                    let of = |i: u32| (distance as f32 - (column - first + i) as f32).abs();
+                    [fma(of(0), slope, s[0]), fma(of(1), slope, s[1])]
+                });
+            }
         }
     }
 

@@ -325,7 +325,12 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW,
         let first_key = block * self.block_n;
         if GENERAL && Scores::are_changed(a) {
             let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
-            Scores::new(a, &sequence, head, mask).apply_relative(s, (first_row, first_key), is_partial);
+            let (scores, packing) = (Scores::new(a, &sequence, head, mask), self.schedule.packing);
+            let row_of = |row| {
+                let query = first_row + packing.query(row);
+                if FEW { Scores::row_of(a, &sequence, head + packing.head(row), query) } else { scores.row(query) }
+            };
+            scores.apply_relative(s, row_of, first_key, is_partial);
         } else if is_partial {
             let first_query = self.of_warp(tile).first_row;
             s.map(|row, key, s| {
@@ -353,8 +358,11 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW,
         let lse = if splits.are_divided() { parts.lse_of(tile.split) } else { a.softmax_lse };
         let head_row = a.first_row(&sequence, head);
         let lse = lse.offset(head_row);
-        let sink = if GENERAL { a.sink(head) } else { f32::NEG_INFINITY };
-        softmax.finish(o, sink, |row, state| {
+        // Of a row whose keys are divided the sink is no part's: it is added where they are combined.
+        let sink_of = |row| {
+            if !GENERAL || splits.are_divided() { f32::NEG_INFINITY } else { a.sink(head + packing.head(row)) }
+        };
+        softmax.finish(o, sink_of, |row, state| {
             let (head, query) = (packing.head(row), first_row + packing.query(row));
             // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.
             let index = head * a.lse_head_stride as u32 + query;

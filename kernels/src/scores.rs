@@ -17,7 +17,7 @@ pub struct Scores<T> {
     /// 0: no cap.
     softcap: f32,
     /// ALiBi's slope; 0: none.
-    slope: f32,
+    pub slope: f32,
     /// The bias of query 0 and key 0; null: none.
     bias: Global<T>,
     bias_stride: u64,
@@ -27,13 +27,15 @@ pub struct Scores<T> {
     mask: Mask,
 }
 
-/// What becomes of the scores of a row beyond what all rows have in common.
+/// Where the scores of a matrix are.
 #[derive(Clone, Copy)]
-pub struct ScoreRow {
-    /// The query that it is of.
-    pub query: u32,
-    /// ALiBi's slope of its head; 0: none.
-    pub slope: f32,
+pub struct Places<Q: Fn(u32) -> u32, S: Fn(u32) -> f32> {
+    /// Which query a row is of.
+    pub query: Q,
+    /// ALiBi's slope of the head that a row is of; 0: none.
+    pub slope: S,
+    /// Its first key.
+    pub first_key: u32,
 }
 
 impl<T: Element> Scores<T> {
@@ -44,7 +46,7 @@ impl<T: Element> Scores<T> {
         Scores {
             softmax_scale: a.softmax_scale,
             softcap: a.softcap,
-            slope: Self::slope(a, sequence, head),
+            slope: Self::slope_of(a, sequence, head),
             bias: if a.bias.data.is_null() { Global::NULL } else { a.bias.row(sequence.batch, head, 0) },
             bias_stride: a.bias.row_stride,
             visible: if a.mask.data.is_null() { Global::NULL } else { a.mask.row(sequence.batch, head, 0) },
@@ -56,7 +58,7 @@ impl<T: Element> Scores<T> {
     /// ALiBi's slope of a head; 0: none.
     #[inline(always)]
     #[track_caller]
-    fn slope(a: &Attention<T>, sequence: &Sequence, head: u32) -> f32 {
+    pub fn slope_of(a: &Attention<T>, sequence: &Sequence, head: u32) -> f32 {
         let at = sequence.batch as u64 * a.alibi_batch_stride + head as u64;
         if a.alibi_slopes.is_null() { 0.0 } else { a.alibi_slopes.load(at as usize) }
     }
@@ -109,29 +111,14 @@ impl<T: Element> Scores<T> {
         }
     }
 
-    /// Row `query` of this head.
-    #[inline(always)]
-    pub fn row(&self, query: u32) -> ScoreRow {
-        ScoreRow { query, slope: self.slope }
-    }
-
-    /// Row `query` of another head of the same sequence.
-    #[inline(always)]
-    #[track_caller]
-    pub fn row_of(a: &Attention<T>, sequence: &Sequence, head: u32, query: u32) -> ScoreRow {
-        ScoreRow { query, slope: Self::slope(a, sequence, head) }
-    }
-
     /// S = Q Kᵀ becomes what the softmax takes for it, but for bias and mask; as a part of the cap, if there is one, as the
-    /// softmax multiplies in any case. Row r of the matrix is `row` r, and its first key is `first_key`; `partial`: the window
-    /// hides a part of it. A warp says this together.
+    /// softmax multiplies in any case. `partial`: the window hides a part of it. A warp says this together.
     #[inline(always)]
     #[track_caller]
     pub fn apply_relative<const N: usize>(
         &self,
         s: &mut Accumulator<1, N>,
-        row: impl Fn(u32) -> ScoreRow,
-        first_key: u32,
+        places: Places<impl Fn(u32) -> u32, impl Fn(u32) -> f32>,
         partial: bool,
     ) {
         // A division that rounds correctly would be a call, for which registers are saved.
@@ -146,22 +133,19 @@ impl<T: Element> Scores<T> {
                 s.map(|_, _, s| tanh_of_small(s));
             }
         }
-        let rows = [row(Accumulator::<1, N>::row(0, 0)), row(Accumulator::<1, N>::row(0, 1))];
         if partial {
-            for half in 0..2 {
-                s.map_pairs(0, half, |column, s| {
-                    let sees = |key| self.mask.sees(rows[half].query, first_key + key);
-                    [0, 1].map(|i| if sees(column + i as u32) { s[i] } else { f32::NEG_INFINITY })
-                });
-            }
+            let sees = |row, column| self.mask.sees((places.query)(row), places.first_key + column);
+            s.map(|row, column, s| if sees(row, column) { s } else { f32::NEG_INFINITY });
         }
-        if rows[0].slope != 0.0 || rows[1].slope != 0.0 {
-            // Of a row the distance of the first of a lane's columns: conversions take longer than differences.
-            let Mask { seqlen_q, seqlen_k, .. } = self.mask;
-            let first = Accumulator::<1, N>::column(0, 0);
-            for half in 0..2 {
-                let (query, slope) = (rows[half].query, -rows[half].slope * inverse);
-                let distance = (query + seqlen_k) as i32 - (seqlen_q + first_key + first) as i32;
+        for half in 0..2 {
+            let row = Accumulator::<1, N>::row(0, half);
+            let (query, slope) = ((places.query)(row), (places.slope)(row));
+            if slope != 0.0 {
+                // The distance of the first of a lane's columns: conversions take longer than differences.
+                let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+                let first = Accumulator::<1, N>::column(0, 0);
+                let distance = (query + seqlen_k) as i32 - (seqlen_q + places.first_key + first) as i32;
+                let slope = -slope * inverse;
                 s.map_pairs(0, half, |column, s| {
                     let of = |i: u32| (distance as f32 - (column - first + i) as f32).abs();
                     [fma(of(0), slope, s[0]), fma(of(1), slope, s[1])]

@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(of((1, 8192), (8, 2), &window.clone().window_size(127, None)), packed);
         // Four heads of 32 rows are one tile of 128 rows, or four of 192; of 192 rows six, or four.
         assert_eq!(of((32, 300), (8, 2), &capped), packed);
-        assert_eq!(of((192, 1000), (8, 2), &window), plain);
+        assert_eq!(of((192, 3000), (8, 2), &window), plain);
         // Causal tiles that cost the same are paired by neither.
         assert_eq!(of((200, 3200), (4, 4), &capped.clone().causal(true).num_splits(1)), plain);
     }

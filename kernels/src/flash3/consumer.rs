@@ -8,7 +8,7 @@ use crate::mask::{Blocks, Mask};
 use crate::online_softmax::OnlineSoftmax;
 use crate::row_softmax::RowSoftmax;
 use crate::schedule::QueryBlock;
-use crate::scores::Scores;
+use crate::scores::{Places, Scores};
 use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::Element;
 use cuda_std::barrier::Turns;
@@ -326,11 +326,13 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW,
         if GENERAL && Scores::are_changed(a) {
             let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
             let (scores, packing) = (Scores::new(a, &sequence, head, mask), self.schedule.packing);
-            let row_of = |row| {
-                let query = first_row + packing.query(row);
-                if FEW { Scores::row_of(a, &sequence, head + packing.head(row), query) } else { scores.row(query) }
+            let slope_of = |row| Scores::slope_of(a, &sequence, head + packing.head(row));
+            let places = Places {
+                query: |row| first_row + packing.query(row),
+                slope: |row| if FEW { slope_of(row) } else { scores.slope },
+                first_key,
             };
-            scores.apply_relative(s, row_of, first_key, is_partial);
+            scores.apply_relative(s, places, is_partial);
         } else if is_partial {
             let first_query = self.of_warp(tile).first_row;
             s.map(|row, key, s| {
@@ -359,9 +361,9 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW,
         let head_row = a.first_row(&sequence, head);
         let lse = lse.offset(head_row);
         // Of a row whose keys are divided the sink is no part's: it is added where they are combined.
-        let sink_of = |row| {
-            if !GENERAL || splits.are_divided() { f32::NEG_INFINITY } else { a.sink(head + packing.head(row)) }
-        };
+        let has_sink = GENERAL && !splits.are_divided();
+        let sink = if has_sink && !FEW { a.sink(head) } else { f32::NEG_INFINITY };
+        let sink_of = |row| if has_sink && FEW { a.sink(head + packing.head(row)) } else { sink };
         softmax.finish(o, sink_of, |row, state| {
             let (head, query) = (packing.head(row), first_row + packing.query(row));
             // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.

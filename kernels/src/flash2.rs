@@ -292,7 +292,7 @@ pub fn forward<
     let sink = a.sink(head);
     softmax.finish(
         &mut o,
-        |_| sink,
+        |_, _| sink,
         |row, state| {
             let row = own_row + row;
             if lane_id().is_multiple_of(4) && row < block.rows() {

@@ -6,7 +6,7 @@
 use crate::attention::{Attention, Sequence};
 use crate::mask::Mask;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_small};
+use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_quarters, tanh_of_small_quarter};
 use cuda_std::warp::{ALL, any};
 use cuda_std::{Element, Global};
 
@@ -121,20 +121,30 @@ impl<T: Element> Scores<T> {
         places: Places<impl Fn(u32) -> u32, impl Fn(u32) -> f32>,
         partial: bool,
     ) {
+        let sees = |row, column| self.mask.sees((places.query)(row), places.first_key + column);
         // A division that rounds correctly would be a call, for which registers are saved.
         let inverse = if self.softcap == 0.0 { 1.0 } else { rcp(self.softcap) };
         let scale = self.softmax_scale * inverse;
-        s.map(|_, _, s| s * scale);
-        if self.softcap != 0.0 {
-            let is_small = |half| s.fold_row(0, half, f32::max) <= 0.5 && s.fold_row(0, half, f32::min) >= -0.5;
-            if any(ALL, !(is_small(0) && is_small(1))) {
-                s.map(|_, _, s| tanh(s));
+        if self.softcap == 0.0 {
+            s.map(|_, _, s| s * scale);
+        } else {
+            s.map(|_, _, s| s * (4.0 * scale));
+            if partial {
+                // What is hidden, be it NaN, must not reach its neighbours.
+                s.map(|row, column, s| if sees(row, column) { s } else { 0.0 });
+            }
+            // The highest bit of an exponent is set from 2 on, and in NaN.
+            let or = |a: f32, b: f32| f32::from_bits(a.to_bits() | b.to_bits());
+            let all = or(s.fold_row(0, 0, or), s.fold_row(0, 1, or));
+            if any(ALL, all.to_bits() & 2f32.to_bits() != 0) {
+                for half in 0..2 {
+                    s.map_pairs(0, half, |_, s| tanh_of_quarters(s));
+                }
             } else {
-                s.map(|_, _, s| tanh_of_small(s));
+                s.map(|_, _, s| tanh_of_small_quarter(s));
             }
         }
         if partial {
-            let sees = |row, column| self.mask.sees((places.query)(row), places.first_key + column);
             s.map(|row, column, s| if sees(row, column) { s } else { f32::NEG_INFINITY });
         }
         for half in 0..2 {

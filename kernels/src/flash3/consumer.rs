@@ -363,7 +363,10 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW,
         // Of a row whose keys are divided the sink is no part's: it is added where they are combined.
         let has_sink = GENERAL && !splits.are_divided();
         let sink = if has_sink && !FEW { a.sink(head) } else { f32::NEG_INFINITY };
-        let sink_of = |row| if has_sink && FEW { a.sink(head + packing.head(row)) } else { sink };
+        let sink_of = |m, half| {
+            let row = Accumulator::<1, O_COLUMNS>::row(m, half);
+            if has_sink && FEW { a.sink(head + packing.head(row)) } else { sink }
+        };
         softmax.finish(o, sink_of, |row, state| {
             let (head, query) = (packing.head(row), first_row + packing.query(row));
             // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.

@@ -17,7 +17,8 @@ const COST: u64 = 512;
 /// And what each part costs: it is loaded where parts are combined.
 const COST_OF_PART: u64 = 16;
 
-/// As many as the caller says, but at most one a block of keys that a tile sees; or, where queries are few, as many as fill the multiprocessors.
+/// As many as the caller says, but at most one a block of keys that a tile sees; or, where queries are few, as many as fill the
+/// multiprocessors.
 pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Splits {
     // Without an order of the sequences each tile is left to a block of threads.
     let is_ordered = problem.varlen.is_none() || problem.batch <= MAX_SEQUENCES as usize;

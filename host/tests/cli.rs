@@ -572,6 +572,8 @@ fn info_explains_which_kernels_would_run() {
     let packed = format!("forward       {plain}{}", if is_built { packed } else { "" });
     let step = ["info", "--explain-dispatch", "--arch=sm_90", "--seqlen=1", "--seqlen-k=512", "--nheads-k=4"];
     assert_eq!(succeeds(step).lines().nth(2), Some(&*packed));
+    let capped = succeeds([&step[..], &["--softcap=30", "--window=300,0"]].concat());
+    assert_eq!(capped.lines().nth(2), Some(&*packed));
     assert_eq!(explained(&["--arch=sm_90", "--softcap=30"])[2], format!("forward       {plain}"));
     let expected = format!("forward       flash2: flash2 is the newest kernel that can: flash3: {dropped}");
     assert_eq!(explained(&["--arch=sm_90", "--softcap=30", "--dropout=0.1"])[2], expected);

@@ -289,12 +289,17 @@ pub fn forward<
     };
     let QueryBlock { sequence, head, first_row } = block;
     let lse = a.softmax_lse.offset(a.first_row(&sequence, head) + first_row as usize);
-    softmax.finish(&mut o, a.sink(head), |row, state| {
-        let row = own_row + row;
-        if lane_id().is_multiple_of(4) && row < block.rows() {
-            lse.store(row as usize, state.lse());
-        }
-    });
+    let sink = a.sink(head);
+    softmax.finish(
+        &mut o,
+        |_, _| sink,
+        |row, state| {
+            let row = own_row + row;
+            if lane_id().is_multiple_of(4) && row < block.rows() {
+                lse.store(row as usize, state.lse());
+            }
+        },
+    );
     // Q's tile becomes O's, each warp's rows its own. If there was no block of keys, Q is only now sure to be in.
     copy::wait::<0>();
     sync_threads();

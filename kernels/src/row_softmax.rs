@@ -130,14 +130,19 @@ impl<const M: usize> RowSoftmax<M> {
         }
     }
 
-    /// O = diag(l)⁻¹ O, and gives each row with its final state to `row_state`. `sink` is one more element of each row, with
-    /// a weight but no value, in log2 units; -inf if there is none.
+    /// O = diag(l)⁻¹ O, and gives each row with its final state to `row_state`. `sink(m, half)` is one more element of that row of
+    /// the lane, with a weight but no value, in log2 units; -inf if there is none.
     #[inline(always)]
     #[track_caller]
-    pub fn finish<const N: usize>(self, o: &mut Accumulator<M, N>, sink: f32, row_state: impl Fn(u32, OnlineSoftmax)) {
+    pub fn finish<const N: usize>(
+        self,
+        o: &mut Accumulator<M, N>,
+        sink: impl Fn(usize, usize) -> f32,
+        row_state: impl Fn(u32, OnlineSoftmax),
+    ) {
         for m in 0..M {
             for half in 0..2 {
-                let mut state = self.sum(m, half);
+                let (mut state, sink) = (self.sum(m, half), sink(m, half));
                 let alpha = state.raise(sink);
                 state.l += state.weight(sink);
                 let factor = alpha * state.inverse();

@@ -6,7 +6,7 @@
 use crate::attention::{Attention, Sequence};
 use crate::mask::Mask;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_small};
+use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_quarters, tanh_of_small_quarter};
 use cuda_std::warp::{ALL, any};
 use cuda_std::{Element, Global};
 
@@ -17,7 +17,7 @@ pub struct Scores<T> {
     /// 0: no cap.
     softcap: f32,
     /// ALiBi's slope; 0: none.
-    slope: f32,
+    pub slope: f32,
     /// The bias of query 0 and key 0; null: none.
     bias: Global<T>,
     bias_stride: u64,
@@ -27,22 +27,40 @@ pub struct Scores<T> {
     mask: Mask,
 }
 
+/// Where the scores of a matrix are.
+#[derive(Clone, Copy)]
+pub struct Places<Q: Fn(u32) -> u32, S: Fn(u32) -> f32> {
+    /// Which query a row is of.
+    pub query: Q,
+    /// ALiBi's slope of the head that a row is of; 0: none.
+    pub slope: S,
+    /// Its first key.
+    pub first_key: u32,
+}
+
 impl<T: Element> Scores<T> {
     /// Those of `head`.
     #[inline(always)]
     #[track_caller]
     pub fn new(a: &Attention<T>, sequence: &Sequence, head: u32, mask: Mask) -> Self {
-        let slope_at = sequence.batch as u64 * a.alibi_batch_stride + head as u64;
         Scores {
             softmax_scale: a.softmax_scale,
             softcap: a.softcap,
-            slope: if a.alibi_slopes.is_null() { 0.0 } else { a.alibi_slopes.load(slope_at as usize) },
+            slope: Self::slope_of(a, sequence, head),
             bias: if a.bias.data.is_null() { Global::NULL } else { a.bias.row(sequence.batch, head, 0) },
             bias_stride: a.bias.row_stride,
             visible: if a.mask.data.is_null() { Global::NULL } else { a.mask.row(sequence.batch, head, 0) },
             visible_stride: a.mask.row_stride,
             mask,
         }
+    }
+
+    /// ALiBi's slope of a head; 0: none.
+    #[inline(always)]
+    #[track_caller]
+    pub fn slope_of(a: &Attention<T>, sequence: &Sequence, head: u32) -> f32 {
+        let at = sequence.batch as u64 * a.alibi_batch_stride + head as u64;
+        if a.alibi_slopes.is_null() { 0.0 } else { a.alibi_slopes.load(at as usize) }
     }
 
     /// S = Q Kᵀ becomes softcap · tanh(softmax_scale · S / softcap), or without a cap softmax_scale · S.
@@ -94,39 +112,55 @@ impl<T: Element> Scores<T> {
     }
 
     /// S = Q Kᵀ becomes what the softmax takes for it, but for bias and mask; as a part of the cap, if there is one, as the
-    /// softmax multiplies in any case. The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides a
-    /// part of it. A warp says this together.
+    /// softmax multiplies in any case. `partial`: the window hides a part of it. A warp says this together.
     #[inline(always)]
     #[track_caller]
     pub fn apply_relative<const N: usize>(
         &self,
         s: &mut Accumulator<1, N>,
-        (first_row, first_key): (u32, u32),
+        places: Places<impl Fn(u32) -> u32, impl Fn(u32) -> f32>,
         partial: bool,
     ) {
+        let sees = |row, column| self.mask.sees((places.query)(row), places.first_key + column);
         // A division that rounds correctly would be a call, for which registers are saved.
         let inverse = if self.softcap == 0.0 { 1.0 } else { rcp(self.softcap) };
         let scale = self.softmax_scale * inverse;
-        s.map(|_, _, s| s * scale);
-        if self.softcap != 0.0 {
-            let is_small = |half| s.fold_row(0, half, f32::max) <= 0.5 && s.fold_row(0, half, f32::min) >= -0.5;
-            if any(ALL, !(is_small(0) && is_small(1))) {
-                s.map(|_, _, s| tanh(s));
+        if self.softcap == 0.0 {
+            s.map(|_, _, s| s * scale);
+        } else {
+            s.map(|_, _, s| s * (4.0 * scale));
+            if partial {
+                // What is hidden, be it NaN, must not reach its neighbours.
+                s.map(|row, column, s| if sees(row, column) { s } else { 0.0 });
+            }
+            // The highest bit of an exponent is set from 2 on, and in NaN.
+            let or = |a: f32, b: f32| f32::from_bits(a.to_bits() | b.to_bits());
+            let all = or(s.fold_row(0, 0, or), s.fold_row(0, 1, or));
+            if any(ALL, all.to_bits() & 2f32.to_bits() != 0) {
+                for half in 0..2 {
+                    s.map_pairs(0, half, |_, s| tanh_of_quarters(s));
+                }
             } else {
-                s.map(|_, _, s| tanh_of_small(s));
+                s.map(|_, _, s| tanh_of_small_quarter(s));
             }
         }
         if partial {
-            self.mask.apply(s, first_row, first_key);
+            s.map(|row, column, s| if sees(row, column) { s } else { f32::NEG_INFINITY });
         }
-        if self.slope != 0.0 {
-            // Of a row the distance of the first of a lane's columns: conversions take longer than differences.
-            let Mask { seqlen_q, seqlen_k, .. } = self.mask;
-            let (slope, first) = (-self.slope * inverse, Accumulator::<1, N>::column(0, 0));
-            s.map(|row, column, s| {
-                let distance = (first_row + row + seqlen_k) as i32 - (seqlen_q + first_key + first) as i32;
-                fma((distance as f32 - (column - first) as f32).abs(), slope, s)
-            });
+        for half in 0..2 {
+            let row = Accumulator::<1, N>::row(0, half);
+            let (query, slope) = ((places.query)(row), (places.slope)(row));
+            if slope != 0.0 {
+                // The distance of the first of a lane's columns: conversions take longer than differences.
+                let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+                let first = Accumulator::<1, N>::column(0, 0);
+                let distance = (query + seqlen_k) as i32 - (seqlen_q + places.first_key + first) as i32;
+                let slope = -slope * inverse;
+                s.map_pairs(0, half, |column, s| {
+                    let of = |i: u32| (distance as f32 - (column - first + i) as f32).abs();
+                    [fma(of(0), slope, s[0]), fma(of(1), slope, s[1])]
+                });
+            }
         }
     }
 

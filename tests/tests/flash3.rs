@@ -320,8 +320,8 @@ fn asking(lengths: (usize, usize), headdims: (usize, usize)) -> [Combination; 6]
     ]
 }
 
-/// Checks a problem, and that it was a general kernel that ran it.
-fn check_general(combination: &Combination) {
+/// Checks a problem, and that it was a general kernel that ran it. What has run, and how, as the report says.
+fn check_general(combination: &Combination) -> (Vec<&'static str>, String) {
     let tensors = combination.tensors();
     let forward =
         combination.forward(&session(), &tensors).unwrap_or_else(|reason| panic!("{combination:?}: {reason}"));
@@ -329,6 +329,7 @@ fn check_general(combination: &Combination) {
     assert!(entry.ends_with("_general"), "{combination:?}: {entry}");
     let accuracy = combination.accuracy(&tensors, &forward).expect("of these tensors");
     assert!(accuracy.passed(), "{combination:?}: {accuracy}");
+    (forward.report.launches.iter().map(|launch| launch.entry).collect(), forward.report.reason)
 }
 
 /// Windows, caps, ALiBi, sinks and scales of any sign, of all head dimensions that it is built for and of shorter ones, with
@@ -384,6 +385,90 @@ fn general_sequences_of_different_lengths() {
     check_general(&Combination { varlen: true, lengths: many, nheads_k: 1, group: 1, sinks: true, ..window });
 }
 
+/// Packed heads, each with a slope and a sink of its own, of all head dimensions: steps of decoding and short pieces, with windows
+/// that begin behind the first block; of more queries than keys, so that rows see nothing.
+#[test]
+fn general_packed_heads() {
+    let shapes = [(1, 290, 1, 4), (5, 330, 2, 8), (33, 290, 1, 4), (1, 140, 1, 64), (200, 105, 1, 4), (130, 300, 1, 8)];
+    for (i, (seqlen_q, seqlen_k, nheads_k, group)) in shapes.into_iter().enumerate() {
+        for (j, combination) in asking((seqlen_q, seqlen_k), (64, 64)).into_iter().enumerate() {
+            let headdim = [64, 128, 96, 192, 40, 256][(i + j) % 6];
+            let mut combination = Combination { nheads_k, group, headdim, headdim_v: headdim, ..combination };
+            combination.dtype = [DType::F16, DType::BF16][(i + j) % 2];
+            combination.sinks |= i % 2 == 0;
+            combination.alibi = combination.alibi.or((i % 3 == 0).then_some(true));
+            let (entries, reason) = check_general(&combination);
+            assert!(entries.len() == 1 && entries[0].ends_with("_few_general"), "{combination:?}: {entries:?}");
+            assert!(reason.contains(&format!("{group} heads that share K and V are packed")), "{reason}");
+        }
+    }
+}
+
+/// Divided keys, with windows of which only what they show is divided, with rows that see no key of a part, or none at all, and
+/// with sinks, which count once.
+#[test]
+fn general_divided_keys() {
+    let shapes = [
+        ((1, 600), 4, 1, 2),
+        ((1, 900), 2, 4, 128),
+        ((3, 700), 1, 8, 5),
+        ((70, 500), 2, 2, 3),
+        ((260, 200), 2, 1, 3),
+        ((33, 140), 1, 4, 7),
+    ];
+    for (i, (lengths, nheads_k, group, splits)) in shapes.into_iter().enumerate() {
+        for (j, combination) in asking(lengths, (64, 64)).into_iter().enumerate() {
+            let headdim = [64, 128, 96, 48, 192, 256][(i + j) % 6];
+            let mut combination = Combination { nheads_k, group, headdim, headdim_v: headdim, ..combination };
+            combination.dtype = [DType::F16, DType::BF16][(i + j) % 2];
+            combination.sinks |= (i + j) % 2 == 0;
+            combination.options.num_splits = splits;
+            let (entries, reason) = check_general(&combination);
+            let combine = format!("flash3_combine_{}_general", combination.dtype.name());
+            assert_eq!(entries[1..], [combine], "{combination:?}");
+            assert!(entries[0].ends_with("_few_general"), "{combination:?}: {entries:?}");
+            assert!(reason.contains("the keys of a tile are divided among"), "{reason}");
+        }
+    }
+}
+
+/// A step of decoding in a window, whose keys are divided without being asked; never where that is asked.
+#[test]
+fn general_divided_keys_of_a_step_of_decoding() {
+    let mut combination = Combination { group: 4, sinks: true, ..plain(DType::BF16, (1, 2600), (128, 128)) };
+    combination.options = combination.options.causal(true).window_size(1999, None);
+    let (entries, reason) = check_general(&combination);
+    assert_eq!(entries, ["flash3_fwd_bf16_d128_2x128_few_general", "flash3_combine_bf16_general"]);
+    // 2000 keys are at most 17 blocks of 128.
+    assert!(reason.ends_with("divided among 9 blocks of threads"), "{reason}");
+    combination.options.num_splits = 1;
+    assert_eq!(check_general(&combination).0.len(), 1);
+}
+
+/// Few queries of sequences of different lengths, packed and divided, of which some have no key, no query, or rows that see
+/// nothing; of more sequences than are put into order; and of tensors with gaps.
+#[test]
+fn general_few_queries_of_sequences_and_of_tensors_with_gaps() {
+    let lengths = vec![(1, 700), (0, 7), (40, 300), (13, 0), (6, 193), (50, 40), (1, 1), (0, 0)];
+    for (i, combination) in asking((0, 0), (64, 64)).into_iter().enumerate() {
+        let mut combination = Combination { varlen: true, lengths: lengths.clone(), group: 4, ..combination };
+        (combination.sinks, combination.options.num_splits) = (i % 3 != 1, [0, 6][i % 2]);
+        let (entries, reason) = check_general(&combination);
+        assert_eq!(entries.len(), if i % 2 == 0 { 1 } else { 2 }, "{combination:?}: {entries:?}");
+        assert!(reason.contains("4 heads that share K and V are packed"), "{reason}");
+    }
+    let many = (0..flash3::order::MAX_SEQUENCES as usize + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    let [.., of_sinks] = asking((0, 0), (64, 64));
+    check_general(&Combination { varlen: true, lengths: many, nheads_k: 1, group: 4, ..of_sinks });
+    for (i, combination) in asking((19, 350), (64, 64)).into_iter().enumerate() {
+        let mut combination = Combination { group: [1, 4][i % 2], ..combination };
+        combination.options.num_splits = 3;
+        let gaps = [Gaps::Aligned, Gaps::HeadsFirst][i / 2 % 2];
+        let checked = combination.check_pointers(Machine::Simulator, Kernel::Flash3, gaps);
+        checked.unwrap_or_else(|reason| panic!("{reason}"));
+    }
+}
+
 /// Scores near the cap and beyond, where tanh is no polynomial; and far below.
 #[test]
 fn caps() {
@@ -428,6 +513,42 @@ fn windows_hide_what_is_not_finite() {
             let others_are_finite = o.iter().enumerate().all(|(column, o)| column == 5 || o.is_finite());
             assert!(others_are_finite && o[5].is_finite() != sees, "{value}: query {query}, head {head}");
         }
+    }
+}
+
+/// The same where heads are packed, and keys divided: through the parts that a window shows, capped or not.
+#[test]
+fn windows_of_divided_keys_hide_what_is_not_finite() {
+    let (seqlen_q, seqlen_k, nheads, nheads_k, left) = (30, 400, 8, 2, 150);
+    let case = Case { nheads, nheads_k, ..Case::single(DType::BF16, (seqlen_q, seqlen_k), 64, true) };
+    let [q, k, v] = case.inputs();
+    for (value, softcap) in [(f32::NAN, None), (f32::INFINITY, None), (f32::NAN, Some(30.0))] {
+        let mut options = AttentionOptions::new().causal(true).window_size(left, None).num_splits(3);
+        options.softcap = softcap;
+        // Column 5 of keys that the first queries see and the last do not, and the other way round, of the second head of V.
+        for key in [230, 390] {
+            let mut values = v.to_f32();
+            values[(key * nheads_k + 1) * 64 + 5] = value;
+            let v = tensor(DType::BF16, values, v.shape());
+            let result = session().attention(&q, &k, &v, &options).expect("valid");
+            assert_eq!(result.report.launches.len(), 2, "{}", result.report.reason);
+            let accuracy = accuracy::check(&q, &k, &v, &options, &result).expect("valid");
+            assert!(accuracy.passed(), "{value}: {accuracy}");
+            for (row, o) in result.out.to_f32().chunks(64).enumerate() {
+                let (place, head) = (row / nheads + seqlen_k - seqlen_q, row % nheads);
+                let sees = key <= place && place <= key + left && head >= nheads / nheads_k;
+                let others_are_finite = o.iter().enumerate().all(|(column, o)| column == 5 || o.is_finite());
+                assert!(others_are_finite && o[5].is_finite() != sees, "{value}: key {key}, row {row}");
+            }
+        }
+        // Query 7 of head 3: its scores are NaN.
+        let mut queries = q.to_f32();
+        queries[(7 * nheads + 3) * 64] = f32::NAN;
+        let result = session().attention(&tensor(DType::BF16, queries, q.shape()), &k, &v, &options).expect("valid");
+        for (row, o) in result.out.to_f32().chunks(64).enumerate() {
+            assert!(o.iter().all(|o| o.is_nan() == (row == 7 * nheads + 3)), "row {row}");
+        }
+        assert!(result.softmax_lse.to_f32()[3 * seqlen_q + 7].is_nan());
     }
 }
 

@@ -1,6 +1,8 @@
 //! The same grid as on the simulated GPU, on a real one. Without one each test says `skipped:` and tests nothing.
 use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session};
 use ferroflash_tests::beside;
+use ferroflash_tests::combination::Combination;
+use ferroflash_tests::features::plain;
 use ferroflash_tests::grid::{Case, DTYPES, batches, cases, of_kernel};
 
 /// A session on the GPU; `None`, said aloud, where there is none.
@@ -85,6 +87,36 @@ fn divided_keys() {
             assert_eq!(first.report.launches.len(), 2, "{case:?}: {}", first.report.reason);
             let (again, _) = case.run(&session);
             assert_eq!((first.out.bytes(), first.softmax_lse.bytes()), (again.out.bytes(), again.softmax_lse.bytes()));
+        }
+    }
+}
+
+/// The same with windows, caps, ALiBi and sinks, which general kernels ask their arguments for.
+#[test]
+fn general_divided_keys() {
+    let Some(session) = hopper("general_divided_keys") else { return };
+    for (dtype, headdim) in
+        [(DType::BF16, 64), (DType::F16, 96), (DType::BF16, 128), (DType::F16, 192), (DType::BF16, 256)]
+    {
+        for lengths in [(1, 5000), (7, 3001)] {
+            for (i, window) in [None, Some(2500)].into_iter().enumerate() {
+                let mut combination =
+                    Combination { lengths: vec![lengths; 2], group: 4, ..plain(dtype, lengths, (headdim, headdim)) };
+                (combination.sinks, combination.alibi) = (i == 0, (i == 1).then_some(true));
+                combination.options = combination.options.causal(true).window_size(window, None).softcap(4.0);
+                let tensors = combination.tensors();
+                let run = || combination.forward(&session, &tensors).unwrap_or_else(|error| panic!("{error}"));
+                let (first, again) = (run(), run());
+                let accuracy = combination.accuracy(&tensors, &first).expect("of these tensors");
+                assert!(accuracy.passed(), "{combination:?}: {accuracy}");
+                let entries: Vec<_> = first.report.launches.iter().map(|launch| launch.entry).collect();
+                assert_eq!(entries.len(), 2, "{combination:?}: {}", first.report.reason);
+                assert!(entries.iter().all(|entry| entry.ends_with("_general")), "{entries:?}");
+                assert_eq!(
+                    (first.out.bytes(), first.softmax_lse.bytes()),
+                    (again.out.bytes(), again.softmax_lse.bytes())
+                );
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the words of the device do on the simulated GPU, against plain Rust.
 use cuda_std::element::{bf16, f16, tf32};
-use cuda_std::math::{round_to_tf32, tanh_of_small};
+use cuda_std::math::{round_to_tf32, tanh, tanh_of_quarters, tanh_of_small_quarter};
 use cuda_std::matrix::{self, PackedElement};
 use cuda_std::shared::dynamic_shared;
 use cuda_std::sim::{Launch, Memory, Options, launch};
@@ -36,9 +36,34 @@ fn tanh_of_small_numbers() {
     for n in -512..=512 {
         let x = n as f32 / 1024.0;
         let [exact, error] = [f64::from(x).tanh(), 2f64.powi(-23)];
-        let found = each_lane(move |_| tanh_of_small(x))[0];
+        let found = each_lane(move |_| tanh_of_small_quarter(4.0 * x))[0];
         assert!((f64::from(found) - exact).abs() <= exact.abs() * error, "{x}: {found}, {exact}");
     }
+}
+
+/// Of pairs that share a reciprocal, whatever the other one is; and of what is not finite.
+#[test]
+fn tanh_of_pairs() {
+    let of = |x: [f32; 2]| each_lane(move |lane| tanh_of_quarters(x.map(|x| 4.0 * x))[lane as usize % 2]);
+    for n in -400..=400 {
+        let x = n as f32 / 37.0;
+        let exact = f64::from(x).tanh();
+        for other in [x, -x, 0.0, 1e-3, 0.5, -2.0, 30.0, -1e9, 1e30, f32::INFINITY] {
+            let found = of([x, other]);
+            for (found, exact) in [(found[0], exact), (found[1], f64::from(other).tanh())] {
+                let error = (f64::from(found) - exact).abs();
+                let allowed = 2f64.powi(-21).min(exact.abs() * 2f64.powi(-20));
+                assert!(error <= allowed, "{x}, {other}: {found}, {exact}");
+            }
+        }
+        // As exact as one by one, within a few units in the last place.
+        let alone = each_lane(move |_| tanh(x))[0];
+        assert!((of([x, 1.0])[0] - alone).abs() <= 9.0 * 2f32.powi(-24), "{x}");
+    }
+    for x in [f32::INFINITY, f32::NEG_INFINITY] {
+        assert_eq!(of([x, 0.5])[0], x.signum());
+    }
+    assert!(of([f32::NAN, 1.0])[..2].iter().all(|x| x.is_nan()) && of([f32::INFINITY, f32::NAN])[1].is_nan());
 }
 
 #[test]

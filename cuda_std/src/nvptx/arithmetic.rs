@@ -1,4 +1,4 @@
-//! Arithmetic and conversions in one instruction. PTX ISA: `ex2`, `lg2`, `rcp`, `fma`, `max`, `cvt`.
+//! Arithmetic and conversions in one instruction. PTX ISA: `ex2`, `lg2`, `rcp`, `fma`, `max`, `min`, `cvt`.
 use core::arch::asm;
 
 macro_rules! instructions {
@@ -19,6 +19,7 @@ instructions! {
     rcp(x: f32, reg32) -> f32, reg32 = "rcp.approx.ftz.f32 {y}, {x};";
     fma(a: f32, reg32, b: f32, reg32, c: f32, reg32) -> f32, reg32 = "fma.rn.ftz.f32 {y}, {a}, {b}, {c};";
     max(a: f32, reg32, b: f32, reg32) -> f32, reg32 = "max.ftz.f32 {y}, {a}, {b};";
+    min_or_nan(a: f32, reg32, b: f32, reg32) -> f32, reg32 = "min.ftz.NaN.f32 {y}, {a}, {b};";
     round_to_tf32(x: f32, reg32) -> f32, reg32 = "cvt.rna.tf32.f32 {y}, {x};";
     unknown(n: u32, reg32) -> u32, reg32 = "mov.b32 {y}, {n};";
     f16_to_f32(x: u16, reg16) -> f32, reg32 = "cvt.f32.f16 {y}, {x};";

@@ -35,7 +35,8 @@ impl Flash3 {
     /// This one, for a problem that it can run.
     pub fn new(forward: &'static Kernel<Params, Config>, problem: &Problem) -> Self {
         let are_divided = splits_of(problem, &forward.config).are_divided();
-        let combine = combine::COMBINE.iter().find(|combine| combine.config.dtype == problem.dtype);
+        let suits = |config: &Config| config.dtype == problem.dtype && config.general == forward.config.general;
+        let combine = combine::COMBINE.iter().find(|combine| suits(&combine.config));
         Flash3 { forward, combine: combine.filter(|_| are_divided) }
     }
 
@@ -114,15 +115,15 @@ fn has_many_keys_a_query(problem: &Problem) -> bool {
 }
 
 /// Whether the kernel for few queries is the faster of two: it divides keys; or it packs heads, and has tiles with fewer rows in
-/// all; or it takes several tiles that cost the same, and the other one, which pairs them, has not the larger tiles of kernels
-/// for many keys.
+/// all; or it takes several tiles that cost the same, and the other one, which pairs them unless it is general, has not the larger
+/// tiles of kernels for many keys.
 pub(crate) fn has_few_queries(problem: &Problem, few: &Config, other: &Config) -> bool {
     let packing = packing(problem, few);
     let rows = |config: &Config, packing| u128::from(tiles(problem, packing, config)) * u128::from(config.block_m);
     let saves_rows = 10 * rows(few, packing) <= 9 * rows(other, Packing::SINGLE);
     let of_one_cost = problem.is_causal() && has_many_keys_a_query(problem) && problem.seqlen_q > few.block_m as usize;
     let divides = splits(problem, packing, few).are_divided();
-    divides || saves_rows && packing.heads() > 1 || of_one_cost && other.from_keys == 0
+    divides || saves_rows && packing.heads() > 1 || of_one_cost && other.from_keys == 0 && !other.general
 }
 
 /// Whether the queries of the longest sequence fill nine tenths of a kernel's tiles. Kernels for many keys have larger tiles,
@@ -150,10 +151,11 @@ fn schedule(
     let widens = problem.window.left.is_some() != problem.window.right.is_some();
     let is_paired = widens && may_differ;
     let units = units_of_pack(tiles, is_paired) * splits.count();
-    let is_long = match problem.window {
-        WindowSize { left: Some(left), right: Some(right) } => left.saturating_add(right) + 1 >= LONG,
-        _ => is_paired && (problem.seqlen_k >= LONG || !tiles.is_multiple_of(2)),
-    };
+    let is_long = !splits.are_divided()
+        && match problem.window {
+            WindowSize { left: Some(left), right: Some(right) } => left.saturating_add(right) + 1 >= LONG,
+            _ => is_paired && (problem.seqlen_k >= LONG || !tiles.is_multiple_of(2)),
+        };
     let walked_packs = if problem.varlen.is_some() {
         // More sequences than walkers can put into order: each tile is left to a block.
         if problem.batch > MAX_SEQUENCES as usize { 0 } else { packs }
@@ -334,6 +336,45 @@ mod tests {
         let fills = |seqlen_q| fills_tiles(&problem([1, seqlen_q, 1, 128], false), &config);
         assert!(fills(128) && fills(116) && fills(4000));
         assert!(!fills(1) && !fills(115) && !fills(130));
+    }
+
+    #[test]
+    fn general_kernels_for_few_queries_pack_heads_and_divide_keys() {
+        let layout = |seqlen, nheads| Layout::contiguous(DType::BF16, &[2, seqlen, nheads, 128]).expect("small");
+        let of = |(seqlen_q, seqlen_k): (usize, usize), (nheads, nheads_k), options: &AttentionOptions| -> Vec<&str> {
+            let k = layout(seqlen_k, nheads_k);
+            let problem = Problem::new(&layout(seqlen_q, nheads), &k, &k, options).expect("valid");
+            let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true }, Target::HOPPER);
+            let family = Family::flash3(&wanted).expect("it is built for this");
+            family.kernels().iter().map(|kernel| kernel.0).collect()
+        };
+        let (plain, packed) = (["flash3_fwd_bf16_d128_3x64_general"], ["flash3_fwd_bf16_d128_2x128_few_general"]);
+        let divided = [packed[0], "flash3_combine_bf16_general"];
+        let capped = AttentionOptions::new().softcap(30.0);
+        let window = AttentionOptions::new().causal(true).window_size(1023, None);
+        assert_eq!(of((1, 8192), (8, 2), &capped), divided);
+        assert_eq!(of((1, 8192), (8, 2), &capped.clone().num_splits(1)), packed);
+        assert_eq!(of((1, 8192), (8, 8), &capped.clone().num_splits(1)), plain);
+        assert_eq!(of((1, 8192), (8, 8), &capped.clone().num_splits(3)), divided);
+        // A window of 1024 keys is worth dividing, one of 128 is not.
+        assert_eq!(of((1, 8192), (8, 2), &window), divided);
+        assert_eq!(of((1, 8192), (8, 2), &window.clone().window_size(127, None)), packed);
+        // Four heads of 32 rows are one tile of 128 rows, or four of 192; of 192 rows six, or four.
+        assert_eq!(of((32, 300), (8, 2), &capped), packed);
+        assert_eq!(of((192, 3000), (8, 2), &window), plain);
+        // Causal tiles that cost the same are paired by neither.
+        assert_eq!(of((200, 3200), (4, 4), &capped.clone().causal(true).num_splits(1)), plain);
+    }
+
+    #[test]
+    fn walkers_do_all_parts_of_divided_keys() {
+        let x = |seqlen| Layout::contiguous(DType::BF16, &[1, seqlen, 2, 128]).expect("small");
+        let options = AttentionOptions::new().window_size(Some(4095), Some(9)).num_splits(3);
+        let problem = Problem::new(&x(300), &x(16384), &x(16384), &options).expect("valid");
+        let config = Config { block_m: 128, block_n: 128, few: true, general: true, ..FORWARD[0].config };
+        let splits = splits(&problem, Packing::SINGLE, &config);
+        let (schedule, blocks) = schedule(&problem, (Packing::SINGLE, splits), &config, 132).expect("small");
+        assert_eq!((schedule.walked_packs, schedule.walkers, blocks), (2, 18, 18));
     }
 
     #[test]

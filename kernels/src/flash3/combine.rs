@@ -3,7 +3,8 @@
 //! Source: "Flash-Decoding", as [`splits`](super::splits).
 //!
 //! A part s of the keys has left O_s = softmax(S_s) V_s and its LSE. In the softmax over all keys it has the weight
-//! w_s = e^(LSE_s - LSE), with LSE = log Σ e^LSE_s: a softmax whose scores are the LSE of the parts. So O = Σ w_s O_s.
+//! w_s = e^(LSE_s - LSE), with LSE = log Σ e^LSE_s: a softmax whose scores are the LSE of the parts. So O = Σ w_s O_s. A sink is
+//! one more score of that softmax, without an O.
 //!
 //! HBM traffic: of each row O_s once and LSE_s twice, O and LSE.
 use super::packing::Packing;
@@ -14,6 +15,7 @@ use crate::config::Config;
 use crate::mask::{Mask, UNBOUNDED};
 use crate::online_softmax::OnlineSoftmax;
 use crate::schedule::{QueryBlock, query_block};
+use crate::scores::Scores;
 use crate::spoiled_rows::{Elements, attend_spoiled_rows, column, each, groups, load};
 use cuda_std::element::{Element, bf16, f16};
 use cuda_std::math::{LOG2_E, fma, max};
@@ -48,7 +50,7 @@ pub struct Params {
     pub block_n: u32,
 }
 
-const fn config<T: Element>() -> Config {
+const fn config<T: Element, const GENERAL: bool>() -> Config {
     Config {
         family: "flash3.combine",
         dtype: T::DTYPE,
@@ -56,7 +58,7 @@ const fn config<T: Element>() -> Config {
         headdim: 0,
         headdim_v: 0,
         causal: None,
-        general: false,
+        general: GENERAL,
         block_m: ROWS,
         block_n: 0,
         from_keys: 0,
@@ -70,15 +72,16 @@ const fn config<T: Element>() -> Config {
 
 /// O and LSE from those of the parts.
 ///
-/// Grid: as [`query_block`] says, of as many rows as a block has warps.
+/// Grid: as [`query_block`] says, of as many rows as a block has warps. `GENERAL`: [`Config::general`], of parts that such a kernel
+/// has left.
 #[kernel(
-    name = "flash3_combine_{T}",
+    name = "flash3_combine_{T}{GENERAL?_general}",
     arch = sm_90a,
-    for T in [f16, bf16],
+    for T in [f16, bf16], GENERAL in [false, true],
     config = config,
     table = COMBINE,
 )]
-pub fn combine<T: Element>(p: Params) {
+pub fn combine<T: Element, const GENERAL: bool>(p: Params) {
     grid::wait_for_prerequisites();
     let (a, parts) = (p.attention.of::<T>(), p.parts);
     let QueryBlock { first_row, head, sequence } = query_block(&a, ROWS);
@@ -101,6 +104,9 @@ pub fn combine<T: Element>(p: Params) {
     }
     softmax.rebase(reduce::<32, f32>(softmax.m, max));
     softmax.l = reduce::<32, f32>(softmax.l, |x, y| x + y);
+    if GENERAL && !a.sinks.is_null() {
+        softmax.push(a.sinks.load(head as usize));
+    }
 
     let mut o = Elements::default();
     let mut first = 0;
@@ -143,12 +149,16 @@ pub fn combine<T: Element>(p: Params) {
     let mut is_finite = true;
     each::<MOST_COLUMNS>(|group, i| is_finite &= o[group][i].is_finite());
     // Where all keys are seen nothing spoils a row.
-    let hides = mask.right != UNBOUNDED || !a.cu_seqlens_k.is_null();
+    let hides = GENERAL && mask.left != UNBOUNDED || mask.right != UNBOUNDED || !a.cu_seqlens_k.is_null();
     if hides && any(ALL, !is_finite) {
         let block = QueryBlock { first_row: query, head, sequence };
         let o_row = sequence.query_matrix(&a.o, head, query, a.headdim_v, true);
         let scale = a.softmax_scale * LOG2_E;
-        let weight = |_, _, q_k: f32, softmax: OnlineSoftmax| Some(softmax.weight(q_k * scale));
+        let scores = if GENERAL { Some(Scores::new(&a, &sequence, head, mask)) } else { None };
+        let weight = |row, key, q_k: f32, softmax: OnlineSoftmax| match &scores {
+            Some(scores) => Some(softmax.weight(scores.score(row, key, q_k))),
+            None => Some(softmax.weight(q_k * scale)),
+        };
         attend_spoiled_rows::<T, MOST_COLUMNS, MOST_COLUMNS>(&a, &block, mask, true, o_row, 0..1, weight);
     }
 }

@@ -8,7 +8,7 @@ use crate::mask::{Blocks, Mask};
 use crate::online_softmax::OnlineSoftmax;
 use crate::row_softmax::RowSoftmax;
 use crate::schedule::QueryBlock;
-use crate::scores::Scores;
+use crate::scores::{Places, Scores};
 use crate::spoiled_rows::attend_spoiled_rows;
 use cuda_std::Element;
 use cuda_std::barrier::Turns;
@@ -325,7 +325,14 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW,
         let first_key = block * self.block_n;
         if GENERAL && Scores::are_changed(a) {
             let QueryBlock { first_row, head, sequence } = self.of_warp(tile);
-            Scores::new(a, &sequence, head, mask).apply_relative(s, (first_row, first_key), is_partial);
+            let (scores, packing) = (Scores::new(a, &sequence, head, mask), self.schedule.packing);
+            let slope_of = |row| Scores::slope_of(a, &sequence, head + packing.head(row));
+            let places = Places {
+                query: |row| first_row + packing.query(row),
+                slope: |row| if FEW { slope_of(row) } else { scores.slope },
+                first_key,
+            };
+            scores.apply_relative(s, places, is_partial);
         } else if is_partial {
             let first_query = self.of_warp(tile).first_row;
             s.map(|row, key, s| {
@@ -353,8 +360,14 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Rows<CAUSAL, FEW,
         let lse = if splits.are_divided() { parts.lse_of(tile.split) } else { a.softmax_lse };
         let head_row = a.first_row(&sequence, head);
         let lse = lse.offset(head_row);
-        let sink = if GENERAL { a.sink(head) } else { f32::NEG_INFINITY };
-        softmax.finish(o, sink, |row, state| {
+        // Of a row whose keys are divided the sink is no part's: it is added where they are combined.
+        let has_sink = GENERAL && !splits.are_divided();
+        let sink = if has_sink && !FEW { a.sink(head) } else { f32::NEG_INFINITY };
+        let sink_of = |m, half| {
+            let row = Accumulator::<1, O_COLUMNS>::row(m, half);
+            if has_sink && FEW { a.sink(head + packing.head(row)) } else { sink }
+        };
+        softmax.finish(o, sink_of, |row, state| {
             let (head, query) = (packing.head(row), first_row + packing.query(row));
             // The host packs no more rows than 32 bits count, and so little arithmetic needs no branch.
             let index = head * a.lse_head_stride as u32 + query;

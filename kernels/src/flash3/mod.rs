@@ -99,8 +99,8 @@ const fn config<
         few: FEW,
         // Two at the start, one before the first turn, one after the last, and two a turn: at the first block of the first tile,
         // of the others, at blocks that are skipped before either, and at other blocks, which with a causal mask have two loops;
-        // in a general kernel also at blocks that are skipped behind the last.
-        barriers: if CAUSAL || GENERAL { 16 } else { 14 },
+        // in a general kernel also at blocks that are skipped behind the last, of which one for few queries has none.
+        barriers: if CAUSAL || GENERAL && !FEW { 16 } else { 14 },
     }
 }
 
@@ -170,6 +170,16 @@ const fn config<
             (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
         ],
         CAUSAL in [false], FEW in [false], GENERAL in [true],
+    // For few queries too, with tiles of fewer rows: most of them are empty. Here 128 keys at 96 would spill.
+    for T in [f16, bf16],
+        (HEADDIM, HEADDIM_V, GROUPS, QUERIES, BLOCK_N, STAGES, STEPS, S_COLUMNS, O_COLUMNS, FROM_KEYS) in [
+            (64, 64, 2, 4, 128, 4, 8, 16, 8, 0),
+            (96, 96, 2, 4, 96, 4, 6, 12, 12, 0),
+            (128, 128, 2, 4, 128, 2, 8, 16, 16, 0),
+            (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
+            (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
+        ],
+        CAUSAL in [false], FEW in [true], GENERAL in [true],
     config = config,
     table = FORWARD,
 )]

@@ -53,6 +53,11 @@ pub(crate) fn max(a: f32, b: f32) -> f32 {
 }
 
 #[inline(always)]
+pub(crate) fn min_or_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() { f32::NAN } else { flush(a).min(flush(b)) }
+}
+
+#[inline(always)]
 pub(crate) fn round_to_tf32(x: f32) -> f32 {
     const DROPPED: u32 = (1 << 13) - 1;
     // Half of the last place that stays: a carry out of the mantissa is right, up to infinity.

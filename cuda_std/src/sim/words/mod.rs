@@ -18,7 +18,7 @@ pub(crate) use copy::*;
 pub(crate) use hopper::*;
 pub(crate) use index::*;
 pub(crate) use math::{ex2, f16_to_f32, f32_to_bf16, f32_to_f16, fma, lg2, max, pack_bf16, pack_f16, rcp};
-pub(crate) use math::{round_to_tf32, unknown, unknown_before};
+pub(crate) use math::{min_or_nan, round_to_tf32, unknown, unknown_before};
 pub(crate) use matrix::{ldmatrix, stmatrix};
 pub(crate) use product::{mma, mma_shared};
 pub use tensor::MapAddress;

@@ -8,7 +8,7 @@ use kernels::flash3::splits::Splits;
 use super::packing::tiles;
 use super::{MULTIPROCESSORS, has_many_keys_a_query};
 use crate::launch::Workspace;
-use crate::options::AttentionOptions;
+use crate::options::{AttentionOptions, WindowSize};
 use crate::problem::Problem;
 
 /// What it costs to divide at all, in keys that a block of threads walks over meanwhile: another launch. On an H100.
@@ -17,20 +17,33 @@ const COST: u64 = 512;
 /// And what each part costs: it is loaded where parts are combined.
 const COST_OF_PART: u64 = 16;
 
-/// As many as the caller says, but at most one a block of keys; or, where queries are few, as many as fill the multiprocessors.
+/// As many as the caller says, but at most one a block of keys that a tile sees; or, where queries are few, as many as fill the
+/// multiprocessors.
 pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Splits {
     // Without an order of the sequences each tile is left to a block of threads.
     let is_ordered = problem.varlen.is_none() || problem.batch <= MAX_SEQUENCES as usize;
     if !config.few || !is_ordered {
         return Splits::ONE;
     }
-    let blocks = problem.seqlen_k.div_ceil(config.block_n as usize) as u64;
+    let blocks = key_blocks(problem, packing, config);
     let parts = match problem.num_splits as u64 {
         0 if has_many_keys_a_query(problem) => filling(tiles(problem, packing, config), blocks, config.block_n.into()),
         0 => 1,
         asked => asked.min(blocks),
     };
     Splits::new(parts as u32)
+}
+
+/// The most blocks of keys that a tile sees: all, or those of its queries' windows, which may begin in the middle of a block.
+fn key_blocks(problem: &Problem, packing: Packing, config: &Config) -> u64 {
+    let (all, block_n) = (problem.seqlen_k as u64, u64::from(config.block_n));
+    let WindowSize { left: Some(left), right } = problem.window else { return all.div_ceil(block_n) };
+    // From the place of the tile's first query on: up to what the last one sees, or to the last key.
+    let queries = u64::from(packing.query(config.block_m)).max(1);
+    let most = (problem.seqlen_q as u64).max(1);
+    let right = right.map_or(most, |right| (right as u64).saturating_add(queries).min(most));
+    let keys = (left as u64).saturating_add(right);
+    if keys < all { ((keys - 1).div_ceil(block_n) + 1).min(all.div_ceil(block_n)) } else { all.div_ceil(block_n) }
 }
 
 /// The parts of the keys of so many tiles, of so many blocks each, with which it takes the least time: that of the keys which
@@ -76,6 +89,7 @@ mod tests {
     use super::*;
     use crate::layout::Layout;
     use kernels::flash3::FORWARD;
+    use kernels::mask::{Mask, UNBOUNDED};
 
     #[test]
     fn parts_fill_the_multiprocessors() {
@@ -107,6 +121,46 @@ mod tests {
         assert_eq!(splits_of((1, 300), 5, &few), 3);
         assert_eq!(splits_of((100, 100), 0, &few), 1);
         assert_eq!(splits_of((1, 16384), 0, &Config { few: false, ..few }), 1);
+    }
+
+    #[test]
+    fn of_a_window_only_what_it_shows_is_divided() {
+        let config = Config { block_m: 128, block_n: 128, few: true, general: true, ..FORWARD[0].config };
+        let problem = |lengths: (usize, usize), left, right, num_splits| {
+            let layout = |seqlen| Layout::contiguous(DType::BF16, &[1, seqlen, 8, 64]).expect("small");
+            let k = layout(lengths.1);
+            let options = AttentionOptions::new().window_size(left, right).num_splits(num_splits);
+            Problem::new(&layout(lengths.0), &k, &k, &options).expect("valid")
+        };
+        let parts = |lengths, left, right, num_splits| {
+            splits(&problem(lengths, left, right, num_splits), Packing::SINGLE, &config).count()
+        };
+        // Of 4096 keys, which are 33 blocks if they begin in the middle of one, eleven parts of three; as many as of 4224 keys.
+        assert_eq!(parts((1, 16384), Some(4095), Some(0), 0), parts((1, 33 * 128), None, None, 0));
+        assert_eq!(parts((1, 16384), Some(4095), Some(0), 0), 11);
+        assert_eq!(parts((1, 16384), Some(127), Some(0), 0), 1);
+        assert_eq!([3, 100].map(|asked| parts((1, 16384), Some(127), Some(0), asked)), [2, 2]);
+        assert_eq!(parts((1, 16384), None, Some(0), 0), 16);
+
+        // No tile sees more, and one sees nearly as many.
+        let packed = Packing::of_group(4, 64);
+        for (seqlen_q, seqlen_k) in [(1, 1000), (7, 1000), (33, 40), (150, 1000), (300, 200), (700, 1500)] {
+            for left in [0, 1, 100, 127, 128, 300, 900, 2000] {
+                for right in [Some(0), Some(5), Some(200), None] {
+                    for packing in [Packing::SINGLE, packed] {
+                        let problem = problem((seqlen_q, seqlen_k), Some(left), right, 0);
+                        let side = |side: Option<usize>| side.map_or(UNBOUNDED, |keys| keys as u32);
+                        let WindowSize { left, right } = problem.window;
+                        let (seqlen_q, seqlen_k) = (seqlen_q as u32, seqlen_k as u32);
+                        let mask = Mask { seqlen_q, seqlen_k, left: side(left), right: side(right) };
+                        let seen = |row: u32| mask.key_blocks(packing.query(row), packing.query(128), 128).count();
+                        let most = (0..packing.rows(seqlen_q)).step_by(128).map(seen).max();
+                        let (bound, most) = (key_blocks(&problem, packing, &config), most.unwrap_or(0).into());
+                        assert!(bound >= most && bound <= most + 1, "{problem}: {bound}, {most}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

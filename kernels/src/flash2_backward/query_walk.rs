@@ -53,6 +53,9 @@ pub(super) struct QueryWalk<
     row: (f32, f32),
     /// Whether what this thread copied of K and V is not finite; not known yet at first.
     keys_nonfinite: Option<bool>,
+    /// Of the step that was waited for: see [`Step`].
+    partial: bool,
+    poisonous: bool,
 }
 
 /// One step of the walk: a block of queries that has come in.
@@ -87,7 +90,7 @@ impl<
     pub const BYTES: usize = (BLOCK_N + STAGES as usize * BLOCK_M) * (HEADDIM + HEADDIM_V) * size_of::<T>()
         + STAGES as usize * BLOCK_M * 2 * size_of::<f32>();
 
-    /// Barriers where [`advance`](Self::advance) is said once.
+    /// Barriers where [`wait`](Self::wait) is said once.
     pub const BARRIERS: u32 = if CAUSAL || GENERAL { 2 } else { 1 };
 
     /// Begins the walk of a block of keys over `blocks`, by all `threads` of the block, through shared memory from `at` on.
@@ -134,6 +137,8 @@ impl<
             stage: 0,
             row: (f32::INFINITY, 0.0),
             keys_nonfinite: None,
+            partial: false,
+            poisonous: false,
         };
         TileStream::new(threads, walk.keys(&a.k, a.headdim)).copy_async(k);
         TileStream::new(threads, walk.keys(&a.v, a.headdim_v)).copy_async(v);
@@ -170,30 +175,35 @@ impl<
         mask.query_blocks(anew(first_key), BLOCK_N as u32, BLOCK_M as u32)
     }
 
-    /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
-    /// takes. After the last step it waits too: nothing that a thread has copied is then read or under way.
+    /// Waits for a step; whether there is one more. After the last step it waits too: nothing that a thread has copied is then
+    /// read or under way.
     #[inline(always)]
     #[track_caller]
-    pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
+    pub fn wait(&mut self) -> bool {
         self.store_statistics();
         copy::wait::<0>();
         // Without a window to the left all queries from some block on see all keys. Keys that are not there hide nothing: their
         // gradients go nowhere.
-        let partial = match (GENERAL, CAUSAL) {
+        self.partial = match (GENERAL, CAUSAL) {
             (true, _) => self.blocks().is_partial(self.block),
             (false, true) => self.block < self.blocks().full_begin,
             (false, false) => false,
         };
-        let hides = self.head < self.end_head && (partial || self.a.may_hide::<GENERAL>());
-        let poisonous = if (CAUSAL || GENERAL) && hides {
+        let hides = self.head < self.end_head && (self.partial || self.a.may_hide::<GENERAL>());
+        self.poisonous = if (CAUSAL || GENERAL) && hides {
             sync_threads_or(self.copied_nonfinite())
         } else {
             sync_threads();
             false
         };
-        if self.head == self.end_head {
-            return None;
-        }
+        self.head != self.end_head
+    }
+
+    /// The step that was waited for. Begins to load the one after it: no warp reads the one before any more, whose stage that
+    /// takes.
+    #[inline(always)]
+    #[track_caller]
+    pub fn step(&mut self) -> Step<T, HEADDIM, HEADDIM_V, BLOCK_M> {
         let first_of_stage = self.stage * BLOCK_M as u32;
         let step = Step {
             q: self.q.stage(self.stage),
@@ -202,8 +212,8 @@ impl<
             sums: self.sums.offset(first_of_stage),
             head: self.head,
             first_row: self.block * BLOCK_M as u32,
-            partial,
-            poisonous,
+            partial: self.partial,
+            poisonous: self.poisonous,
         };
         self.stage = (self.stage + 1) % STAGES;
         self.block += 1;
@@ -227,7 +237,7 @@ impl<
             self.head += 1;
         }
         self.load();
-        Some(step)
+        step
     }
 
     /// Whether what this thread has copied or loaded for the next step is not finite.

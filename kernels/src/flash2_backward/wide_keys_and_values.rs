@@ -122,7 +122,8 @@ pub fn wide_keys_and_values<
     let weights = weights.offset(pair * (KEYS * BLOCK_M) as u32);
     if warp_id() < pairs {
         let mut d_v = Accumulator::<1, V_COLUMNS>::zero();
-        while let Some(step) = walk.advance() {
+        while walk.wait() {
+            let step = walk.step();
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
             let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);
@@ -154,7 +155,8 @@ pub fn wide_keys_and_values<
         v.store_rows(own_row, KEYS as u32, walk.keys_anew(&p.d_v.cast(), a.headdim_v, last));
     } else {
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
-        while let Some(step) = walk.advance() {
+        while walk.wait() {
+            let step = walk.step();
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
             let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);

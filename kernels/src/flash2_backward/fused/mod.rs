@@ -67,12 +67,24 @@ fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32
 }
 
 /// Whether a mask hides something of the `block_m` queries from `first_row` on, of a block of `block_n` keys from which on the
-/// mask counts. Where keys are missing that is so of all queries: what their P would be is not bounded, and 0 times infinity
-/// is no part of dQ. Found anew in each step, from what the mask itself takes.
+/// mask counts. Where keys are missing, `is_short`, that is so of all queries: what their P would be is not bounded, and 0 times
+/// infinity is no part of dQ. Found anew in each step, from what the mask itself takes.
 #[inline(always)]
-fn is_masked<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32, first_row: u32) -> bool {
+fn is_masked<const CAUSAL: bool>(mask: &Mask, is_short: bool, block_n: u32, block_m: u32, first_row: u32) -> bool {
+    if !CAUSAL {
+        return is_short;
+    }
     let mask = Mask { seqlen_k: unknown_before(mask.seqlen_k, first_row), ..*mask };
-    mask.seqlen_k < block_n || CAUSAL && first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
+    mask.seqlen_k < block_n || first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
+}
+
+/// The mask where it hides something of the step at `x`. Without a causal mask that is seldom: it is found anew, and takes no
+/// register in the loop.
+#[inline(always)]
+#[track_caller]
+fn mask_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32, x: u32) -> Mask {
+    let seqlen_k = if CAUSAL { mask.seqlen_k } else { key_block_anew::<T, CAUSAL>(a, block_n, x).rows() };
+    Mask { seqlen_k, ..*mask }
 }
 
 /// Row and column of this warp's part of a block of dQ.

@@ -113,8 +113,8 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
             let (seqlen_q, begin) = first_anew(self.place);
             let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
-            self.q_rows.skip(way(&p.attention.q.cast()), 0);
-            self.d_o_rows.skip(way(&p.d_o.cast()), 0);
+            self.q_rows.skip(way(&p.attention.q.cast()));
+            self.d_o_rows.skip(way(&p.d_o.cast()));
             let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
             self.place = self.place + places_of_head(&a, ROWS) - rows;
             (self.block, self.rows) = (begin, seqlen_q - begin * BLOCK_M as u32);

@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew, mask_anew};
+use super::{QueryStream, add_d_q, first_anew, key_block, key_block_anew, mask_anew, unmasked_rows};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -97,7 +97,7 @@ pub fn split<
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
-    let is_short = block.rows() < BLOCK_N as u32;
+    let unmasked_rows = unmasked_rows::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32);
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -145,8 +145,8 @@ pub fn split<
         let (right, other) = (right.stage(stage), other.stage(stage));
         let d_s_tile = d_s_tiles.stage(steps_left % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
-        let Place { first_row, place } = queries.place();
-        let is_masked = is_masked::<CAUSAL>(&mask_of_block, is_short, BLOCK_N as u32, BLOCK_M as u32, first_row);
+        let Place { rows, place } = queries.place();
+        let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
 
         let add_before = || {
             let d_s_tile = d_s_tiles.stage((steps_left + 1) % 2);
@@ -171,8 +171,8 @@ pub fn split<
             if is_values {
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
                 if is_masked {
-                    let mask = mask_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, place);
-                mask.apply_transposed(&mut x, own_row, first_row + query);
+                    let mask = mask_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, rows);
+                mask.apply_transposed(&mut x, own_row, query);
                 }
                 x.zip_columns(&columns, |s, base| ex2(fma(s, scale, -base)));
                 x.store_at(handed, own_row, query);

@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew, mask_anew};
+use super::{QueryStream, add_d_q, first_anew, key_block, key_block_anew, mask_anew, unmasked_rows};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -86,7 +86,7 @@ pub fn whole<
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
-    let is_short = block.rows() < BLOCK_N as u32;
+    let unmasked_rows = unmasked_rows::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32);
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -116,8 +116,8 @@ pub fn whole<
     while steps_left > 0 {
         let stage = steps_left % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
-        let Place { first_row, place } = queries.place();
-        let is_masked = is_masked::<CAUSAL>(&mask_of_block, is_short, BLOCK_N as u32, BLOCK_M as u32, first_row);
+        let Place { rows, place } = queries.place();
+        let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
         let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         if steps_left > 1 {
             let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
@@ -132,8 +132,8 @@ pub fn whole<
                 s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), q, query, depth);
             }
             if is_masked {
-                let mask = mask_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, place);
-                mask.apply_transposed(&mut s, own_row, first_row + query);
+                let mask = mask_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, rows);
+                mask.apply_transposed(&mut s, own_row, query);
             }
             let bases = ColumnVector::load(queries.bases(stage).offset(query));
             s.zip_columns(&bases, |s, base| ex2(fma(s, scale, -base)));

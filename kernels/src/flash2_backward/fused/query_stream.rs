@@ -33,8 +33,8 @@ pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
     d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// In each stage what the exponents of its rows subtract, then D.
     statistics: Shared<f32>,
-    /// The block that is copied: that of the next step.
-    place: Place,
+    /// The block of this step.
+    pub place: Place,
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM>,
 }
@@ -71,49 +71,68 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
         }
     }
 
-    /// The block that is copied.
-    #[inline(always)]
-    pub fn place(&self) -> Place {
-        self.place
-    }
-
-    /// Starts to copy the block, as one group.
+    /// Starts to copy the first block, as one group.
     #[inline(always)]
     #[track_caller]
     pub fn copy_async(&mut self, p: &Params, stage: u32) {
-        self.q_rows.copy_async_anew(self.q.stage(stage), self.place.rows, p.attention.headdim);
-        self.d_o_rows.copy_async_anew(self.d_o.stage(stage), self.place.rows, p.attention.headdim_v);
-        let quads = const { BLOCK_M as u32 / 4 };
-        let thread = unknown_before(thread_idx_x(), self.place.place);
-        if thread < 2 * quads {
-            let (part, row) = (thread / quads, thread % quads * 4);
-            let from = p.statistics.offset(statistic_at(self.place.place + row, part, ROWS));
-            copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
-        }
-        copy::commit();
+        self.copy_block_async(p, self.place, stage);
     }
 
-    /// Goes on to the next block, and starts to copy it. `first_anew(x)` is how many tokens Q has, and the first block of
-    /// each head, found anew once `x` is known. After it all blocks to the end of the head are needed.
+    /// Starts to copy the block after this one, and returns its place. `first_anew(x)` is how many tokens Q has, and the first
+    /// block of each head, found anew once `x` is known. After it all blocks to the end of the head are needed.
     #[inline(always)]
     #[track_caller]
-    pub fn advance(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (u32, u32)) {
-        self.place.place += BLOCK_M as u32;
-        if self.place.rows > BLOCK_M as u32 {
-            self.place.rows -= BLOCK_M as u32;
-        } else {
-            // From the end of one head to the beginning of the next. Seldom, and all is found anew each time.
-            let anew = |x| unknown_before(x, self.place.place);
-            let (seqlen_q, begin) = first_anew(self.place.place);
-            let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
+    pub fn copy_next_async(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (u32, u32)) -> Place {
+        let (next, rows) = Self::next(p, self.place, first_anew);
+        if let Some(rows) = rows {
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
             self.q_rows.skip(way(&p.attention.q.cast()));
             self.d_o_rows.skip(way(&p.d_o.cast()));
-            let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
-            self.place.place = self.place.place + places_of_head(&a, ROWS) - rows;
-            self.place.rows = seqlen_q - begin * BLOCK_M as u32;
         }
-        self.copy_async(p, stage);
+        self.copy_block_async(p, next, stage);
+        next
+    }
+
+    /// Goes on to the next block. Its place is found once more: from its copy to this it takes no registers.
+    #[inline(always)]
+    #[track_caller]
+    pub fn advance(&mut self, p: &Params, first_anew: impl FnOnce(u32) -> (u32, u32)) {
+        let Place { rows, place } = self.place;
+        let anew = |n| unknown_before(n, rows);
+        (self.place, _) = Self::next(p, Place { rows: anew(rows), place: anew(place) }, first_anew);
+    }
+
+    /// The place after this one; and at the end of a head by how many rows the next begins further up.
+    #[inline(always)]
+    #[track_caller]
+    fn next(p: &Params, Place { rows, place }: Place, first_anew: impl FnOnce(u32) -> (u32, u32)) -> (Place, Option<u32>) {
+        let place = place + BLOCK_M as u32;
+        if rows > BLOCK_M as u32 {
+            return (Place { rows: rows - BLOCK_M as u32, place }, None);
+        }
+        // Seldom, and all is found anew each time.
+        let anew = |x| unknown_before(x, place);
+        let (seqlen_q, begin) = first_anew(place);
+        let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
+        let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
+        let place = place + places_of_head(&a, ROWS) - rows;
+        (Place { rows: seqlen_q - begin * BLOCK_M as u32, place }, Some(rows))
+    }
+
+    /// Starts to copy the block at `place`, to which the addresses have run, as one group.
+    #[inline(always)]
+    #[track_caller]
+    fn copy_block_async(&mut self, p: &Params, Place { rows, place }: Place, stage: u32) {
+        self.q_rows.copy_async_anew(self.q.stage(stage), rows, p.attention.headdim);
+        self.d_o_rows.copy_async_anew(self.d_o.stage(stage), rows, p.attention.headdim_v);
+        let quads = const { BLOCK_M as u32 / 4 };
+        let thread = unknown_before(thread_idx_x(), place);
+        if thread < 2 * quads {
+            let (part, row) = (thread / quads, thread % quads * 4);
+            let from = p.statistics.offset(statistic_at(place + row, part, ROWS));
+            copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
+        }
+        copy::commit();
     }
 
     /// What the exponents of the rows of a stage subtract.

@@ -145,7 +145,7 @@ pub fn split<
         let (right, other) = (right.stage(stage), other.stage(stage));
         let d_s_tile = d_s_tiles.stage(steps_left % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
-        let Place { rows, place } = queries.place();
+        let Place { rows, place } = queries.place;
         let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
 
         let add_before = || {
@@ -155,9 +155,9 @@ pub fn split<
         if !is_values && before != Place::NOWHERE.place {
             add_before();
         }
+        let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
         if steps_left > 1 {
-            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
-            queries.advance(&p, (steps_left - 1) % STAGES, first_anew);
+            queries.place = queries.copy_next_async(&p, (steps_left - 1) % STAGES, first_anew);
         }
         for part in 0..parts {
             let query = own_query + (part * 8 * S_COLUMNS) as u32;

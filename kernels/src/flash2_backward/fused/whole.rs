@@ -116,12 +116,12 @@ pub fn whole<
     while steps_left > 0 {
         let stage = steps_left % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
-        let Place { rows, place } = queries.place();
+        let Place { rows, place } = queries.place;
         let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
         let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
+        let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
         if steps_left > 1 {
-            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
-            queries.advance(&p, (steps_left - 1) % STAGES, first_anew);
+            queries.copy_next_async(&p, (steps_left - 1) % STAGES, first_anew);
         }
         for part in 0..BLOCK_M / (8 * S_COLUMNS) {
             let query = (part * 8 * S_COLUMNS) as u32;
@@ -167,6 +167,9 @@ pub fn whole<
         // Nobody reads dS any more, nor, after the last step, K, whose tile becomes dK's.
         sync_threads();
         steps_left -= 1;
+        if steps_left > 0 {
+            queries.advance(&p, first_anew);
+        }
     }
 
     let last = d_v.element_mut(0, 0, 0, 0).to_bits();

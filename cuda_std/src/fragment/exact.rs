@@ -120,7 +120,8 @@ impl MatrixElement for f32 {
 #[inline(always)]
 #[track_caller]
 fn pair<const R: usize, const C: usize>(tile: SmemTile<f32, R, C>, step: u32, k: u32, column: u32) -> [f32; 2] {
-    let first = tile.element(k, math::unknown_before(Accumulator::<1, 1>::column(0, 0), tile.start::<f32>().address() + step));
+    let first =
+        tile.element(k, math::unknown_before(Accumulator::<1, 1>::column(0, 0), tile.start::<f32>().address() + step));
     SmemTile::<f32, R, C>::beyond(first, 8 * step, column / 4).load_vector(0)
 }
 

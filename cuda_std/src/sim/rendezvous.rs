@@ -33,7 +33,12 @@ impl Word {
         match self {
             Word::Ldmatrix { .. } | Word::Stmatrix { .. } | Word::Mma { .. } | Word::MmaShared { .. } => true,
             Word::WaitForProducts { .. } => true,
-            Word::SyncWarp | Word::ShuffleXor | Word::Shuffle | Word::ShuffleQuad | Word::ShuffleUp | Word::ShuffleDown => false,
+            Word::SyncWarp
+            | Word::ShuffleXor
+            | Word::Shuffle
+            | Word::ShuffleQuad
+            | Word::ShuffleUp
+            | Word::ShuffleDown => false,
             Word::Ballot | Word::Any | Word::All | Word::Elect => false,
         }
     }

@@ -273,7 +273,8 @@ impl<
         self.row = (f32::INFINITY, 0.0);
         let thread = self.thread();
         if thread < BLOCK_M as u32 && first_row + thread < sequence.seqlen_q {
-            let first = if GENERAL { a.first_row(sequence, self.head) as u64 + first_row as u64 } else { self.statistic };
+            let first =
+                if GENERAL { a.first_row(sequence, self.head) as u64 + first_row as u64 } else { self.statistic };
             let at = (first + thread as u64) as usize;
             self.row = (exponent_base(a.softmax_lse.load(at)), self.row_sums.load(at));
         }

@@ -105,7 +105,11 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
     /// The place after this one; and at the end of a head by how many rows the next begins further up.
     #[inline(always)]
     #[track_caller]
-    fn next(p: &Params, Place { rows, place }: Place, first_anew: impl FnOnce(u32) -> (u32, u32)) -> (Place, Option<u32>) {
+    fn next(
+        p: &Params,
+        Place { rows, place }: Place,
+        first_anew: impl FnOnce(u32) -> (u32, u32),
+    ) -> (Place, Option<u32>) {
         let place = place + BLOCK_M as u32;
         if rows > BLOCK_M as u32 {
             return (Place { rows: rows - BLOCK_M as u32, place }, None);

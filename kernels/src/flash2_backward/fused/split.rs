@@ -172,7 +172,7 @@ pub fn split<
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
                 if is_masked {
                     let mask = mask_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, rows);
-                mask.apply_transposed(&mut x, own_row, query);
+                    mask.apply_transposed(&mut x, own_row, query);
                 }
                 x.zip_columns(&columns, |s, base| ex2(fma(s, scale, -base)));
                 x.store_at(handed, own_row, query);

@@ -164,12 +164,12 @@ pub fn whole<
         copy::wait::<0>();
         sync_threads();
         add_d_q::<T, HEADDIM, BLOCK_M, BLOCK_N, Q_ROWS, Q_COLUMNS>(d_s_tile, k, &p, place);
-        // Nobody reads dS any more, nor, after the last step, K, whose tile becomes dK's.
-        sync_threads();
         steps_left -= 1;
         if steps_left > 0 {
             queries.advance(&p, first_anew);
         }
+        // Nobody reads dS any more, nor, after the last step, K, whose tile becomes dK's.
+        sync_threads();
     }
 
     let last = d_v.element_mut(0, 0, 0, 0).to_bits();

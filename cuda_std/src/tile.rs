@@ -203,11 +203,10 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         }
     }
 
-    /// Goes on `elements` further, which may wrap around to somewhere before, where `rows` rows more are left than here.
+    /// Goes on `elements` further, which may wrap around to somewhere before.
     #[inline(always)]
-    pub fn skip(&mut self, elements: u64, rows: u32) {
+    pub fn skip(&mut self, elements: u64) {
         self.from = self.from.offset(elements as usize);
-        self.rows += rows as i32;
     }
 
     /// Starts to copy the next tile; a matrix that is not aligned is copied at once. Rows and columns that the matrix does
@@ -218,16 +217,14 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         self.copy_part_async(to, 0, 1);
     }
 
-    /// As [`copy_async`](Self::copy_async) for a matrix that is aligned, and of which `rows` are left from the first of this tile
-    /// on. What follows from them and from the thread is found anew: from one tile to the next only the address takes registers.
+    /// As [`copy_async`](Self::copy_async) for a matrix of which `rows` are left from the first of this tile on. What follows from them and from the thread is found anew: from one tile to the next only the address takes registers.
     #[inline(always)]
     #[track_caller]
     pub fn copy_async_anew(&mut self, to: SmemTile<T, ROWS, COLS>, rows: u32, columns: u32) {
         let (own_row, own_chunk) = Self::place_of(unknown_before(thread::thread_idx_x(), rows));
         self.columns = columns as i32 - (own_chunk * SmemTile::<T, ROWS, COLS>::CHUNK) as i32;
         self.rows = if self.columns > 0 { rows as i32 - own_row as i32 } else { 0 };
-        let all = 0..Self::rows_of_a_thread(self.threads);
-        self.copy_rows(to, (own_row, own_chunk), all, |to, from, _, valid| copy::copy_async(to, from, valid));
+        self.copy_own_rows(to, (own_row, own_chunk), 0..Self::rows_of_a_thread(self.threads));
     }
 
     /// One of `parts` parts of [`copy_async`](Self::copy_async), which are all to be called, in their order: so copies
@@ -237,17 +234,23 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     pub fn copy_part_async(&mut self, to: SmemTile<T, ROWS, COLS>, part: usize, parts: usize) {
         let count = Self::rows_of_a_thread(self.threads);
         let limit = |part| (count as usize * part / parts) as u32;
-        let (begin, end) = (limit(part), limit(part + 1));
-        if self.aligned {
-            self.copy_rows(to, Self::place(), begin..end, |to, from, _, valid| copy::copy_async(to, from, valid));
-        } else {
-            // Rare, and little code as a loop.
-            self.copy_rows(to, Self::place(), unknown(begin)..unknown(end), |to, from, columns, valid| {
-                load_elements(from, to, if valid { columns } else { 0 });
-            });
-        }
+        self.copy_own_rows(to, Self::place(), limit(part)..limit(part + 1));
         if part + 1 == parts {
             self.rows -= ROWS as i32;
+        }
+    }
+
+    /// Starts to copy, or copies at once, these rows of this thread, whose first row and chunk are `place`.
+    #[inline(always)]
+    #[track_caller]
+    fn copy_own_rows(&mut self, to: SmemTile<T, ROWS, COLS>, place: (u32, u32), rows: Range<u32>) {
+        if self.aligned {
+            self.copy_rows(to, place, rows, |to, from, _, valid| copy::copy_async(to, from, valid));
+        } else {
+            // Rare, and little code as a loop.
+            self.copy_rows(to, place, unknown(rows.start)..unknown(rows.end), |to, from, columns, valid| {
+                load_elements(from, to, if valid { columns } else { 0 });
+            });
         }
     }
 

@@ -29,6 +29,13 @@ pub fn shuffle<T: Scalar<Bits = u32>>(members: u32, x: T, source: u32) -> T {
     T::from_bits(machine::shuffle(members, x.to_bits(), source))
 }
 
+/// The `x` of lane `source`, 0 to 3, of the four that this lane is among. PTX ISA: `shfl.sync.idx.b32`, segments of four.
+#[inline(always)]
+#[track_caller]
+pub fn shuffle_quad<T: Scalar<Bits = u32>>(members: u32, x: T, source: u32) -> T {
+    T::from_bits(machine::shuffle_quad(members, x.to_bits(), source))
+}
+
 /// The `x` of lane `lane - delta`, or its own below that. PTX ISA: `shfl.sync.up.b32`.
 #[inline(always)]
 #[track_caller]

@@ -306,6 +306,9 @@ pub fn forward<
     let o_tile = SmemTile::<T, BLOCK_M, HEADDIM_V>::at(dynamic_shared());
     o.store(o_tile, own_row);
     if (CAUSAL || GENERAL) && any(ALL, !o.is_finite()) {
+        // Of a narrow head it too is found anew.
+        let of_batches = if HEADDIM > 32 { logits.head } else { sequence.batch * a.nheads + head };
+        let logits = Logits { head: of_batches, ..logits };
         let weight = |row, key, q_k, softmax| logits.weight(row, key, q_k, softmax);
         let rows = own_row..own_row + 16 * M as u32;
         attend_spoiled_rows::<T, HEADDIM, HEADDIM_V>(&a, &block, mask, aligned, o_tile, rows, weight);

@@ -134,6 +134,7 @@ fn shuffles() {
         assert_eq!(each_lane(|l| warp::shuffle_xor(ALL, x(l), distance)), of_lanes(|l| x(l ^ distance)));
         assert_eq!(each_lane(|l| warp::shuffle(ALL, x(l), distance)), of_lanes(|_| x(distance)));
         assert_eq!(each_lane(|l| warp::shuffle(ALL, x(l), l / 4 * 4)), of_lanes(|l| x(l / 4 * 4)));
+        assert_eq!(each_lane(|l| warp::shuffle_quad(ALL, x(l), l % 3)), of_lanes(|l| x(l / 4 * 4 + l % 3)));
         assert_eq!(each_lane(|l| warp::shuffle_up(ALL, x(l), distance)), of_lanes(|l| x(up(l))));
         assert_eq!(each_lane(|l| warp::shuffle_down(ALL, x(l), distance)), of_lanes(|l| x(down(l))));
     }

@@ -1,7 +1,7 @@
 //! Products in f32, exact but for the rounding of each multiply-add.
 use super::{Accumulator, LeftOperand, MatrixElement};
 use crate::warp::{self, ALL};
-use crate::{SmemTile, math, thread};
+use crate::{SmemTile, math};
 
 /// Eight columns a step. `Left` holds rows g and g + 8 whole: every lane of a quad has the same.
 impl MatrixElement for f32 {
@@ -19,7 +19,7 @@ impl MatrixElement for f32 {
         let mut a = [[[0.0; 8]; 2]; M];
         for m in 0..M {
             for half in 0..2 {
-                a[m][half] = eight(tile, row + Accumulator::<M, 1>::row(m, half), step);
+                a[m][half] = eight(tile, row + math::unknown_before(Accumulator::<M, 1>::row(m, half), row), step);
             }
         }
         LeftOperand(a)
@@ -28,12 +28,11 @@ impl MatrixElement for f32 {
     #[inline(always)]
     #[track_caller]
     fn operand<const M: usize, const N: usize>(p: &[[[f32; 4]; N]; M], step: usize) -> LeftOperand<Self, M> {
-        let quad = thread::lane_id() & !3;
         let mut a = [[[0.0; 8]; 2]; M];
         for m in 0..M {
             for i in 0..4 {
                 for q in 0..4 {
-                    a[m][i / 2][2 * q + i % 2] = warp::shuffle(ALL, p[m][step][i], quad + q as u32);
+                    a[m][i / 2][2 * q + i % 2] = warp::shuffle_quad(ALL, p[m][step][i], q as u32);
                 }
             }
         }
@@ -121,7 +120,8 @@ impl MatrixElement for f32 {
 #[inline(always)]
 #[track_caller]
 fn pair<const R: usize, const C: usize>(tile: SmemTile<f32, R, C>, step: u32, k: u32, column: u32) -> [f32; 2] {
-    let first = tile.element(k, Accumulator::<1, 1>::column(0, 0));
+    let first =
+        tile.element(k, math::unknown_before(Accumulator::<1, 1>::column(0, 0), tile.start::<f32>().address() + step));
     SmemTile::<f32, R, C>::beyond(first, 8 * step, column / 4).load_vector(0)
 }
 

@@ -46,6 +46,7 @@ words! {
     sync_warp(members: u32) = warp_sync(members);
     shuffle_xor(members: u32, x: u32, lane_mask: u32) -> u32 = shfl_bfly(members, x, lane_mask, 31);
     shuffle(members: u32, x: u32, source: u32) -> u32 = shfl_idx(members, x, source, 31);
+    shuffle_quad(members: u32, x: u32, source: u32) -> u32 = shfl_idx(members, x, source, 0x1c1f);
     shuffle_up(members: u32, x: u32, delta: u32) -> u32 = shfl_up(members, x, delta, 0);
     shuffle_down(members: u32, x: u32, delta: u32) -> u32 = shfl_down(members, x, delta, 31);
     ballot(members: u32, predicate: bool) -> u32 = vote_ballot(members, predicate);

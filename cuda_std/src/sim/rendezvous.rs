@@ -13,6 +13,7 @@ pub(super) enum Word {
     SyncWarp,
     ShuffleXor,
     Shuffle,
+    ShuffleQuad,
     ShuffleUp,
     ShuffleDown,
     Ballot,
@@ -32,7 +33,12 @@ impl Word {
         match self {
             Word::Ldmatrix { .. } | Word::Stmatrix { .. } | Word::Mma { .. } | Word::MmaShared { .. } => true,
             Word::WaitForProducts { .. } => true,
-            Word::SyncWarp | Word::ShuffleXor | Word::Shuffle | Word::ShuffleUp | Word::ShuffleDown => false,
+            Word::SyncWarp
+            | Word::ShuffleXor
+            | Word::Shuffle
+            | Word::ShuffleQuad
+            | Word::ShuffleUp
+            | Word::ShuffleDown => false,
             Word::Ballot | Word::Any | Word::All | Word::Elect => false,
         }
     }
@@ -43,6 +49,7 @@ impl fmt::Display for Word {
         f.write_str(match self {
             Word::SyncWarp => "sync_warp",
             Word::ShuffleXor => "shuffle_xor",
+            Word::ShuffleQuad => "shuffle_quad",
             Word::Shuffle => "shuffle",
             Word::ShuffleUp => "shuffle_up",
             Word::ShuffleDown => "shuffle_down",

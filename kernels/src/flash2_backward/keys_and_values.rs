@@ -109,7 +109,8 @@ pub fn keys_and_values<
     let own_row = warp_id() * 16 * M as u32;
     let mut d_k = Accumulator::<M, D_COLUMNS>::zero();
     let mut d_v = Accumulator::<M, D_COLUMNS>::zero();
-    while let Some(step) = walk.advance() {
+    while walk.wait() {
+        let step = walk.step();
         let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
         let place = (first_key + own_row, step.first_row);
         let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);

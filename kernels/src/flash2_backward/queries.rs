@@ -7,6 +7,7 @@ use crate::mask::Mask;
 use crate::schedule::{self, QueryBlock};
 use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, LeftOperand, MatrixElement, RowVector};
+use cuda_std::math::unknown_before;
 use cuda_std::shared::dynamic_shared;
 use cuda_std::thread::{sync_threads, sync_threads_or, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
@@ -176,6 +177,8 @@ pub fn queries<
             copy::commit();
         }
         let (k, v) = (k.stage(j % STAGES), v.stage(j % STAGES));
+        // Without tensor cores addresses take more registers than finding them anew for each block.
+        let own_row = if T::TENSOR_CORES { own_row } else { unknown_before(own_row, j) };
         let place = (first_row + own_row, j * BLOCK_N as u32);
 
         // P = 2^(scale · Q Kᵀ - LSE)

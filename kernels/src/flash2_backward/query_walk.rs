@@ -36,6 +36,8 @@ pub(super) struct QueryWalk<
     d_o_tile: SmemTile<T, BLOCK_M, HEADDIM_V>,
     bases: Shared<f32>,
     sums: Shared<f32>,
+    /// Steps that are to come. Counted down to 0, they take one register, and tell the stages too.
+    steps: u32,
     /// The step that comes next: a head and a block of it.
     head: u32,
     block: u32,
@@ -43,16 +45,15 @@ pub(super) struct QueryWalk<
     /// wait for each other, and more registers.
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM_V>,
-    /// Where the LSE of its first row is, and its D.
+    /// Where the LSE of its first row is, and its D; a general kernel, which has the head at hand, finds it anew.
     statistic: u64,
-    /// One past the last head.
-    end_head: u32,
-    /// Where in shared memory that step is.
-    stage: u32,
     /// This thread's row of that step: the base of its exponents, and D.
     row: (f32, f32),
     /// Whether what this thread copied of K and V is not finite; not known yet at first.
     keys_nonfinite: Option<bool>,
+    /// Of the step that was waited for: see [`Step`].
+    partial: bool,
+    poisonous: bool,
 }
 
 /// One step of the walk: a block of queries that has come in.
@@ -87,7 +88,7 @@ impl<
     pub const BYTES: usize = (BLOCK_N + STAGES as usize * BLOCK_M) * (HEADDIM + HEADDIM_V) * size_of::<T>()
         + STAGES as usize * BLOCK_M * 2 * size_of::<f32>();
 
-    /// Barriers where [`advance`](Self::advance) is said once.
+    /// Barriers where [`wait`](Self::wait) is said once.
     pub const BARRIERS: u32 = if CAUSAL || GENERAL { 2 } else { 1 };
 
     /// Begins the walk of a block of keys over `blocks`, by all `threads` of the block, through shared memory from `at` on.
@@ -125,15 +126,16 @@ impl<
             d_o_tile,
             bases,
             sums: bases.offset(STAGES * BLOCK_M as u32),
-            head: if blocks.count() > 0 { first_head } else { first_head + heads },
+            steps: blocks.count() * heads,
+            head: first_head,
             block: blocks.begin,
             q_rows: TileStream::new(threads, rows_of(&a.q, a.headdim)),
             d_o_rows: TileStream::new(threads, rows_of(&d_o, a.headdim_v)),
             statistic: a.first_row(&key_block.sequence, first_head) as u64 + first_row as u64,
-            end_head: first_head + heads,
-            stage: 0,
             row: (f32::INFINITY, 0.0),
             keys_nonfinite: None,
+            partial: false,
+            poisonous: false,
         };
         TileStream::new(threads, walk.keys(&a.k, a.headdim)).copy_async(k);
         TileStream::new(threads, walk.keys(&a.v, a.headdim_v)).copy_async(v);
@@ -170,42 +172,47 @@ impl<
         mask.query_blocks(anew(first_key), BLOCK_N as u32, BLOCK_M as u32)
     }
 
-    /// Waits for a step, and begins to load the one after it: no warp reads the one before any more, whose stage that
-    /// takes. After the last step it waits too: nothing that a thread has copied is then read or under way.
+    /// Waits for a step; whether there is one more. After the last step it waits too: nothing that a thread has copied is then
+    /// read or under way.
     #[inline(always)]
     #[track_caller]
-    pub fn advance(&mut self) -> Option<Step<T, HEADDIM, HEADDIM_V, BLOCK_M>> {
+    pub fn wait(&mut self) -> bool {
         self.store_statistics();
         copy::wait::<0>();
         // Without a window to the left all queries from some block on see all keys. Keys that are not there hide nothing: their
         // gradients go nowhere.
-        let partial = match (GENERAL, CAUSAL) {
+        self.partial = match (GENERAL, CAUSAL) {
             (true, _) => self.blocks().is_partial(self.block),
             (false, true) => self.block < self.blocks().full_begin,
             (false, false) => false,
         };
-        let hides = self.head < self.end_head && (partial || self.a.may_hide::<GENERAL>());
-        let poisonous = if (CAUSAL || GENERAL) && hides {
+        let hides = self.steps > 0 && (self.partial || self.a.may_hide::<GENERAL>());
+        self.poisonous = if (CAUSAL || GENERAL) && hides {
             sync_threads_or(self.copied_nonfinite())
         } else {
             sync_threads();
             false
         };
-        if self.head == self.end_head {
-            return None;
-        }
-        let first_of_stage = self.stage * BLOCK_M as u32;
+        self.steps > 0
+    }
+
+    /// The step that was waited for. Begins to load the one after it: no warp reads the one before any more, whose stage that
+    /// takes.
+    #[inline(always)]
+    #[track_caller]
+    pub fn step(&mut self) -> Step<T, HEADDIM, HEADDIM_V, BLOCK_M> {
+        let first_of_stage = self.stage() * BLOCK_M as u32;
         let step = Step {
-            q: self.q.stage(self.stage),
-            d_o: self.d_o_tile.stage(self.stage),
+            q: self.q.stage(self.stage()),
+            d_o: self.d_o_tile.stage(self.stage()),
             bases: self.bases.offset(first_of_stage),
             sums: self.sums.offset(first_of_stage),
             head: self.head,
             first_row: self.block * BLOCK_M as u32,
-            partial,
-            poisonous,
+            partial: self.partial,
+            poisonous: self.poisonous,
         };
-        self.stage = (self.stage + 1) % STAGES;
+        self.steps -= 1;
         self.block += 1;
         self.statistic += BLOCK_M as u64;
         // Where all queries to the last are seen, that takes no register of its own.
@@ -220,14 +227,14 @@ impl<
             let begin = self.blocks().begin;
             let rows = (anew(self.block) - anew(begin)) * BLOCK_M as u32;
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
-            self.q_rows.skip(way(&self.a.q), rows);
-            self.d_o_rows.skip(way(&self.d_o), rows);
+            self.q_rows.skip(way(&self.a.q));
+            self.d_o_rows.skip(way(&self.d_o));
             self.statistic = self.statistic.wrapping_add(self.a.lse_head_stride.wrapping_sub(rows as u64));
             self.block = begin;
             self.head += 1;
         }
         self.load();
-        Some(step)
+        step
     }
 
     /// Whether what this thread has copied or loaded for the next step is not finite.
@@ -244,8 +251,8 @@ impl<
         };
         self.keys_nonfinite = Some(of_keys);
         of_keys
-            | self.q_rows.copied_nonfinite(self.q.stage(self.stage))
-            | self.d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage))
+            | self.q_rows.copied_nonfinite(self.q.stage(self.stage()))
+            | self.d_o_rows.copied_nonfinite(self.d_o_tile.stage(self.stage()))
             | self.row.0.is_nan()
             | !self.row.1.is_finite()
     }
@@ -254,19 +261,22 @@ impl<
     #[inline(always)]
     #[track_caller]
     fn load(&mut self) {
-        if self.head == self.end_head {
+        if self.steps == 0 {
             return;
         }
-        self.q_rows.copy_async(self.q.stage(self.stage));
-        self.d_o_rows.copy_async(self.d_o_tile.stage(self.stage));
+        let (a, sequence) = (self.a, &self.key_block.sequence);
+        let (stage, first_row) = (self.stage(), self.block * BLOCK_M as u32);
+        self.q_rows.copy_async_anew(self.q.stage(stage), sequence.seqlen_q - first_row, a.headdim);
+        self.d_o_rows.copy_async_anew(self.d_o_tile.stage(stage), sequence.seqlen_q - first_row, a.headdim_v);
         copy::commit();
         // A row that is not there has P = 0.
         self.row = (f32::INFINITY, 0.0);
         let thread = self.thread();
-        let row = self.block * BLOCK_M as u32 + thread;
-        if thread < BLOCK_M as u32 && row < self.key_block.sequence.seqlen_q {
-            let at = (self.statistic + thread as u64) as usize;
-            self.row = (exponent_base(self.a.softmax_lse.load(at)), self.row_sums.load(at));
+        if thread < BLOCK_M as u32 && first_row + thread < sequence.seqlen_q {
+            let first =
+                if GENERAL { a.first_row(sequence, self.head) as u64 + first_row as u64 } else { self.statistic };
+            let at = (first + thread as u64) as usize;
+            self.row = (exponent_base(a.softmax_lse.load(at)), self.row_sums.load(at));
         }
     }
 
@@ -274,11 +284,17 @@ impl<
     #[track_caller]
     fn store_statistics(&self) {
         let thread = self.thread();
-        if thread < BLOCK_M as u32 && self.head < self.end_head {
-            let at = self.stage * BLOCK_M as u32 + thread;
+        if thread < BLOCK_M as u32 && self.steps > 0 {
+            let at = self.stage() * BLOCK_M as u32 + thread;
             self.bases.store(at, self.row.0);
             self.sums.store(at, self.row.1);
         }
+    }
+
+    /// Where in shared memory the step that comes next is.
+    #[inline(always)]
+    fn stage(&self) -> u32 {
+        self.steps % STAGES
     }
 
     /// This thread, found anew in each step: what follows from it takes no registers from one to the next.

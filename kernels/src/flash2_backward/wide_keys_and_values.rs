@@ -12,6 +12,7 @@ use crate::schedule::{self, KeyBlock};
 use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::{Accumulator, ColumnVector, LeftOperand, MatrixElement};
 use cuda_std::kernel;
+use cuda_std::math::unknown_before;
 use cuda_std::shared::{Shared, dynamic_shared};
 use cuda_std::thread::{WARP, lane_id, sync_threads, warp_id};
 use cuda_std::warp::{ALL, sync_warp};
@@ -119,10 +120,14 @@ pub fn wide_keys_and_values<
     let pairs = const { (BLOCK_N / KEYS) as u32 };
     let pair = warp_id() % pairs;
     let own_row = pair * KEYS as u32;
+    // Without tensor cores addresses take more registers than finding them anew in each step.
+    let own_row_anew = |x| if T::TENSOR_CORES { own_row } else { unknown_before(own_row, x) };
     let weights = weights.offset(pair * (KEYS * BLOCK_M) as u32);
     if warp_id() < pairs {
         let mut d_v = Accumulator::<1, V_COLUMNS>::zero();
-        while let Some(step) = walk.advance() {
+        while walk.wait() {
+            let step = walk.step();
+            let own_row = own_row_anew(step.first_row);
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
             let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);
@@ -154,7 +159,9 @@ pub fn wide_keys_and_values<
         v.store_rows(own_row, KEYS as u32, walk.keys_anew(&p.d_v.cast(), a.headdim_v, last));
     } else {
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
-        while let Some(step) = walk.advance() {
+        while walk.wait() {
+            let step = walk.step();
+            let own_row = own_row_anew(step.first_row);
             let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
             let place = (first_key + own_row, step.first_row);
             let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);

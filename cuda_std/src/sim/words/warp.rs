@@ -98,6 +98,12 @@ pub(crate) fn shuffle(members: u32, x: u32, source: u32) -> u32 {
 
 #[inline(always)]
 #[track_caller]
+pub(crate) fn shuffle_quad(members: u32, x: u32, source: u32) -> u32 {
+    shuffle_word(Word::ShuffleQuad, members, x, source, here(), |lane, source| lane / 4 * 4 + source % 4)
+}
+
+#[inline(always)]
+#[track_caller]
 pub(crate) fn shuffle_up(members: u32, x: u32, delta: u32) -> u32 {
     shuffle_word(Word::ShuffleUp, members, x, delta, here(), |lane, delta| lane.checked_sub(delta).unwrap_or(lane))
 }

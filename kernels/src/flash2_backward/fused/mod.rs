@@ -29,7 +29,6 @@ use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
 use cuda_std::SmemTile;
 use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
-use cuda_std::math::unknown_before;
 use places::d_q_sums;
 use query_stream::QueryStream;
 
@@ -55,24 +54,36 @@ fn key_block_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, x: u32)
 }
 
 /// Tokens of Q of this block of threads, and the first block of `block_m` queries that it needs of each head, found anew once
-/// `x` is known: under a causal mask from that of its block of keys, which is at hand.
+/// `x` is known. `mask`: for keys that are counted from the first of the block of keys.
 #[inline(always)]
 #[track_caller]
 fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32, block_m: u32, x: u32) -> (u32, u32) {
-    if !CAUSAL {
-        return (key_block_anew::<T, CAUSAL>(a, block_n, x).sequence.seqlen_q, 0);
-    }
-    let mask = Mask { seqlen_q: unknown_before(mask.seqlen_q, x), ..*mask };
-    (mask.seqlen_q, mask.query_blocks(0, block_n, block_m).begin)
+    let seqlen_q = key_block_anew::<T, CAUSAL>(a, block_n, x).sequence.seqlen_q;
+    let mask = Mask { seqlen_q, ..*mask };
+    (seqlen_q, if CAUSAL { mask.query_blocks(0, block_n, block_m).begin } else { 0 })
 }
 
-/// Whether a mask hides something of the `block_m` queries from `first_row` on, of a block of `block_n` keys from which on the
-/// mask counts. Where keys are missing that is so of all queries: what their P would be is not bounded, and 0 times infinity
-/// is no part of dQ. Found anew in each step, from what the mask itself takes.
+/// How many rows a head may have from a block of `block_m` queries on, so that the mask hides nothing of them from a block of
+/// `block_n` keys, from which on it counts. Where keys are missing, none: what their P would be is not bounded, and 0 times
+/// infinity is no part of dQ.
 #[inline(always)]
-fn is_masked<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32, first_row: u32) -> bool {
-    let mask = Mask { seqlen_k: unknown_before(mask.seqlen_k, first_row), ..*mask };
-    mask.seqlen_k < block_n || CAUSAL && first_row < mask.query_blocks(0, block_n, block_m).full_begin * block_m
+fn unmasked_rows<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32) -> u32 {
+    if mask.seqlen_k < block_n {
+        0
+    } else if CAUSAL {
+        mask.seqlen_q.saturating_sub(mask.query_blocks(0, block_n, block_m).full_begin * block_m)
+    } else {
+        u32::MAX
+    }
+}
+
+/// The mask of a block of keys and of the `rows` of a head from a block of queries on, both counted from their first. Without a
+/// causal mask one is needed seldom: it is found anew once `rows` is known, and takes no register in the loop.
+#[inline(always)]
+#[track_caller]
+fn mask_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32, rows: u32) -> Mask {
+    let seqlen_k = if CAUSAL { mask.seqlen_k } else { key_block_anew::<T, CAUSAL>(a, block_n, rows).rows() };
+    Mask { seqlen_q: rows, seqlen_k, ..*mask }
 }
 
 /// Row and column of this warp's part of a block of dQ.

@@ -12,15 +12,15 @@ use cuda_std::{SmemTile, TileStream, copy};
 /// A block of queries.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
-    /// Its first row in its head.
-    pub first_row: u32,
-    /// The same in the order of statistics and sums.
+    /// Rows of its head from its first on.
+    pub rows: u32,
+    /// Where its first row is in the order of statistics and sums.
     pub place: u32,
 }
 
 impl Place {
     /// Before the first block.
-    pub const NOWHERE: Place = Place { first_row: 0, place: u32::MAX };
+    pub const NOWHERE: Place = Place { rows: 0, place: u32::MAX };
 }
 
 /// The blocks of queries that a block of keys needs, of all heads of Q that share its head of K and V, one after the
@@ -33,11 +33,8 @@ pub(super) struct QueryStream<T, const BLOCK_M: usize, const HEADDIM: usize> {
     d_o: SmemTile<T, BLOCK_M, HEADDIM>,
     /// In each stage what the exponents of its rows subtract, then D.
     statistics: Shared<f32>,
-    /// The block that is copied: that of the next step.
-    block: u32,
-    place: u32,
-    /// Rows of its head from its first on.
-    rows: u32,
+    /// The block of this step.
+    pub place: Place,
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM>,
 }
@@ -68,58 +65,78 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
             q,
             d_o,
             statistics,
-            block: begin,
-            place,
-            rows: sequence.seqlen_q.wrapping_sub(begin * BLOCK_M as u32),
+            place: Place { rows: sequence.seqlen_q.wrapping_sub(begin * BLOCK_M as u32), place },
             q_rows,
             d_o_rows,
         }
     }
 
-    /// The block that is copied.
-    #[inline(always)]
-    pub fn place(&self) -> Place {
-        Place { first_row: self.block * BLOCK_M as u32, place: self.place }
-    }
-
-    /// Starts to copy the block, as one group.
+    /// Starts to copy the first block, as one group.
     #[inline(always)]
     #[track_caller]
     pub fn copy_async(&mut self, p: &Params, stage: u32) {
-        self.q_rows.copy_async_anew(self.q.stage(stage), self.rows, p.attention.headdim);
-        self.d_o_rows.copy_async_anew(self.d_o.stage(stage), self.rows, p.attention.headdim_v);
+        self.copy_block_async(p, self.place, stage);
+    }
+
+    /// Starts to copy the block after this one, and returns its place. `first_anew(x)` is how many tokens Q has, and the first
+    /// block of each head, found anew once `x` is known. After it all blocks to the end of the head are needed.
+    #[inline(always)]
+    #[track_caller]
+    pub fn copy_next_async(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (u32, u32)) -> Place {
+        let (next, rows) = Self::next(p, self.place, first_anew);
+        if let Some(rows) = rows {
+            let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
+            self.q_rows.skip(way(&p.attention.q.cast()));
+            self.d_o_rows.skip(way(&p.d_o.cast()));
+        }
+        self.copy_block_async(p, next, stage);
+        next
+    }
+
+    /// Goes on to the next block. Its place is found once more: from its copy to this it takes no registers.
+    #[inline(always)]
+    #[track_caller]
+    pub fn advance(&mut self, p: &Params, first_anew: impl FnOnce(u32) -> (u32, u32)) {
+        let Place { rows, place } = self.place;
+        let anew = |n| unknown_before(n, rows);
+        (self.place, _) = Self::next(p, Place { rows: anew(rows), place: anew(place) }, first_anew);
+    }
+
+    /// The place after this one; and at the end of a head by how many rows the next begins further up.
+    #[inline(always)]
+    #[track_caller]
+    fn next(
+        p: &Params,
+        Place { rows, place }: Place,
+        first_anew: impl FnOnce(u32) -> (u32, u32),
+    ) -> (Place, Option<u32>) {
+        let place = place + BLOCK_M as u32;
+        if rows > BLOCK_M as u32 {
+            return (Place { rows: rows - BLOCK_M as u32, place }, None);
+        }
+        // Seldom, and all is found anew each time.
+        let anew = |x| unknown_before(x, place);
+        let (seqlen_q, begin) = first_anew(place);
+        let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
+        let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
+        let place = place + places_of_head(&a, ROWS) - rows;
+        (Place { rows: seqlen_q - begin * BLOCK_M as u32, place }, Some(rows))
+    }
+
+    /// Starts to copy the block at `place`, to which the addresses have run, as one group.
+    #[inline(always)]
+    #[track_caller]
+    fn copy_block_async(&mut self, p: &Params, Place { rows, place }: Place, stage: u32) {
+        self.q_rows.copy_async_anew(self.q.stage(stage), rows, p.attention.headdim);
+        self.d_o_rows.copy_async_anew(self.d_o.stage(stage), rows, p.attention.headdim_v);
         let quads = const { BLOCK_M as u32 / 4 };
-        let thread = unknown_before(thread_idx_x(), self.place);
+        let thread = unknown_before(thread_idx_x(), place);
         if thread < 2 * quads {
             let (part, row) = (thread / quads, thread % quads * 4);
-            let from = p.statistics.offset(statistic_at(self.place + row, part, ROWS));
+            let from = p.statistics.offset(statistic_at(place + row, part, ROWS));
             copy::copy_async(self.bases(stage).offset(part * BLOCK_M as u32 + row), from, true);
         }
         copy::commit();
-    }
-
-    /// Goes on to the next block, and starts to copy it. `first_anew(x)` is how many tokens Q has, and the first block of
-    /// each head, found anew once `x` is known. After it all blocks to the end of the head are needed.
-    #[inline(always)]
-    #[track_caller]
-    pub fn advance(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (u32, u32)) {
-        self.block += 1;
-        self.place += BLOCK_M as u32;
-        if self.rows > BLOCK_M as u32 {
-            self.rows -= BLOCK_M as u32;
-        } else {
-            // From the end of one head to the beginning of the next. Seldom, and all is found anew each time.
-            let anew = |x| unknown_before(x, self.place);
-            let (seqlen_q, begin) = first_anew(self.place);
-            let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
-            let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
-            self.q_rows.skip(way(&p.attention.q.cast()), 0);
-            self.d_o_rows.skip(way(&p.d_o.cast()), 0);
-            let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
-            self.place = self.place + places_of_head(&a, ROWS) - rows;
-            (self.block, self.rows) = (begin, seqlen_q - begin * BLOCK_M as u32);
-        }
-        self.copy_async(p, stage);
     }
 
     /// What the exponents of the rows of a stage subtract.

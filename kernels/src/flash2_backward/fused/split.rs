@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew};
+use super::{QueryStream, add_d_q, first_anew, key_block, key_block_anew, mask_anew, unmasked_rows};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -97,6 +97,7 @@ pub fn split<
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
+    let unmasked_rows = unmasked_rows::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32);
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -121,7 +122,7 @@ pub fn split<
     TileStream::new(SPLIT_THREADS, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
     if steps > 0 {
-        queries.copy_async(&p, 0);
+        queries.copy_async(&p, steps % STAGES);
     }
     copy::wait::<0>();
     sync_threads();
@@ -137,24 +138,26 @@ pub fn split<
     let statistics = if is_values { queries.bases(0) } else { queries.sums(0) };
     let mut sum = Accumulator::<M, D_COLUMNS>::zero();
     let mut before = Place::NOWHERE.place;
-    for step in 0..steps {
-        let stage = step % STAGES;
+    // Counted down to 0, the steps take one register, and tell the stages too.
+    let mut steps_left = steps;
+    while steps_left > 0 {
+        let stage = steps_left % STAGES;
         let (right, other) = (right.stage(stage), other.stage(stage));
-        let d_s_tile = d_s_tiles.stage(step % 2);
+        let d_s_tile = d_s_tiles.stage(steps_left % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
-        let Place { first_row, place } = queries.place();
-        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
+        let Place { rows, place } = queries.place;
+        let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
 
         let add_before = || {
-            let d_s_tile = d_s_tiles.stage((step + 1) % 2);
+            let d_s_tile = d_s_tiles.stage((steps_left + 1) % 2);
             add_d_q::<T, HEADDIM, BLOCK_M, BLOCK_N, Q_ROWS, Q_COLUMNS>(d_s_tile, k, &p, before);
         };
         if !is_values && before != Place::NOWHERE.place {
             add_before();
         }
-        if step + 1 < steps {
-            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
-            queries.advance(&p, (step + 1) % STAGES, first_anew);
+        let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
+        if steps_left > 1 {
+            queries.place = queries.copy_next_async(&p, (steps_left - 1) % STAGES, first_anew);
         }
         for part in 0..parts {
             let query = own_query + (part * 8 * S_COLUMNS) as u32;
@@ -168,7 +171,8 @@ pub fn split<
             if is_values {
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
                 if is_masked {
-                    mask_of_block.apply_transposed(&mut x, own_row, first_row + query);
+                    let mask = mask_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, rows);
+                    mask.apply_transposed(&mut x, own_row, query);
                 }
                 x.zip_columns(&columns, |s, base| ex2(fma(s, scale, -base)));
                 x.store_at(handed, own_row, query);
@@ -219,9 +223,10 @@ pub fn split<
         // dS is whole, the next block is here, and nobody reads this one any more, nor the dS before.
         copy::wait::<0>();
         sync_threads();
+        steps_left -= 1;
     }
     if steps > 0 {
-        let d_s_tile = d_s_tiles.stage((steps + 1) % 2);
+        let d_s_tile = d_s_tiles.stage(1);
         add_d_q::<T, HEADDIM, BLOCK_M, BLOCK_N, Q_ROWS, Q_COLUMNS>(d_s_tile, k, &p, before);
     }
 

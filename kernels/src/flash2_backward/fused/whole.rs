@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew};
+use super::{QueryStream, add_d_q, first_anew, key_block, key_block_anew, mask_anew, unmasked_rows};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -86,6 +86,7 @@ pub fn whole<
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
+    let unmasked_rows = unmasked_rows::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32);
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -102,7 +103,7 @@ pub fn whole<
     TileStream::new(threads, rows_of(&a.v, a.headdim_v)).copy_async(v);
     copy::commit();
     if steps > 0 {
-        queries.copy_async(&p, 0);
+        queries.copy_async(&p, steps % STAGES);
     }
     copy::wait::<0>();
     sync_threads();
@@ -110,15 +111,17 @@ pub fn whole<
     let own_row = warp_id() * 16 * M as u32;
     let mut d_k = Accumulator::<M, D_COLUMNS>::zero();
     let mut d_v = Accumulator::<M, D_COLUMNS>::zero();
-    for step in 0..steps {
-        let stage = step % STAGES;
+    // Counted down to 0, the steps take one register, and tell the stages too.
+    let mut steps_left = steps;
+    while steps_left > 0 {
+        let stage = steps_left % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
-        let Place { first_row, place } = queries.place();
-        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32, first_row);
+        let Place { rows, place } = queries.place;
+        let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
         let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
-        if step + 1 < steps {
-            let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
-            queries.advance(&p, (step + 1) % STAGES, first_anew);
+        let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
+        if steps_left > 1 {
+            queries.copy_next_async(&p, (steps_left - 1) % STAGES, first_anew);
         }
         for part in 0..BLOCK_M / (8 * S_COLUMNS) {
             let query = (part * 8 * S_COLUMNS) as u32;
@@ -129,7 +132,8 @@ pub fn whole<
                 s.add_product_transposed(&LeftOperand::<T, M>::load(k, own_row, depth), q, query, depth);
             }
             if is_masked {
-                mask_of_block.apply_transposed(&mut s, own_row, first_row + query);
+                let mask = mask_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, rows);
+                mask.apply_transposed(&mut s, own_row, query);
             }
             let bases = ColumnVector::load(queries.bases(stage).offset(query));
             s.zip_columns(&bases, |s, base| ex2(fma(s, scale, -base)));
@@ -160,6 +164,10 @@ pub fn whole<
         copy::wait::<0>();
         sync_threads();
         add_d_q::<T, HEADDIM, BLOCK_M, BLOCK_N, Q_ROWS, Q_COLUMNS>(d_s_tile, k, &p, place);
+        steps_left -= 1;
+        if steps_left > 0 {
+            queries.advance(&p, first_anew);
+        }
         // Nobody reads dS any more, nor, after the last step, K, whose tile becomes dK's.
         sync_threads();
     }

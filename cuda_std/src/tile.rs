@@ -217,7 +217,8 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
         self.copy_part_async(to, 0, 1);
     }
 
-    /// As [`copy_async`](Self::copy_async) for a matrix of which `rows` are left from the first of this tile on. What follows from them and from the thread is found anew: from one tile to the next only the address takes registers.
+    /// As [`copy_async`](Self::copy_async) for a matrix of which `rows` are left from the first of this tile on. What follows from
+    /// them and from the thread is found anew: from one tile to the next only the address takes registers.
     #[inline(always)]
     #[track_caller]
     pub fn copy_async_anew(&mut self, to: SmemTile<T, ROWS, COLS>, rows: u32, columns: u32) {

@@ -11,18 +11,20 @@
 //! it, `block_m` at a time. S and dP are transposed, so that Pᵀ and dSᵀ come out in registers as left factors of the
 //! products that dV and dK are the sums of. dS of all keys meets in shared memory. What the block adds to dQ goes to
 //! sums in f32 in global memory; these additions are atomic, so the last bits of dQ differ from run to run. Those of dK
-//! and dV do not. Where dQ must not either, blocks of keys add in their order: [`prepare_ordered()`], [`ordered()`]
-//! ([`Order`]) and [`finish()`].
+//! and dV do not.
 //!
 //! [`prepare()`] finds what the exponents subtract and D, and clears the sums. [`whole()`] or [`split()`] is the pass
 //! itself, for narrow and for wide heads. [`finish()`] scales and rounds dQ.
 //!
-//! [`prepare_heads()`] and [`heads()`] are the other way, for short sequences of many heads: a block of threads takes one
-//! block of keys of its head after the other, and has dQ to itself. The first keys store what they have of it, the last
-//! finish it. Nothing is cleared or read again, and dQ too is the same bits in every run.
+//! Where dQ must be the same bits in every run, blocks of keys add in their order: [`prepare_ordered()`], [`ordered()`] or
+//! [`split_ordered()`], and [`finish()`], if the pass does not finish dQ itself ([`Order`]). Many short heads are faster so in any
+//! case: nothing is cleared, and dQ is finished while the L2 cache has its sums.
 //!
-//! [`prepare_ring()`], [`ring()`] and [`finish_ring()`] are the first three where the sums of dQ stay in the L2 cache: heads
-//! take turns at them, and the pass finishes dQ of heads that it is done with ([`Ring`]).
+//! [`prepare_heads()`] and [`heads()`] give the same bits: a block of threads takes one block of keys of its head after the other,
+//! and has dQ to itself.
+//!
+//! [`prepare_ring()`], [`ring()`] and [`finish_ring()`] are another way to keep the sums of dQ in the L2 cache, for longer heads:
+//! they take turns at them, and the pass finishes dQ of heads that it is done with ([`Ring`]).
 //!
 //! Where heads are wide, two blocks of threads are a cluster, which has twice the keys: [`split()`].
 //!

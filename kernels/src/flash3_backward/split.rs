@@ -199,6 +199,8 @@ pub fn split<
     cluster = CLUSTER,
     for T in [f16, bf16],
         (HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
+            // 348, 442, 554, 575 (216, 290, 383, 360); causal 226, 333, 503, 577 (156, 239, 366, 395), whose gradients are not
+            // deterministic.
             (256, 128, 64, 64, 4, 8, 32, 8),
         ],
         CAUSAL in [false, true],

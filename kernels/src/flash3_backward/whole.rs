@@ -235,15 +235,15 @@ pub fn ring<
     for T in [f16, bf16],
         (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
             // On an H100, TFLOP/s at 512, 1k, 4k and 16k tokens, with what goes before and after; in brackets cuDNN's, whose
-            // gradients are not deterministic. 254, 370, 536, 527 (247, 342, 449, 460)
+            // gradients are not deterministic. 322, 432, 552, 576 (247, 341, 450, 454)
             (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
-            // 165, 269, 483, 582 (149, 233, 379, 434)
+            // 197, 300, 484, 575 (149, 232, 376, 442)
             (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
-            // 297, 425, -, - (296, 420, 563, 553)
+            // 381, 485, -, - (297, 417, 549, 558)
             (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
-            // 184, 291, 514, 620 (171, 287, 475, 557)
+            // 236, 352, 533, 618 (171, 286, 465, 549)
             (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
-            // -, -, 621, 666
+            // -, -, 613, 653
             (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
         ],
     config = config,
@@ -291,10 +291,10 @@ pub fn ordered<
     arch = sm_90a,
     for T in [f16, bf16],
         (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
-            // On an H100, TFLOP/s at 512, 1k and 2k tokens, with what goes before; in brackets those of `whole`, cuDNN's.
-            // 299, 263, 260 (281, 406, 504; 249, 347, 421)
+            // On an H100, TFLOP/s at 512, 1k and 2k tokens, with what goes before; in brackets those of `ordered`.
+            // 306, 263, 260 (322, 432, 508)
             (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
-            // 207, 247, 251 (150, 247, 377; 148, 231, 315)
+            // 207, 247, 251 (197, 300, 409)
             (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
         ],
     config = config,

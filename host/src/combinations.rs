@@ -118,8 +118,7 @@ const PREFACE: &str = "\
 `ferroflash info --kernels` prints this page. It asks what chooses kernels for calls, with heads of 64 elements where
 it says nothing else. `yes`: as fast as without; `general`: by a kernel that asks its arguments for all features, which
 costs time; `no`: refused, with the reason. Gradients of flash2 that are `deterministic` compute S and dP twice, which costs
-time too; flash3 leaves those of heads of more than 128 to flash2. flash3 runs on Hopper. `auto` takes the first family here that
-can run a problem.
+time too. flash3 runs on Hopper. `auto` takes the first family here that can run a problem.
 
 ";
 

@@ -267,4 +267,47 @@ mod tests {
         // One where the cache holds none, and no more than there are.
         assert_eq!((in_turn(1, 65536, 8, 8), in_turn(2, 100, 4, 2)), (1, 4));
     }
+
+    /// (batch, seqlen, nheads, headdim), with the kernel's `block_m`.
+    fn of_order(shape: [usize; 4], block_m: u32, causal: bool) -> (Problem, Config) {
+        let of = Layout::contiguous(DType::BF16, &shape).expect("small");
+        let problem = Problem::new(&of, &of, &of, &AttentionOptions::new().causal(causal)).expect("valid");
+        let (headdim, block_n) = (shape[3] as u32, if shape[3] > 128 { 64 } else { 128 });
+        (problem, Config { headdim, block_m, block_n, ..WHOLE[0].config })
+    }
+
+    #[test]
+    fn fewer_heads_take_turns_in_order() {
+        let in_turn = |shape, block_m, causal| {
+            let (problem, config) = of_order(shape, block_m, causal);
+            heads_in_turn_in_order(&problem, &config)
+        };
+        assert_eq!((in_turn([32, 512, 16, 128], 64, true), in_turn([32, 512, 32, 64], 128, true)), (16, 64));
+        assert_eq!((in_turn([1, 16384, 16, 128], 64, true), in_turn([1, 16384, 16, 128], 80, false)), (1, 2));
+        assert_eq!((in_turn([16, 1024, 8, 256], 64, false), in_turn([8, 2048, 8, 256], 64, false)), (4, 4));
+    }
+
+    #[test]
+    fn an_order_is_fast_where_many_heads_are_short() {
+        let is_fast = |shape, causal| {
+            let (problem, config) = of_order(shape, 64, causal);
+            is_fast_in_order(&problem, &config)
+        };
+        assert!(is_fast([32, 512, 16, 128], false) && is_fast([16, 1024, 16, 128], true));
+        assert!(!is_fast([16, 1024, 16, 128], false) && !is_fast([8, 2048, 16, 128], true));
+        assert!(is_fast([16, 1024, 8, 256], false) && is_fast([8, 2048, 8, 256], true));
+        assert!(is_fast([32, 512, 32, 64], false) && !is_fast([32, 512, 32, 64], true));
+        // Few waves: the first blocks wait, and nothing comes after them.
+        assert!(!is_fast([2, 512, 16, 128], true));
+    }
+
+    #[test]
+    fn short_sequences_are_finished_where_they_are_summed() {
+        let finishes = |shape, block_m| {
+            let (problem, config) = of_order(shape, block_m, true);
+            finishes_in_order(&problem, &config)
+        };
+        assert!(finishes([1, 2048, 16, 128], 64) && finishes([1, 2048, 8, 256], 64) && finishes([1, 512, 32, 64], 128));
+        assert!(!finishes([1, 4096, 16, 128], 64) && !finishes([1, 2048, 16, 128], 80));
+    }
 }

@@ -628,17 +628,15 @@ fn gradients_of_sequences_of_different_lengths() {
 /// What its backward pass cannot do is refused, and named.
 #[test]
 fn gradients_that_it_has_not() {
-    let refused = |headdim, change: fn(&mut Combination)| {
-        let mut combination = plain(DType::BF16, (20, 30), (headdim, headdim));
+    let refused = |change: fn(&mut Combination)| {
+        let mut combination = plain(DType::BF16, (20, 30), (64, 64));
         let forward = combination.forward(&session(), &combination.tensors()).expect("plain");
         change(&mut combination);
         let refused = combination.backward(&session(), &combination.tensors(), &forward).expect_err("refused");
         refused.to_string()
     };
-    let capped = refused(64, |combination| combination.options.softcap = Some(9.0));
+    let capped = refused(|combination| combination.options.softcap = Some(9.0));
     assert!(capped.ends_with("flash3 backward: no kernel of bf16 and headdim 64 for softcap"), "{capped}");
-    let wide = refused(192, |combination| combination.options.deterministic = true);
-    assert!(wide.ends_with("flash3 backward, in order: headdim 192; allowed: up to 128"), "{wide}");
 }
 
 /// Gradients of a sequence are the same bits in any order of threads, alone, and beside others, also beside longer ones.
@@ -650,7 +648,7 @@ fn deterministic_gradients_do_not_depend_on_what_else_runs() {
         session().simulator_options(options)
     };
     let others: [&[_]; 3] = [&[], &[(70, 0)], &[(0, 9), (130, 400), (90, 20)]];
-    for headdim in [64, 128] {
+    for headdim in [64, 128, 256] {
         for causal in [false, true] {
             beside::check(session, (headdim, causal), (200, 290), &others, "flash3_bwd_ordered_")
                 .unwrap_or_else(|reason| panic!("{reason}"));

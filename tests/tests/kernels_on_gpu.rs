@@ -146,7 +146,7 @@ fn deterministic_gradients_do_not_depend_on_what_else_runs() {
     let Some(session) = hopper("deterministic_gradients_do_not_depend_on_what_else_runs") else { return };
     let many = [(700, 500); 40];
     let others: [&[_]; 4] = [&[], &[(70, 0)], &[(0, 9), (3000, 4000), (90, 20)], &many];
-    for headdim in [64, 128] {
+    for headdim in [64, 128, 256] {
         for causal in [false, true] {
             for lengths in [(200, 290), (1300, 1100)] {
                 beside::check(|_| session.clone(), (headdim, causal), lengths, &others, "flash3_bwd_ordered_")

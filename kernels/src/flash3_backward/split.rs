@@ -146,7 +146,8 @@ const fn ordered_config<
 >() -> Config {
     let split = config::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL>();
     let shared_bytes = split.shared_bytes.next_multiple_of(16) + Destinations::BYTES;
-    Config { shared_bytes, barriers: split.barriers + 4, ..split }
+    // A turn and its end: at both places where each warpgroup adds, and where a warp sees to it.
+    Config { shared_bytes, barriers: split.barriers + 2 * (2 * GROUPS + 1), ..split }
 }
 
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ: for heads so wide that a warpgroup can

@@ -104,7 +104,7 @@ pub fn finishes_in_order(problem: &Problem, config: &Config) -> bool {
 }
 
 /// Whether an order is the fastest way, as well: where there are waves of blocks of threads enough that what the first ones wait
-/// does not count, and blocks of keys of a head are few. On an H100, in TFLOP/s, in order and else: headdim 256, 512 tokens 348
+/// does not count, blocks of keys of a head are few, and each has queries enough to fall behind the next without a wait. On an H100, in TFLOP/s, in order and else: headdim 256, 512 tokens 348
 /// and 296, causal 226 and 167, 1024 tokens 442 and 424, causal 333 and 286, 2048 tokens 517 and 528, causal 430 and 419; headdim
 /// 128, 512 tokens 379 and 358, causal 239 and 210, 1024 tokens 486 and 500, causal 354 and 327, 2048 tokens, causal, 454 and 467;
 /// headdim 64, 512 tokens 322 and 317, causal 197 and 213.
@@ -122,7 +122,7 @@ pub fn is_fast_in_order(problem: &Problem, config: &Config) -> bool {
         (64, false) => (3..=4).contains(&key_blocks),
         _ => false,
     };
-    are_enough && are_few && problem.varlen.is_none()
+    are_enough && are_few && problem.seqlen_q >= problem.seqlen_k && problem.varlen.is_none()
 }
 
 /// How many counters there are where blocks of keys add to dQ in their order.
@@ -297,8 +297,12 @@ mod tests {
         assert!(!is_fast([16, 1024, 16, 128], false) && !is_fast([8, 2048, 16, 128], true));
         assert!(is_fast([16, 1024, 8, 256], false) && is_fast([8, 2048, 8, 256], true));
         assert!(is_fast([32, 512, 32, 64], false) && !is_fast([32, 512, 32, 64], true));
-        // Few waves: the first blocks wait, and nothing comes after them.
+        // Few waves: the first blocks wait, and nothing comes after them. And few queries.
         assert!(!is_fast([2, 512, 16, 128], true));
+        let of = |seqlen| Layout::contiguous(DType::BF16, &[64, seqlen, 16, 128]).expect("small");
+        let (_, config) = of_order([64, 512, 16, 128], 64, false);
+        let few = Problem::new(&of(64), &of(512), &of(512), &AttentionOptions::new()).expect("valid");
+        assert!(!is_fast_in_order(&few, &config));
     }
 
     #[test]

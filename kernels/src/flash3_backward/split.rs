@@ -281,10 +281,9 @@ fn pass<
         walk::ORDERED => Work::of::<T, CAUSAL>(a, keys_anew(x), BLOCK_M as u32, CLUSTER * BLOCK_N as u32),
         _ => work,
     };
-    let group = warpgroup_id();
-    let work = work_anew(group);
+    let work = if WALK == walk::ORDERED { work_anew(warpgroup_id()) } else { work };
     let consumer = SplitConsumer { p, a, memory, work };
-    match group {
+    match warpgroup_id() {
         0 => {
             release_registers::<40>();
             if work.steps() > 0 {
@@ -305,7 +304,8 @@ fn pass<
         }
         1 => {
             claim_registers::<232>();
-            let consumer = SplitConsumer { work: work_anew(lane_id()), ..consumer };
+            let consumer =
+                if WALK == walk::ORDERED { SplitConsumer { work: work_anew(lane_id()), ..consumer } } else { consumer };
             let d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, WALK>();
             // What the blocks tell each other finds them until both have ended.
             cluster::arrive();
@@ -481,7 +481,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         let first = first_step();
         let mut sent = exchange.producer();
         P_EMPTY.arrive();
-        let steps = unknown(work.steps());
+        let steps = if WALK == walk::ORDERED { unknown(work.steps()) } else { work.steps() };
         for step in 0..steps {
             let slot = queries.beside(inputs.d_outputs).wait();
             let d_p = wgmma::product(inputs.v.rows(0), inputs.d_o.rows(0));

@@ -591,7 +591,7 @@ fn info_explains_which_kernels_would_run() {
     };
     let left = |reason| format!("flash2: flash2 is the newest kernel that can: {reason}");
     let ordered = match is_built {
-        true => format!("{plain}; fused: dQ is summed in the order of the keys, as deterministic asks"),
+        true => format!("{plain}; fused: dQ is summed in the order of the keys, the same in every run"),
         false => format!("{}; {owned}: deterministic asks for it", left(capped)),
     };
     assert_eq!(backward(&[]), format!("{plain}; {fused}"));

@@ -19,6 +19,9 @@ pub struct Rescale<const M: usize> {
     any: bool,
 }
 
+/// By how much more than its maximum a row's elements may be, in log2 units, until the maximum is raised lazily.
+const SLACK: f32 = 8.0;
+
 impl<const M: usize> RowSoftmax<M> {
     /// Rows of no elements.
     pub const EMPTY: Self = RowSoftmax([[OnlineSoftmax::EMPTY; 2]; M]);
@@ -28,7 +31,12 @@ impl<const M: usize> RowSoftmax<M> {
     #[inline(always)]
     #[track_caller]
     pub fn take<const N: usize>(&mut self, s: &mut Accumulator<M, N>, scale: f32) {
-        self.raise(s, scale, true);
+        for m in 0..M {
+            for half in 0..2 {
+                let block_max = reduce::<4, f32>(s.fold_row(m, half, math::max), math::max);
+                self.0[m][half].raise(block_max * scale);
+            }
+        }
         self.weigh(s, scale);
     }
 
@@ -41,20 +49,29 @@ impl<const M: usize> RowSoftmax<M> {
         rescale
     }
 
-    /// Raises m for a block of scores S, but only once an element exceeds it by more than a factor of 2⁸: until then the
-    /// weights are larger than 1, the sums no less exact, nothing is to be rescaled, and the lanes of a row need not agree.
-    /// FlashAttention-4 does so.
+    /// Raises m for a block of scores S, but of each row only once an element exceeds it by more than a factor of 2⁸: until then the
+    /// weights are larger than 1, the sums no less exact, and nothing is to be rescaled. FlashAttention-4 does so. What a row
+    /// becomes does not depend on others of its warp, which at the end of a sequence may be another's.
     #[inline(always)]
     #[track_caller]
     pub fn raise_lazily<const N: usize>(&mut self, s: &Accumulator<M, N>, scale: f32) -> Rescale<M> {
-        let exceeded = self.is_exceeded(s, scale);
-        self.raise(s, scale, any(ALL, exceeded))
+        let mut rescale = Rescale { alpha: [[1.0; 2]; M], any: any(ALL, self.is_exceeded(s, scale)) };
+        if rescale.any {
+            for m in 0..M {
+                for half in 0..2 {
+                    let state = &mut self.0[m][half];
+                    let block_max = reduce::<4, f32>(s.fold_row(m, half, math::max), math::max) * scale;
+                    let kept = if block_max > state.m + SLACK { block_max } else { state.m };
+                    rescale.alpha[m][half] = state.raise(kept);
+                }
+            }
+        }
+        rescale
     }
 
     /// Whether one of this lane's scores exceeds m by more than a factor of 2⁸.
     #[inline(always)]
     fn is_exceeded<const N: usize>(&self, s: &Accumulator<M, N>, scale: f32) -> bool {
-        const SLACK: f32 = 8.0;
         let mut exceeds = false;
         for m in 0..M {
             for half in 0..2 {
@@ -95,22 +112,6 @@ impl<const M: usize> RowSoftmax<M> {
             }
             rescale.apply_if_any(o);
         }
-    }
-
-    /// Raises m for a block of scores S, if that is `wanted`.
-    #[inline(always)]
-    #[track_caller]
-    fn raise<const N: usize>(&mut self, s: &Accumulator<M, N>, scale: f32, wanted: bool) -> Rescale<M> {
-        let mut rescale = Rescale { alpha: [[1.0; 2]; M], any: wanted };
-        if wanted {
-            for m in 0..M {
-                for half in 0..2 {
-                    let block_max = reduce::<4, f32>(s.fold_row(m, half, math::max), math::max);
-                    rescale.alpha[m][half] = self.0[m][half].raise(block_max * scale);
-                }
-            }
-        }
-        rescale
     }
 
     /// Scores S become weights P = 2^(scale · S - m), for which m has been raised.

@@ -107,8 +107,8 @@ def attention(
             number, for all.
         softcap: The scores S become softcap · tanh(S / softcap).
         dropout_p: The probability that an element of P becomes 0. The seed comes from torch's CPU generator.
-        deterministic: Whether gradients must be the same bits in every run and in every batch; up to a tenth slower on Hopper,
-            more elsewhere.
+        deterministic: Whether gradients must be the same bits in every run and in every batch; an eighth slower at most on
+            Hopper, more elsewhere.
         allow_tf32: Whether products of float32 tensors may be computed in tf32 on CUDA.
         num_splits: Into how many parts keys are divided among a GPU's multiprocessors, by kernels that can: 0 for as
             many as seems best, 1 for no division, at most 128. It changes the last bits of results.

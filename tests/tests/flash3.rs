@@ -1,6 +1,6 @@
 //! FlashAttention-3 on the simulated GPU, whose two multiprocessors take several tiles each: what the grid that all
 //! kernels share leaves out.
-use ferroflash::{AttentionOptions, Backend, DType, Kernel, Session, SimulatorOptions, accuracy};
+use ferroflash::{AttentionOptions, Backend, DType, Inputs, Kernel, Session, SimulatorOptions, TensorRef, accuracy};
 use ferroflash_tests::beside;
 use ferroflash_tests::combination::Combination;
 use ferroflash_tests::features::plain;
@@ -8,6 +8,7 @@ use ferroflash_tests::grid::Case;
 use ferroflash_tests::guarded::Gaps;
 use ferroflash_tests::inputs::tensor;
 use ferroflash_tests::pointers::Machine;
+use half::f16;
 use kernels::{Config, flash3};
 
 fn session() -> Session {
@@ -637,6 +638,32 @@ fn gradients_that_it_has_not() {
     };
     let capped = refused(|combination| combination.options.softcap = Some(9.0));
     assert!(capped.ends_with("flash3 backward: no kernel of bf16 and headdim 64 for softcap"), "{capped}");
+}
+
+/// What the next sequence has in the last rows of a tile, however large, changes no bit of this one.
+#[test]
+fn the_next_sequence_changes_no_bit() {
+    let rows = |of_next: f32, causal| {
+        let numbers = |rows: u32, seed: u32, scale: f32| {
+            let number =
+                move |i: u32| (i + seed).wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(2_246_822_519);
+            (0..64 * rows).map(move |i| f16::from_f32((number(i) as f32 / u32::MAX as f32 - 0.5) * 6.0 * scale))
+        };
+        let both = |first, next, seed, scale| -> Vec<f16> {
+            numbers(first, seed, 1.0).chain(numbers(next, seed + 7, scale)).collect()
+        };
+        let (q, k, v) = (both(200, 64, 1, of_next), both(290, 64, 2, 1.0), both(290, 64, 3, 1.0));
+        let tensor = |data| TensorRef::new(data, &[264, 1, 64]).expect("so many");
+        let of_keys = |data| TensorRef::new(data, &[354, 1, 64]).expect("so many");
+        let starts = |starts| TensorRef::new(starts, &[3]).expect("so many");
+        let inputs = Inputs::<TensorRef>::new(tensor(&q), of_keys(&k), of_keys(&v))
+            .cu_seqlens(starts(&[0i32, 200, 264]), starts(&[0i32, 290, 354]));
+        let found = session().attention_with(&inputs, &AttentionOptions::new().causal(causal)).expect("plain");
+        found.out.bytes()[..200 * 64 * 2].to_vec()
+    };
+    for causal in [false, true] {
+        assert!(rows(0.0, causal) == rows(20.0, causal), "causal {causal}");
+    }
 }
 
 /// Gradients of a sequence are the same bits in any order of threads, alone, and beside others, also beside longer ones.

@@ -18,7 +18,7 @@ const COST: u64 = 512;
 const COST_OF_PART: u64 = 16;
 
 /// As many as the caller says, but at most one a block of keys that a tile sees; or, where queries are few, as many as fill the
-/// multiprocessors.
+/// multiprocessors: that depends on how many sequences there are, so with deterministic gradients it is one.
 pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Splits {
     // Without an order of the sequences each tile is left to a block of threads.
     let is_ordered = problem.varlen.is_none() || problem.batch <= MAX_SEQUENCES as usize;
@@ -27,7 +27,9 @@ pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Sp
     }
     let blocks = key_blocks(problem, packing, config);
     let parts = match problem.num_splits as u64 {
-        0 if has_many_keys_a_query(problem) => filling(tiles(problem, packing, config), blocks, config.block_n.into()),
+        0 if has_many_keys_a_query(problem) && !problem.deterministic => {
+            filling(tiles(problem, packing, config), blocks, config.block_n.into())
+        }
         0 => 1,
         asked => asked.min(blocks),
     };
@@ -121,6 +123,10 @@ mod tests {
         assert_eq!(splits_of((1, 300), 5, &few), 3);
         assert_eq!(splits_of((100, 100), 0, &few), 1);
         assert_eq!(splits_of((1, 16384), 0, &Config { few: false, ..few }), 1);
+        let layout = |seqlen| Layout::contiguous(DType::BF16, &[1, seqlen, 8, 64]).expect("small");
+        let options = AttentionOptions::new().deterministic(true);
+        let problem = Problem::new(&layout(1), &layout(16384), &layout(16384), &options).expect("valid");
+        assert_eq!(splits(&problem, Packing::SINGLE, &few), Splits::ONE);
     }
 
     #[test]

@@ -110,11 +110,14 @@ def test_cuda_deterministic_gradients_depend_on_nothing_else(cuda, headdim, leng
         alone = gradients(*(x[b : b + 1] for x in (q, k, v, dout)))
         assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, first))
 
-    # Sequences of other lengths around the second.
+    # Sequences of other lengths around the second, whose queries are large: they share tiles with its last rows.
     ends = [700, 700 + length, 701 + length, 9 * length]
     starts = torch.tensor([0, *ends], device=cuda, dtype=torch.int32)
     longest = max(y - x for x, y in zip([0, *ends], ends))
     tokens = [x.flatten(0, 1)[: ends[-1]] for x in (q, k, v, dout)]
+    large = torch.full((ends[-1], 1, 1), 20.0, device=cuda, dtype=q.dtype)
+    large[700 : 700 + length] = 1
+    tokens[0] = tokens[0] * large
     several = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
     found = gradients(*tokens, **several)
     one = torch.tensor([0, length], device=cuda, dtype=torch.int32)

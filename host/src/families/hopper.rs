@@ -118,6 +118,10 @@ fn has_many_keys_a_query(problem: &Problem) -> bool {
 /// all; or it takes several tiles that cost the same, and the other one, which pairs them unless it is general, has not the larger
 /// tiles of kernels for many keys.
 pub(crate) fn has_few_queries(problem: &Problem, few: &Config, other: &Config) -> bool {
+    // Its blocks of keys are others, so other bits: the longest sequence must not choose.
+    if few.general && problem.deterministic && problem.varlen.is_some() {
+        return false;
+    }
     let packing = packing(problem, few);
     let rows = |config: &Config, packing| u128::from(tiles(problem, packing, config)) * u128::from(config.block_m);
     let saves_rows = 10 * rows(few, packing) <= 9 * rows(other, Packing::SINGLE);

@@ -247,6 +247,20 @@ mod tests {
             Family::flash3(&wanted).expect("it is built for this").kernels()[0].0
         };
         assert_eq!([true, false].map(chosen), ["2x128", "3x80"].map(|tile| format!("flash3_fwd_bf16_d128_{tile}")));
+
+        let layout = |tokens, nheads| Layout::contiguous(DType::BF16, &[tokens, nheads, 128]).expect("small");
+        let (q, k) = (layout(64, 8), layout(600, 2));
+        let inputs =
+            Inputs { cu_seqlens_q: Some(&cu_seqlens), cu_seqlens_k: Some(&cu_seqlens), ..Inputs::new(&q, &k, &k) };
+        let of_few_queries = |deterministic| {
+            let sequences = Sequences::new(&[0, 32, 64], 64, &[0, 300, 600], 600).expect("they end with the tensors");
+            let options = AttentionOptions::new().softcap(30.0).deterministic(deterministic);
+            let problem = Problem::of(&inputs, Some(sequences), &options).expect("valid");
+            let wanted = Wanted::new(&problem, Access { aligned: true, mapped: true }, Target::HOPPER);
+            Family::flash3(&wanted).expect("it is built for this").kernels()[0].0
+        };
+        let tiles = ["3x64", "2x128_few"].map(|tile| format!("flash3_fwd_bf16_d128_{tile}_general"));
+        assert_eq!([true, false].map(of_few_queries), tiles);
     }
 
     #[test]

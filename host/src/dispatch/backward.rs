@@ -318,7 +318,7 @@ impl Passes {
         let Config { headdim, block_m, .. } = pass.config;
         let mut workspace = Self::fused_workspace(problem, headdim, block_m);
         workspace.retain(|part| part.name != D_Q_SUMS);
-        let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+        let heads = hopper::backward::heads_of_k(problem);
         workspace.push(Workspace { name: D_Q_SUMS, dtype: DType::F32, len: turns.sums });
         workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: heads.saturating_mul(2) });
         Ok(Passes {
@@ -501,7 +501,8 @@ mod tests {
             assert_eq!(plan(32, 512, 128, deterministic), ORDERED);
             assert_eq!(plan(16, 1024, 256, deterministic), ORDERED);
         }
-        let both = |batch, seqlen, headdim| [false, true].map(|sums| plan(batch, seqlen, headdim, sums));
+        let both =
+            |batch, seqlen, headdim| [false, true].map(|deterministic| plan(batch, seqlen, headdim, deterministic));
         assert_eq!(both(1, 512, 64), [FUSED, ORDERED]);
         assert_eq!(both(1, 512, 128), [FUSED, ORDERED]);
         assert_eq!(both(8, 2048, 128), [RING, ORDERED]);

@@ -90,7 +90,7 @@ fn heads_in_turn_in_order(problem: &Problem, config: &Config) -> u32 {
 
 /// How many heads of K have their Q, dO and sums of dQ in so many bytes.
 fn heads_within(bytes: u64, problem: &Problem, config: &Config) -> u32 {
-    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    let heads = heads_of_k(problem);
     (bytes / of_head(problem, config).max(1)).min(heads) as u32
 }
 
@@ -110,7 +110,7 @@ pub fn finishes_in_order(problem: &Problem, config: &Config) -> bool {
 /// headdim 64, 512 tokens 322 and 317, causal 197 and 213.
 pub fn is_fast_in_order(problem: &Problem, config: &Config) -> bool {
     let key_blocks = key_blocks(problem, Order::BLOCK_N);
-    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    let heads = heads_of_k(problem);
     // Of a cluster each block of threads has a part of the keys.
     let wave = MULTIPROCESSORS * u64::from(config.block_n) / u64::from(Order::BLOCK_N);
     let are_enough = heads.saturating_mul(key_blocks) >= 12 * wave;
@@ -127,8 +127,13 @@ pub fn is_fast_in_order(problem: &Problem, config: &Config) -> bool {
 
 /// How many counters there are where blocks of keys add to dQ in their order.
 pub fn counters_of_order(problem: &Problem) -> u64 {
-    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    let heads = heads_of_k(problem);
     heads.saturating_mul(key_blocks(problem, Order::BLOCK_N)).saturating_mul(Order::COUNTERS.into())
+}
+
+/// Heads of K of all sequences.
+pub fn heads_of_k(problem: &Problem) -> u64 {
+    (problem.nheads_k as u64).saturating_mul(problem.batch as u64)
 }
 
 /// Blocks of so many keys of the longest sequence.
@@ -146,7 +151,7 @@ const USED_AGAIN: u64 = 40 << 20;
 /// of [`whole`](kernels::flash3_backward::whole()): headdim 64, 512 tokens 1.06, causal 1.38, 1024 tokens 0.65, causal
 /// 1.00; headdim 128, 512 tokens 0.81, causal 1.19, 1024 tokens 0.58, causal 0.78.
 pub fn takes_whole_heads(problem: &Problem, config: &Config) -> bool {
-    let heads = (problem.nheads_k as u64).saturating_mul(problem.batch as u64);
+    let heads = heads_of_k(problem);
     // Each multiprocessor has a head for five sixths of the time, or more.
     let waves = heads.div_ceil(MULTIPROCESSORS);
     let are_enough = heads.saturating_mul(6) >= waves.saturating_mul(MULTIPROCESSORS).saturating_mul(5);
@@ -189,7 +194,7 @@ pub fn ring(problem: &Problem, config: &Config) -> Option<Turns> {
     let wave = MULTIPROCESSORS.div_ceil(key_blocks(problem, config.block_n).max(1));
     let in_turn = if problem.is_causal() { wave.div_ceil(4).max(2) } else { 1 };
     let lag = in_turn + (6 * wave).div_ceil(5);
-    let (heads, all) = (2 * (in_turn + wave), (problem.nheads_k as u64).saturating_mul(problem.batch as u64));
+    let (heads, all) = (2 * (in_turn + wave), heads_of_k(problem));
     let sums = of_head.saturating_mul(heads);
     let met = sums.saturating_mul(4) / if problem.is_causal() { 2 } else { 1 };
     let pays = problem.varlen.is_none() && heads < all && met <= RING_BYTES;

@@ -121,7 +121,8 @@ fn general_divided_keys() {
     }
 }
 
-/// Gradients of so many heads that these take turns at the sums of dQ.
+/// Gradients of so many heads that these take turns at the sums of dQ, and so few that a block of threads does not take a head:
+/// that is done from five sixths of two for each multiprocessor on.
 #[test]
 fn gradients_of_many_heads() {
     let Some(session) = hopper("gradients_of_many_heads") else { return };
@@ -130,7 +131,7 @@ fn gradients_of_many_heads() {
     {
         for causal in [false, true] {
             for (lengths, nheads, nheads_k) in [((150, 150), 4, 4), ((100, 225), 6, 3)] {
-                let case = Case { batch: 60, nheads, nheads_k, ..Case::single(dtype, lengths, headdim, causal) };
+                let case = Case { batch: 189 / nheads_k, nheads, nheads_k, ..Case::single(dtype, lengths, headdim, causal) };
                 let (gradients, accuracy) = case.run_backward(&session);
                 assert!(accuracy.passed(), "{case:?}: {accuracy}");
                 let pass = gradients.report.launches[1].entry;

@@ -55,6 +55,12 @@ impl<T: Element> Scores<T> {
         }
     }
 
+    /// The same with another window.
+    #[inline(always)]
+    pub fn of_mask(self, mask: Mask) -> Self {
+        Scores { mask, ..self }
+    }
+
     /// ALiBi's slope of a head; 0: none.
     #[inline(always)]
     #[track_caller]

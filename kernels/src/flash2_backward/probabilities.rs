@@ -111,8 +111,11 @@ impl<T: Element> Probabilities<T> {
     /// follows from the keys is found anew, and takes no registers elsewhere.
     #[inline(always)]
     pub fn sees_from(&self, (first_key, first_row): (u32, u32)) -> impl Fn(u32, u32) -> bool {
-        let first_key = unknown_before(first_key, first_row);
-        move |key, row| self.sees(first_row + row, first_key + key)
+        let anew = |n| unknown_before(n, first_row);
+        let first_key = anew(first_key);
+        let mask = Mask { seqlen_k: anew(self.mask.seqlen_k), ..self.mask };
+        let probabilities = Probabilities { mask, scores: self.scores.map(|scores| scores.of_mask(mask)), ..*self };
+        move |key, row| probabilities.sees(first_row + row, first_key + key)
     }
 
     /// Drops elements of P or dP, and scales the others.

@@ -280,13 +280,15 @@ impl<T: Element, const ROWS: usize, const COLS: usize> TileStream<T, ROWS, COLS>
     }
 
     /// Whether there is a NaN or an infinity among what this thread has copied to a tile. To be asked after the wait: a
-    /// thread sees its own copies without a barrier.
+    /// thread sees its own copies without a barrier. Where they are is found anew: from one tile to the next it takes no
+    /// registers.
     #[inline(always)]
     #[track_caller]
     pub fn copied_nonfinite(&self, tile: SmemTile<T, ROWS, COLS>) -> bool {
         let mut found = 0;
         let rows = 0..Self::rows_of_a_thread(self.threads);
-        Self::each_chunk(self.threads, tile, Self::place(), rows, |chunk, _, _| {
+        let place = Self::place_of(unknown_before(thread::thread_idx_x(), tile.base.address()));
+        Self::each_chunk(self.threads, tile, place, rows, |chunk, _, _| {
             for word in chunk.cast::<u32>().load_vector::<4>(0) {
                 found |= T::nonfinite(word);
             }

@@ -102,7 +102,7 @@ impl Mask {
 
     /// The first query that sees key `key`, of those that there may be.
     #[inline(always)]
-    fn first_query(self, key: u32) -> u32 {
+    pub(crate) fn first_query(self, key: u32) -> u32 {
         // row + seqlen_k - seqlen_q + right >= key
         (key + self.seqlen_q).saturating_sub(self.right.saturating_add(self.seqlen_k))
     }

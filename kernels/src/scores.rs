@@ -6,7 +6,7 @@
 use crate::attention::{Attention, Sequence};
 use crate::mask::Mask;
 use cuda_std::fragment::Accumulator;
-use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_quarters, tanh_of_small_quarter};
+use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_quarters, tanh_of_small_quarter, unknown_before};
 use cuda_std::warp::{ALL, any};
 use cuda_std::{Element, Global};
 
@@ -53,6 +53,12 @@ impl<T: Element> Scores<T> {
             visible_stride: a.mask.row_stride,
             mask,
         }
+    }
+
+    /// The same with another window.
+    #[inline(always)]
+    pub fn of_mask(self, mask: Mask) -> Self {
+        Scores { mask, ..self }
     }
 
     /// ALiBi's slope of a head; 0: none.
@@ -196,6 +202,8 @@ impl<T: Element> Scores<T> {
         (first_key, first_row): (u32, u32),
         partial: bool,
     ) {
+        // A walk over queries meets the same keys in each step: what follows from them is found anew, and takes no registers.
+        let first_key = unknown_before(first_key, first_row);
         self.finish_at(s, partial, |row, column| (first_row + column, first_key + row));
     }
 

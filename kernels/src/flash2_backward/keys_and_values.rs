@@ -113,7 +113,6 @@ pub fn keys_and_values<
         let step = walk.step();
         let probabilities = Probabilities::new::<GENERAL>(&a, &sequence, step.head, mask);
         let place = (first_key + own_row, step.first_row);
-        let sees = |key, row| probabilities.sees(place.1 + row, place.0 + key);
 
         // Pᵀ = 2^(scale · K Qᵀ - LSE)
         let mut s = Accumulator::<M, S_COLUMNS>::zero();
@@ -127,7 +126,7 @@ pub fn keys_and_values<
         // dV += Pᵀ dO
         probabilities.drop_transposed(&mut p, place);
         if step.poisonous {
-            d_v.add_kept_product(&p, sees, step.d_o, 0);
+            d_v.add_kept_product(&p, probabilities.sees_from(place), step.d_o, 0);
         } else {
             for depth in 0..BLOCK_M / T::DEPTH {
                 d_v.add_product(&p.operand::<T>(depth), step.d_o, depth, 0);
@@ -148,7 +147,7 @@ pub fn keys_and_values<
 
         // dK += dSᵀ Q
         if step.poisonous {
-            d_k.add_kept_product(&d_s, sees, step.q, 0);
+            d_k.add_kept_product(&d_s, probabilities.sees_from(place), step.q, 0);
         } else {
             for depth in 0..BLOCK_M / T::DEPTH {
                 d_k.add_product(&d_s.operand::<T>(depth), step.q, depth, 0);

@@ -5,7 +5,7 @@ use crate::mask::Mask;
 use crate::scores::Scores;
 use cuda_std::Element;
 use cuda_std::fragment::{Accumulator, ColumnVector, RowVector};
-use cuda_std::math::{LOG2_E, ex2, fma};
+use cuda_std::math::{LOG2_E, ex2, fma, unknown_before};
 
 /// What tells P of one head of one sequence from S = Q Kᵀ.
 #[derive(Clone, Copy)]
@@ -32,10 +32,12 @@ impl<T: Element> Probabilities<T> {
     #[inline(always)]
     #[track_caller]
     pub fn new<const GENERAL: bool>(a: &Attention<T>, sequence: &Sequence, head: u32, mask: Mask) -> Self {
+        // A walk over heads finds anew what follows from the batch, and keeps no registers for it.
+        let sequence = Sequence { batch: unknown_before(sequence.batch, head), ..*sequence };
         Probabilities {
             mask,
             scale: a.softmax_scale * LOG2_E,
-            scores: if GENERAL { Some(Scores::new(a, sequence, head, mask)) } else { None },
+            scores: if GENERAL { Some(Scores::new(a, &sequence, head, mask)) } else { None },
             dropout: if GENERAL { a.dropout } else { Dropout::NONE },
             head: sequence.batch * a.nheads + head,
         }
@@ -105,6 +107,17 @@ impl<T: Element> Probabilities<T> {
             }
     }
 
+    /// [`sees`](Self::sees) for rows and columns of a transposed matrix that begins there, to be said where it is asked: what
+    /// follows from the keys is found anew, and takes no registers elsewhere.
+    #[inline(always)]
+    pub fn sees_from(&self, (first_key, first_row): (u32, u32)) -> impl Fn(u32, u32) -> bool {
+        let anew = |n| unknown_before(n, first_row);
+        let first_key = anew(first_key);
+        let mask = Mask { seqlen_k: anew(self.mask.seqlen_k), ..self.mask };
+        let probabilities = Probabilities { mask, scores: self.scores.map(|scores| scores.of_mask(mask)), ..*self };
+        move |key, row| probabilities.sees(first_row + row, first_key + key)
+    }
+
     /// Drops elements of P or dP, and scales the others.
     #[inline(always)]
     pub fn drop<const M: usize, const N: usize>(&self, x: &mut Accumulator<M, N>, (first_row, first_key): (u32, u32)) {
@@ -121,7 +134,7 @@ impl<T: Element> Probabilities<T> {
         (first_key, first_row): (u32, u32),
     ) {
         if self.dropout.is_on() {
-            self.dropout.apply_transposed(x, self.head, first_key, first_row);
+            self.dropout.apply_transposed(x, self.head, unknown_before(first_key, first_row), first_row);
         }
     }
 }

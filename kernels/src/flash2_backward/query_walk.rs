@@ -1,7 +1,7 @@
 //! The walk of a block of keys over the queries that see it.
 use super::probabilities::exponent_base;
 use super::{Params, STAGES};
-use crate::attention::{Attention, Tensor, divisor};
+use crate::attention::{Attention, Sequence, Tensor, divisor};
 use crate::mask::{Blocks, Mask};
 use crate::schedule::{KeyBlock, key_block_anew};
 use cuda_std::fragment::MatrixElement;
@@ -38,16 +38,17 @@ pub(super) struct QueryWalk<
     sums: Shared<f32>,
     /// Steps that are to come. Counted down to 0, they take one register, and tell the stages too.
     steps: u32,
-    /// The step that comes next: a head and a block of it.
+    /// The step that comes next: a head, and the rows that it has from the step's first on. Counted down to its end, they take
+    /// one register, where a block would take a second for how many there are.
     head: u32,
-    block: u32,
+    rows: u32,
     /// Its rows of Q and dO. The addresses run along: to find them anew in each step would take some hundred instructions that
     /// wait for each other, and more registers.
     q_rows: TileStream<T, BLOCK_M, HEADDIM>,
     d_o_rows: TileStream<T, BLOCK_M, HEADDIM_V>,
     /// Where the LSE of its first row is, and its D; a general kernel, which has the head at hand, finds it anew.
     statistic: u64,
-    /// This thread's row of that step: the base of its exponents, and D.
+    /// This thread's row of that step: its LSE, and D.
     row: (f32, f32),
     /// Whether what this thread copied of K and V is not finite; not known yet at first.
     keys_nonfinite: Option<bool>,
@@ -55,6 +56,9 @@ pub(super) struct QueryWalk<
     partial: bool,
     poisonous: bool,
 }
+
+/// A row that is not there has P = 0.
+const NO_ROW: (f32, f32) = (f32::NEG_INFINITY, 0.0);
 
 /// One step of the walk: a block of queries that has come in.
 pub(super) struct Step<T, const HEADDIM: usize, const HEADDIM_V: usize, const BLOCK_M: usize> {
@@ -128,11 +132,11 @@ impl<
             sums: bases.offset(STAGES * BLOCK_M as u32),
             steps: blocks.count() * heads,
             head: first_head,
-            block: blocks.begin,
+            rows: key_block.sequence.seqlen_q.wrapping_sub(first_row),
             q_rows: TileStream::new(threads, rows_of(&a.q, a.headdim)),
             d_o_rows: TileStream::new(threads, rows_of(&d_o, a.headdim_v)),
             statistic: a.first_row(&key_block.sequence, first_head) as u64 + first_row as u64,
-            row: (f32::INFINITY, 0.0),
+            row: NO_ROW,
             keys_nonfinite: None,
             partial: false,
             poisonous: false,
@@ -165,7 +169,7 @@ impl<
         if !(CAUSAL || GENERAL) {
             return self.blocks;
         }
-        let anew = |n| unknown_before(n, self.block);
+        let anew = |n| unknown_before(n, self.rows);
         let KeyBlock { first_key, sequence, .. } = self.key_block;
         let mask = Mask::of::<T, CAUSAL, GENERAL>(self.a, &sequence);
         let mask = Mask { seqlen_q: anew(mask.seqlen_q), ..mask };
@@ -182,8 +186,8 @@ impl<
         // Without a window to the left all queries from some block on see all keys. Keys that are not there hide nothing: their
         // gradients go nowhere.
         self.partial = match (GENERAL, CAUSAL) {
-            (true, _) => self.blocks().is_partial(self.block),
-            (false, true) => self.block < self.blocks().full_begin,
+            (true, _) => self.blocks().is_partial(self.block()),
+            (false, true) => self.block() < self.blocks().full_begin,
             (false, false) => false,
         };
         let hides = self.steps > 0 && (self.partial || self.a.may_hide::<GENERAL>());
@@ -208,33 +212,42 @@ impl<
             bases: self.bases.offset(first_of_stage),
             sums: self.sums.offset(first_of_stage),
             head: self.head,
-            first_row: self.block * BLOCK_M as u32,
+            first_row: self.first_row(),
             partial: self.partial,
             poisonous: self.poisonous,
         };
         self.steps -= 1;
-        self.block += 1;
         self.statistic += BLOCK_M as u64;
         // Where all queries to the last are seen, that takes no register of its own.
-        let is_end = if CAUSAL {
-            self.block * BLOCK_M as u32 >= self.key_block.sequence.seqlen_q
-        } else {
-            self.block == self.blocks().end
-        };
-        if is_end {
-            // Seldom, and found anew each time.
-            let anew = |x| unknown_before(x, self.block);
-            let begin = self.blocks().begin;
-            let rows = (anew(self.block) - anew(begin)) * BLOCK_M as u32;
-            let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
-            self.q_rows.skip(way(&self.a.q));
-            self.d_o_rows.skip(way(&self.d_o));
-            self.statistic = self.statistic.wrapping_add(self.a.lse_head_stride.wrapping_sub(rows as u64));
-            self.block = begin;
-            self.head += 1;
+        let is_end = if GENERAL { self.block() + 1 == self.blocks().end } else { self.rows <= BLOCK_M as u32 };
+        if !is_end {
+            self.rows -= BLOCK_M as u32;
+        } else if self.steps > 0 {
+            self.go_to_next_head();
         }
         self.load();
         step
+    }
+
+    /// From the last block of a head to the first of the next. Seldom, and all is found anew each time.
+    #[inline(always)]
+    #[track_caller]
+    fn go_to_next_head(&mut self) {
+        let anew = |x| unknown_before(x, self.rows);
+        let seqlen_q = if CAUSAL || GENERAL {
+            self.key_block.sequence.seqlen_q
+        } else {
+            key_block_anew(self.a, BLOCK_N as u32, self.rows).sequence.seqlen_q
+        };
+        let first_row = self.blocks().begin * BLOCK_M as u32;
+        let end = (anew(seqlen_q) - self.rows) + BLOCK_M as u32;
+        let rows = end - anew(first_row);
+        let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
+        self.q_rows.skip(way(&self.a.q));
+        self.d_o_rows.skip(way(&self.d_o));
+        self.statistic = self.statistic.wrapping_add(self.a.lse_head_stride.wrapping_sub(rows as u64));
+        self.rows = seqlen_q - first_row;
+        self.head += 1;
     }
 
     /// Whether what this thread has copied or loaded for the next step is not finite.
@@ -265,18 +278,21 @@ impl<
             return;
         }
         let (a, sequence) = (self.a, &self.key_block.sequence);
-        let (stage, first_row) = (self.stage(), self.block * BLOCK_M as u32);
-        self.q_rows.copy_async_anew(self.q.stage(stage), sequence.seqlen_q - first_row, a.headdim);
-        self.d_o_rows.copy_async_anew(self.d_o_tile.stage(stage), sequence.seqlen_q - first_row, a.headdim_v);
+        let stage = self.stage();
+        self.q_rows.copy_async_anew(self.q.stage(stage), self.rows, a.headdim);
+        self.d_o_rows.copy_async_anew(self.d_o_tile.stage(stage), self.rows, a.headdim_v);
         copy::commit();
-        // A row that is not there has P = 0.
-        self.row = (f32::INFINITY, 0.0);
+        self.row = NO_ROW;
         let thread = self.thread();
-        if thread < BLOCK_M as u32 && first_row + thread < sequence.seqlen_q {
-            let first =
-                if GENERAL { a.first_row(sequence, self.head) as u64 + first_row as u64 } else { self.statistic };
+        if thread < BLOCK_M as u32 && thread < self.rows {
+            let first = if GENERAL {
+                let sequence = Sequence { batch: unknown_before(sequence.batch, self.rows), ..*sequence };
+                a.first_row(&sequence, self.head) as u64 + self.first_row() as u64
+            } else {
+                self.statistic
+            };
             let at = (first + thread as u64) as usize;
-            self.row = (exponent_base(a.softmax_lse.load(at)), self.row_sums.load(at));
+            self.row = (a.softmax_lse.load(at), self.row_sums.load(at));
         }
     }
 
@@ -286,7 +302,8 @@ impl<
         let thread = self.thread();
         if thread < BLOCK_M as u32 && self.steps > 0 {
             let at = self.stage() * BLOCK_M as u32 + thread;
-            self.bases.store(at, self.row.0);
+            // Not where it is loaded, or the warp would wait for it there.
+            self.bases.store(at, exponent_base(self.row.0));
             self.sums.store(at, self.row.1);
         }
     }
@@ -294,12 +311,25 @@ impl<
     /// Where in shared memory the step that comes next is.
     #[inline(always)]
     fn stage(&self) -> u32 {
-        self.steps % STAGES
+        // What follows from it is found anew too: run along, each address would take a register of its own.
+        if GENERAL { self.steps % STAGES } else { unknown_before(self.steps, self.rows) % STAGES }
+    }
+
+    /// The first row of the step that comes next.
+    #[inline(always)]
+    fn first_row(&self) -> u32 {
+        unknown_before(self.key_block.sequence.seqlen_q, self.rows).wrapping_sub(self.rows)
+    }
+
+    /// Its block.
+    #[inline(always)]
+    fn block(&self) -> u32 {
+        self.first_row() / BLOCK_M as u32
     }
 
     /// This thread, found anew in each step: what follows from it takes no registers from one to the next.
     #[inline(always)]
     fn thread(&self) -> u32 {
-        if GENERAL { unknown_before(thread_idx_x(), self.block) } else { thread_idx_x() }
+        unknown_before(thread_idx_x(), self.rows)
     }
 }

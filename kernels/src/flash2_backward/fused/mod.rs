@@ -59,22 +59,18 @@ fn key_block_anew<T, const CAUSAL: bool>(a: &Attention<T>, block_n: u32, x: u32)
 #[track_caller]
 fn first_anew<T, const CAUSAL: bool>(a: &Attention<T>, mask: &Mask, block_n: u32, block_m: u32, x: u32) -> (u32, u32) {
     let seqlen_q = key_block_anew::<T, CAUSAL>(a, block_n, x).sequence.seqlen_q;
-    let mask = Mask { seqlen_q, ..*mask };
-    (seqlen_q, if CAUSAL { mask.query_blocks(0, block_n, block_m).begin } else { 0 })
+    // Asked after a first block, so that there is one.
+    (seqlen_q, if CAUSAL { Mask { seqlen_q, ..*mask }.first_query(0) / block_m } else { 0 })
 }
 
-/// How many rows a head may have from a block of `block_m` queries on, so that the mask hides nothing of them from a block of
-/// `block_n` keys, from which on it counts. Where keys are missing, none: what their P would be is not bounded, and 0 times
+/// Whether the mask hides something of a block of `block_n` keys from the block of queries from which on their head has
+/// `rows`; it counts from the first key. Where keys are missing, it does: what their P would be is not bounded, and 0 times
 /// infinity is no part of dQ.
 #[inline(always)]
-fn unmasked_rows<const CAUSAL: bool>(mask: &Mask, block_n: u32, block_m: u32) -> u32 {
-    if mask.seqlen_k < block_n {
-        0
-    } else if CAUSAL {
-        mask.seqlen_q.saturating_sub(mask.query_blocks(0, block_n, block_m).full_begin * block_m)
-    } else {
-        u32::MAX
-    }
+fn is_masked<const CAUSAL: bool>(mask: &Mask, block_n: u32, rows: u32) -> bool {
+    // The last row sees all keys, the first `rows - 1` fewer. That is asked of what the mask has: a number of rows to compare
+    // with would take a register in the loop.
+    if CAUSAL { rows + (block_n - 1) > mask.seqlen_k } else { mask.seqlen_k < block_n }
 }
 
 /// The mask of a block of keys and of the `rows` of a head from a block of queries on, both counted from their first. Without a

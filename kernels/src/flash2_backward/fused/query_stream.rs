@@ -83,12 +83,11 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
     #[inline(always)]
     #[track_caller]
     pub fn copy_next_async(&mut self, p: &Params, stage: u32, first_anew: impl FnOnce(u32) -> (u32, u32)) -> Place {
-        let (next, rows) = Self::next(p, self.place, first_anew);
-        if let Some(rows) = rows {
+        let next = Self::next(p, self.place, first_anew, |rows| {
             let way = |tensor: &Tensor<T>| tensor.head_stride.wrapping_sub(rows as u64 * tensor.row_stride);
             self.q_rows.skip(way(&p.attention.q.cast()));
             self.d_o_rows.skip(way(&p.d_o.cast()));
-        }
+        });
         self.copy_block_async(p, next, stage);
         next
     }
@@ -99,28 +98,30 @@ impl<T: MatrixElement, const BLOCK_M: usize, const HEADDIM: usize> QueryStream<T
     pub fn advance(&mut self, p: &Params, first_anew: impl FnOnce(u32) -> (u32, u32)) {
         let Place { rows, place } = self.place;
         let anew = |n| unknown_before(n, rows);
-        (self.place, _) = Self::next(p, Place { rows: anew(rows), place: anew(place) }, first_anew);
+        self.place = Self::next(p, Place { rows: anew(rows), place: anew(place) }, first_anew, |_| ());
     }
 
-    /// The place after this one; and at the end of a head by how many rows the next begins further up.
+    /// The place after this one. At the end of a head `skip(rows)`: the next begins so many rows further up.
     #[inline(always)]
     #[track_caller]
     fn next(
         p: &Params,
         Place { rows, place }: Place,
         first_anew: impl FnOnce(u32) -> (u32, u32),
-    ) -> (Place, Option<u32>) {
+        skip: impl FnOnce(u32),
+    ) -> Place {
         let place = place + BLOCK_M as u32;
         if rows > BLOCK_M as u32 {
-            return (Place { rows: rows - BLOCK_M as u32, place }, None);
+            return Place { rows: rows - BLOCK_M as u32, place };
         }
         // Seldom, and all is found anew each time.
         let anew = |x| unknown_before(x, place);
         let (seqlen_q, begin) = first_anew(place);
         let rows = (seqlen_q.div_ceil(BLOCK_M as u32) - begin) * BLOCK_M as u32;
+        skip(rows);
         let a = Attention { batch: anew(p.attention.batch), seqlen_q: anew(p.attention.seqlen_q), ..p.attention };
         let place = place + places_of_head(&a, ROWS) - rows;
-        (Place { rows: seqlen_q - begin * BLOCK_M as u32, place }, Some(rows))
+        Place { rows: seqlen_q - begin * BLOCK_M as u32, place }
     }
 
     /// Starts to copy the block at `place`, to which the addresses have run, as one group.

@@ -1,6 +1,6 @@
 //! The fused pass for wide heads: half of the warps sum dV, the others dK.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, first_anew, key_block, key_block_anew, mask_anew, unmasked_rows};
+use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew, mask_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -97,7 +97,6 @@ pub fn split<
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
-    let unmasked_rows = unmasked_rows::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32);
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -146,7 +145,7 @@ pub fn split<
         let d_s_tile = d_s_tiles.stage(steps_left % 2);
         let handed = SmemTile::<f16, BLOCK_N, BLOCK_M>::at(d_s_tile.start());
         let Place { rows, place } = queries.place;
-        let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
+        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, rows);
 
         let add_before = || {
             let d_s_tile = d_s_tiles.stage((steps_left + 1) % 2);
@@ -225,7 +224,8 @@ pub fn split<
         sync_threads();
         steps_left -= 1;
     }
-    if steps > 0 {
+    // Asked of the last step: a number of all steps would be kept through the loop.
+    if before != Place::NOWHERE.place {
         let d_s_tile = d_s_tiles.stage(1);
         add_d_q::<T, HEADDIM, BLOCK_M, BLOCK_N, Q_ROWS, Q_COLUMNS>(d_s_tile, k, &p, before);
     }

@@ -1,6 +1,6 @@
 //! The fused pass for narrow heads: every warp sums dK and dV.
 use super::query_stream::Place;
-use super::{QueryStream, add_d_q, first_anew, key_block, key_block_anew, mask_anew, unmasked_rows};
+use super::{QueryStream, add_d_q, first_anew, is_masked, key_block, key_block_anew, mask_anew};
 use crate::attention::{Tensor, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{Params, STAGES, config};
@@ -86,7 +86,6 @@ pub fn whole<
     let blocks = mask.query_blocks(first_key, BLOCK_N as u32, BLOCK_M as u32);
     // For keys that are counted from the first of the block.
     let mask_of_block = Mask { seqlen_k: block.rows(), ..mask };
-    let unmasked_rows = unmasked_rows::<CAUSAL>(&mask_of_block, BLOCK_N as u32, BLOCK_M as u32);
     let group = a.nheads / divisor(a.nheads_k);
     let steps = blocks.count() * group;
 
@@ -117,7 +116,7 @@ pub fn whole<
         let stage = steps_left % STAGES;
         let (q, d_o) = (q_tile.stage(stage), d_o_tile.stage(stage));
         let Place { rows, place } = queries.place;
-        let is_masked = if CAUSAL { rows > unmasked_rows } else { unmasked_rows == 0 };
+        let is_masked = is_masked::<CAUSAL>(&mask_of_block, BLOCK_N as u32, rows);
         let scale = f32::from_bits(unknown_before(a.softmax_scale.to_bits(), place)) * LOG2_E;
         let first_anew = |x| first_anew::<T, CAUSAL>(&a, &mask_of_block, BLOCK_N as u32, BLOCK_M as u32, x);
         if steps_left > 1 {

@@ -272,7 +272,12 @@ fn pass<
         }
         let anew = |n| unknown_before(n, x);
         keys_of(
-            &Attention { seqlen_k: anew(a.seqlen_k), nheads_k: anew(a.nheads_k), ..*a },
+            &Attention {
+                seqlen_k: anew(a.seqlen_k),
+                nheads_k: anew(a.nheads_k),
+                cu_seqlens_k: a.cu_seqlens_k.offset(anew(0) as usize),
+                ..*a
+            },
             anew(block_idx_x()) / CLUSTER,
         )
     };

@@ -2,13 +2,13 @@
 //!
 //! The second group starts late, so that one's exponentials fall under the other's products. dQ leaves through shared
 //! memory: one more thread has the copy engine add it to its sums.
+mod hand_over;
+mod memory;
+
 use super::finisher::{FINISHERS, Finisher};
-use super::memory::{Destination, Inputs, Outgoing};
 use super::order::{key_block_in_order, sum_in_order};
 use super::producer::{add_queries, load};
-use super::{
-    GROUP_ROWS, GROUPS, Params, Work, can_finish_in_order, config_of, is_tight, key_block_at, next_keys, release, walk,
-};
+use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, key_block_at, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -18,52 +18,13 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::{LOG2_E, ex2, fma, unknown, unknown_before};
 use cuda_std::matrix::PackedElement;
-use cuda_std::pipeline::Producer;
-use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{block_idx_x, lane_id, pause, sync_threads, thread_idx_x, warp_id};
-use cuda_std::warp::{ALL, shuffle, sync_warp};
+use cuda_std::thread::{block_idx_x, pause, sync_threads, thread_idx_x, warp_id};
+use cuda_std::warp::{ALL, shuffle};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
-use cuda_std::{Shared, SmemTile, fence, grid, kernel};
-
-/// What a block of threads keeps in shared memory.
-#[derive(Clone, Copy)]
-struct Memory<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
-    inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
-    /// dS of the present step, and of the one before: a row a query.
-    d_s: SmemTile<T, BLOCK_M, BLOCK_N>,
-    outgoing: Outgoing<HEADDIM, BLOCK_M>,
-}
-
-impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
-    Memory<T, HEADDIM, BLOCK_M, BLOCK_N>
-{
-    const TILE_BYTES: u32 = Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::TILE_BYTES;
-    const D_S_BYTES: u32 = 2 * SmemTile::<T, BLOCK_M, BLOCK_N>::BYTES;
-    const BYTES: u32 = Self::TILE_BYTES
-        + Self::D_S_BYTES
-        + Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES
-        + Outgoing::<HEADDIM, BLOCK_M>::DESTINATION_BYTES
-        + Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::OTHER_BYTES
-        + Outgoing::<HEADDIM, BLOCK_M>::BARRIER_BYTES;
-
-    #[inline(always)]
-    fn of_block() -> Self {
-        let bytes = dynamic_shared::<u8>();
-        let d_s = SmemTile::at(bytes.offset(Self::TILE_BYTES).cast());
-        let d_q = d_s.stage(1).end();
-        let outgoing_bytes = Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES + Outgoing::<HEADDIM, BLOCK_M>::DESTINATION_BYTES;
-        let others = d_q.cast::<u8>().offset(outgoing_bytes);
-        let inputs = Inputs::at(bytes.cast(), others.cast());
-        Memory { inputs, d_s, outgoing: Outgoing::at(d_q, inputs.end()) }
-    }
-
-    /// What warp `warp` of those that finish dQ has, where some do: behind all else.
-    #[inline(always)]
-    fn finisher(self, warp: u32) -> Finisher<T, HEADDIM> {
-        Finisher::at(dynamic_shared::<u8>().offset(const { Self::BYTES.next_multiple_of(16) }), warp)
-    }
-}
+use cuda_std::{SmemTile, fence, grid, kernel};
+use hand_over::hand_over;
+use memory::Memory;
 
 const fn config<
     T: PackedElement,
@@ -587,63 +548,4 @@ fn consume<
         let Some(next) = next_keys::<T, WALK>(a, keys, BLOCK_N as u32) else { break };
         keys = next;
     }
-}
-
-/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. Where the keys of a
-/// `WALK` add in their order, these may be the first: then adds to it what the others have summed, and finishes it.
-#[inline(always)]
-#[track_caller]
-fn hand_over<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const BLOCK_M: usize,
-    const Q_COLUMNS: usize,
-    const TRANSPOSED: bool,
-    const WALK: u32,
->(
-    params: &Params,
-    a: &Attention<T>,
-    mut d_q: Accumulator<1, Q_COLUMNS>,
-    outgoing: Outgoing<HEADDIM, BLOCK_M>,
-    part: &mut Producer<GROUPS>,
-) {
-    let slot = part.acquire();
-    let own = outgoing.part(slot.index).offset(warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32);
-    let may_finish = const { walk::is_in_order(WALK) && can_finish_in_order(HEADDIM as u32, BLOCK_M as u32) };
-    let to = if may_finish { outgoing.destinations.of(slot.index) } else { Destination::SUMS };
-    if to.rows == 0 {
-        d_q.store_registers(own);
-    } else {
-        if to.has_sums {
-            d_q.zip_registers(own, |d_q, sum| d_q + sum);
-        }
-        d_q.map(|_, _, d_q| d_q * a.softmax_scale);
-        let Tensor { data, row_stride, .. } = params.backward.d_q.cast::<T>();
-        let data = data.offset(to.first as usize);
-        // Through shared memory, where the sums were. What follows from the lane is found here: kept, it would take the
-        // registers of the sums of dK and dV.
-        let anew = |x| unknown_before(x, to.rows);
-        let lane = anew(lane_id());
-        let own_first = GROUP_ROWS * anew(slot.index) + 16 * anew(warp_in_group());
-        let blocks: Shared<T> = own.cast();
-        sync_warp(ALL);
-        d_q.store_blocks::<T, TRANSPOSED>(blocks);
-        sync_warp(ALL);
-        for i in 0..Q_COLUMNS as u32 / 2 {
-            let (upper, left) = (8 * (lane / 8 % 2), 8 * (2 * i + lane / 16));
-            let (row, column) = if TRANSPOSED { (left, upper + own_first) } else { (upper + own_first, left) };
-            let row = row + lane % 8;
-            let eight = blocks.offset(256 * i + 8 * lane).cast::<u32>().load_vector::<4>(0);
-            if row < to.rows && column < a.headdim {
-                let at = data.offset((row as u64 * row_stride + column as u64) as usize);
-                at.cast::<u32>().store_vector(0, eight);
-            }
-        }
-    }
-    fence::proxy_async();
-    sync_warp(ALL);
-    if lane_id() == 0 {
-        slot.fill();
-    }
-    part.next_round();
 }

@@ -24,8 +24,8 @@ const ADDED: NamedBarriers<8, GROUPS, { WARPGROUP + WARP }> = NamedBarriers;
 impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: usize, const BLOCK_N: usize>
     SplitConsumer<'_, T, HEADDIM, HALF, BLOCK_M, BLOCK_N>
 {
-    /// The same, with work that is found anew once `x` is known. In order each warpgroup does so, and once its sums are there finds
-    /// the keys: kept, they would take registers that the sums have not left.
+    /// The same, with work that is found anew once `x` is known. In order each warpgroup does so, and once its sums are there
+    /// finds the keys: kept, they would take registers that the sums have not left.
     #[inline(always)]
     #[track_caller]
     pub fn anew<const CAUSAL: bool>(self, x: u32) -> Self {

@@ -36,7 +36,6 @@ const fn config<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >() -> Config {
@@ -64,24 +63,11 @@ const fn ring_config<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >() -> Config {
-    let whole = config::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        FROM_KEYS,
-    >();
+    let whole =
+        config::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS>();
     Config { shared_bytes: whole.shared_bytes.next_multiple_of(16) + Finisher::<T, HEADDIM>::BYTES, ..whole }
 }
 
@@ -90,26 +76,25 @@ const fn ring_config<
 ///
 /// Sᵀ is `S_COLUMNS`, dK `D_COLUMNS` and a warpgroup's part of dQ `Q_COLUMNS` blocks of eight columns wide, Pᵀ `STEPS`
 /// of sixteen. dQ is `TRANSPOSED` where its part has 64 columns of the head and all queries, rather than 64 queries.
-/// The second warpgroup starts `LATE` clock cycles after the first. Tensors may have fewer columns than `HEADDIM`.
-/// `FROM_KEYS`: [`Config::from_keys`].
+/// Tensors may have fewer columns than `HEADDIM`. `FROM_KEYS`: [`Config::from_keys`].
 #[kernel(
     name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
             // On an H100, TFLOP/s at 512, 2k, 8k and 16k tokens, with what goes before and after; in brackets cuDNN's.
             // 278, 509, 605, 602 (249, 421, 469, 480)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
             // 149, 375, 545, 606 (149, 315, 425, 455)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
             // 315, 553, 655, 642 (296, 507, 592, 594)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
             // 171, 437, 607, 670 (171, 394, 532, 585)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, true, 0),
             // 295, 558, 683, 708 (296, 507, 592, 594)
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
+            (128, 80, 128, 5, 10, 16, 10, true, false, 2048),
             // 155, 422, 618, 688 (171, 394, 532, 585)
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, true, 8192),
+            (128, 80, 128, 5, 10, 16, 10, true, true, 8192),
         ],
     config = config,
     table = WHOLE,
@@ -124,7 +109,6 @@ pub fn whole<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
@@ -132,7 +116,7 @@ pub fn whole<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, block_idx_x());
-    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, { walk::ONE }>(
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::ONE }>(
         &p,
         &a,
         || block,
@@ -145,11 +129,11 @@ pub fn whole<
     name = "flash3_bwd_ring_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, true, 0),
         ],
     config = ring_config,
     table = RING,
@@ -164,7 +148,6 @@ pub fn ring<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
@@ -172,20 +155,11 @@ pub fn ring<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, block_idx_x());
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        { walk::RING },
-    >(&p, &a, || block);
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::RING }>(
+        &p,
+        &a,
+        || block,
+    );
 }
 
 /// [`whole()`], whose blocks of keys add to dQ in their order ([`Order`](super::Order)): all gradients of a sequence are the same
@@ -194,18 +168,18 @@ pub fn ring<
     name = "flash3_bwd_ordered_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
             // On an H100, TFLOP/s at 512, 1k, 4k and 16k tokens, with what goes before and after; in brackets cuDNN's, whose
             // gradients are not deterministic. 322, 432, 552, 576 (247, 341, 450, 454)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
             // 197, 300, 484, 575 (149, 232, 376, 442)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
             // 381, 485, -, - (297, 417, 549, 558)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
             // 236, 352, 533, 618 (171, 286, 465, 549)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, true, 0),
             // -, -, 613, 653
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
+            (128, 80, 128, 5, 10, 16, 10, true, false, 2048),
         ],
     config = config,
     table = ORDERED,
@@ -220,7 +194,6 @@ pub fn ordered<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
@@ -228,20 +201,11 @@ pub fn ordered<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = key_block_in_order(&a, p.heads_in_turn, block_idx_x());
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        { walk::ORDERED },
-    >(&p, &a, || block);
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::ORDERED }>(
+        &p,
+        &a,
+        || block,
+    );
 }
 
 /// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`ordered()`], `BLOCK_N` keys after the other.
@@ -251,12 +215,12 @@ pub fn ordered<
     name = "flash3_bwd_heads_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
             // On an H100, TFLOP/s at 512, 1k and 2k tokens, with what goes before; in brackets those of `ordered`.
             // 306, 263, 260 (322, 432, 508)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
             // 207, 247, 251 (197, 300, 409)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
         ],
     config = config,
     table = HEADS,
@@ -271,27 +235,17 @@ pub fn heads<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        { walk::HEAD },
-    >(&p, &a, || schedule::last_keys_of_head(&a, BLOCK_N as u32));
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::HEAD }>(
+        &p,
+        &a,
+        || schedule::last_keys_of_head(&a, BLOCK_N as u32),
+    );
 }
 
 /// The blocks of keys of a `WALK` ([`walk`]), from the first on.
@@ -307,7 +261,6 @@ fn pass<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const WALK: u32,
 >(
@@ -372,20 +325,13 @@ fn pass<
             if block.rows() == 0 {
                 return;
             }
-            consume::<
-                T,
-                HEADDIM,
-                BLOCK_M,
-                BLOCK_N,
-                STEPS,
-                S_COLUMNS,
-                D_COLUMNS,
-                Q_COLUMNS,
-                TRANSPOSED,
-                LATE,
-                CAUSAL,
-                WALK,
-            >(p, a, memory, block, group - 1);
+            consume::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, WALK>(
+                p,
+                a,
+                memory,
+                block,
+                group - 1,
+            );
         }
     }
 }
@@ -393,6 +339,9 @@ fn pass<
 /// Where the two warpgroups meet: a barrier for each of the two tiles of dS and each group that waits. The other group
 /// has written its keys of that tile, and has read the other tile.
 const D_S: NamedBarriers<1, { 2 * GROUPS }, { GROUPS * WARPGROUP }> = NamedBarriers;
+
+/// The second warpgroup starts so many clock cycles after the first.
+const LATE: u32 = 1500;
 
 /// dK and dV of the 64 keys of warpgroup `group`, and a part of dQ.
 #[inline(always)]
@@ -407,7 +356,6 @@ fn consume<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const WALK: u32,
 >(
@@ -451,7 +399,7 @@ fn consume<
             Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();
             D_S.arrive(GROUPS * before + other);
-            if LATE > 0 && group > 0 && (!is_anew || keys.rows() <= BLOCK_N as u32) {
+            if group > 0 && (!is_anew || keys.rows() <= BLOCK_N as u32) {
                 queries.wait();
                 queries.beside(memory.inputs.d_outputs).wait();
                 pause(LATE);

@@ -10,7 +10,7 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 42] = sources![
+const SOURCES: [(&str, &str); 50] = sources![
     "lib",
     "attention",
     "config",
@@ -39,12 +39,20 @@ const SOURCES: [(&str, &str); 42] = sources![
     "flash3/schedule",
     "flash3_backward/mod",
     "flash3_backward/finish",
+    "flash3_backward/finisher",
     "flash3_backward/memory",
     "flash3_backward/order",
     "flash3_backward/prepare",
     "flash3_backward/producer",
-    "flash3_backward/split",
-    "flash3_backward/whole",
+    "flash3_backward/ring",
+    "flash3_backward/split/mod",
+    "flash3_backward/split/consumer",
+    "flash3_backward/split/memory",
+    "flash3_backward/split/queries",
+    "flash3_backward/split/turns",
+    "flash3_backward/whole/mod",
+    "flash3_backward/whole/hand_over",
+    "flash3_backward/whole/memory",
     "mask",
     "online_softmax",
     "row_softmax",

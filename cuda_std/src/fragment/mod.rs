@@ -252,6 +252,12 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
     /// What the matrix takes of memory in the order of the registers, in elements.
     pub const ELEMENTS: usize = 16 * M * 8 * N;
 
+    /// Where [`add_to`](Self::add_to) adds register `i` of block (`m`, `n`), from the lane's first on.
+    #[inline(always)]
+    const fn place(m: usize, n: usize, i: usize) -> usize {
+        32 * (4 * (N * m + n) + i)
+    }
+
     /// Adds the matrix atomically to [`ELEMENTS`](Self::ELEMENTS) elements of global memory in the order of the registers:
     /// each register of all lanes after the other, so that every addition of a warp fills whole sectors.
     #[inline(always)]
@@ -261,7 +267,7 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         for m in 0..M {
             for n in 0..N {
                 for i in 0..4 {
-                    atomic::global_add_f32(lane.offset(32 * (4 * (N * m + n) + i)), self.0[m][n][i]);
+                    atomic::global_add_f32(lane.offset(Self::place(m, n, i)), self.0[m][n][i]);
                 }
             }
         }
@@ -275,7 +281,7 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         for m in 0..M {
             for n in 0..N {
                 for i in 0..4 {
-                    lane.store(32 * (4 * (N * m + n) + i), self.0[m][n][i]);
+                    lane.store(Self::place(m, n, i), self.0[m][n][i]);
                 }
             }
         }
@@ -290,7 +296,7 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
             for n in 0..N {
                 for i in 0..4 {
                     let x = &mut self.0[m][n][i];
-                    *x = f(*x, lane.load(32 * (4 * (N * m + n) + i)));
+                    *x = f(*x, lane.load(Self::place(m, n, i)));
                 }
             }
         }
@@ -305,7 +311,7 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         for m in 0..M {
             for n in 0..N {
                 for i in 0..4 {
-                    sum.0[m][n][i] = lane.load(32 * (4 * (N * m + n) + i));
+                    sum.0[m][n][i] = lane.load(Self::place(m, n, i));
                 }
             }
         }

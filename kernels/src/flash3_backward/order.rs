@@ -82,6 +82,21 @@ pub(super) fn key_block_in_order<T>(a: &Attention<T>, heads_in_turn: u32, number
     KeyBlock { first_key: last_key_block - block.first_key, ..block }
 }
 
+/// The keys of this block of threads, or of its cluster of so many, once more: they are found anew once `x` is known, and take
+/// no registers before.
+#[inline(always)]
+#[track_caller]
+pub(super) fn key_block_in_order_anew<T>(a: &Attention<T>, heads_in_turn: u32, cluster: u32, x: u32) -> KeyBlock {
+    let anew = |n| unknown_before(n, x);
+    let a = Attention {
+        seqlen_k: anew(a.seqlen_k),
+        nheads_k: anew(a.nheads_k),
+        cu_seqlens_k: a.cu_seqlens_k.offset(anew(0) as usize),
+        ..*a
+    };
+    key_block_in_order(&a, heads_in_turn, anew(block_idx_x()) / cluster)
+}
+
 /// How far the keys behind are.
 pub(super) struct Behind {
     added: Arrivals,

@@ -2,13 +2,13 @@
 //!
 //! The second group starts late, so that one's exponentials fall under the other's products. dQ leaves through shared
 //! memory: one more thread has the copy engine add it to its sums.
+mod hand_over;
+mod memory;
+
 use super::finisher::{FINISHERS, Finisher};
-use super::memory::{Destination, Inputs, Outgoing};
 use super::order::{key_block_in_order, sum_in_order};
 use super::producer::{add_queries, load};
-use super::{
-    GROUP_ROWS, GROUPS, Params, Work, can_finish_in_order, config_of, is_tight, key_block_at, next_keys, release, walk,
-};
+use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, key_block_at, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -18,52 +18,13 @@ use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::{LOG2_E, ex2, fma, unknown, unknown_before};
 use cuda_std::matrix::PackedElement;
-use cuda_std::pipeline::Producer;
-use cuda_std::shared::dynamic_shared;
-use cuda_std::thread::{block_idx_x, lane_id, pause, sync_threads, thread_idx_x, warp_id};
-use cuda_std::warp::{ALL, shuffle, sync_warp};
+use cuda_std::thread::{block_idx_x, pause, sync_threads, thread_idx_x, warp_id};
+use cuda_std::warp::{ALL, shuffle};
 use cuda_std::warpgroup::{WARPGROUP, claim_registers, release_registers, warp_in_group, warpgroup_id};
 use cuda_std::wgmma::{self, InFlight, Registers, TransposedRows};
-use cuda_std::{Shared, SmemTile, fence, grid, kernel};
-
-/// What a block of threads keeps in shared memory.
-#[derive(Clone, Copy)]
-struct Memory<T, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize> {
-    inputs: Inputs<T, HEADDIM, BLOCK_M, BLOCK_N>,
-    /// dS of the present step, and of the one before: a row a query.
-    d_s: SmemTile<T, BLOCK_M, BLOCK_N>,
-    outgoing: Outgoing<HEADDIM, BLOCK_M>,
-}
-
-impl<T: PackedElement, const HEADDIM: usize, const BLOCK_M: usize, const BLOCK_N: usize>
-    Memory<T, HEADDIM, BLOCK_M, BLOCK_N>
-{
-    const TILE_BYTES: u32 = Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::TILE_BYTES;
-    const D_S_BYTES: u32 = 2 * SmemTile::<T, BLOCK_M, BLOCK_N>::BYTES;
-    const BYTES: u32 = Self::TILE_BYTES
-        + Self::D_S_BYTES
-        + Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES
-        + Outgoing::<HEADDIM, BLOCK_M>::DESTINATION_BYTES
-        + Inputs::<T, HEADDIM, BLOCK_M, BLOCK_N>::OTHER_BYTES
-        + Outgoing::<HEADDIM, BLOCK_M>::BARRIER_BYTES;
-
-    #[inline(always)]
-    fn of_block() -> Self {
-        let bytes = dynamic_shared::<u8>();
-        let d_s = SmemTile::at(bytes.offset(Self::TILE_BYTES).cast());
-        let d_q = d_s.stage(1).end();
-        let outgoing_bytes = Outgoing::<HEADDIM, BLOCK_M>::PART_BYTES + Outgoing::<HEADDIM, BLOCK_M>::DESTINATION_BYTES;
-        let others = d_q.cast::<u8>().offset(outgoing_bytes);
-        let inputs = Inputs::at(bytes.cast(), others.cast());
-        Memory { inputs, d_s, outgoing: Outgoing::at(d_q, inputs.end()) }
-    }
-
-    /// What warp `warp` of those that finish dQ has, where some do: behind all else.
-    #[inline(always)]
-    fn finisher(self, warp: u32) -> Finisher<T, HEADDIM> {
-        Finisher::at(dynamic_shared::<u8>().offset(const { Self::BYTES.next_multiple_of(16) }), warp)
-    }
-}
+use cuda_std::{SmemTile, fence, grid, kernel};
+use hand_over::hand_over;
+use memory::Memory;
 
 const fn config<
     T: PackedElement,
@@ -75,7 +36,6 @@ const fn config<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >() -> Config {
@@ -103,24 +63,11 @@ const fn ring_config<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >() -> Config {
-    let whole = config::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        FROM_KEYS,
-    >();
+    let whole =
+        config::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS>();
     Config { shared_bytes: whole.shared_bytes.next_multiple_of(16) + Finisher::<T, HEADDIM>::BYTES, ..whole }
 }
 
@@ -129,26 +76,25 @@ const fn ring_config<
 ///
 /// Sᵀ is `S_COLUMNS`, dK `D_COLUMNS` and a warpgroup's part of dQ `Q_COLUMNS` blocks of eight columns wide, Pᵀ `STEPS`
 /// of sixteen. dQ is `TRANSPOSED` where its part has 64 columns of the head and all queries, rather than 64 queries.
-/// The second warpgroup starts `LATE` clock cycles after the first. Tensors may have fewer columns than `HEADDIM`.
-/// `FROM_KEYS`: [`Config::from_keys`].
+/// Tensors may have fewer columns than `HEADDIM`. `FROM_KEYS`: [`Config::from_keys`].
 #[kernel(
     name = "flash3_bwd_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
             // On an H100, TFLOP/s at 512, 2k, 8k and 16k tokens, with what goes before and after; in brackets cuDNN's.
             // 278, 509, 605, 602 (249, 421, 469, 480)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
             // 149, 375, 545, 606 (149, 315, 425, 455)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
             // 315, 553, 655, 642 (296, 507, 592, 594)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
             // 171, 437, 607, 670 (171, 394, 532, 585)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, true, 0),
             // 295, 558, 683, 708 (296, 507, 592, 594)
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
+            (128, 80, 128, 5, 10, 16, 10, true, false, 2048),
             // 155, 422, 618, 688 (171, 394, 532, 585)
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, true, 8192),
+            (128, 80, 128, 5, 10, 16, 10, true, true, 8192),
         ],
     config = config,
     table = WHOLE,
@@ -163,7 +109,6 @@ pub fn whole<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
@@ -171,7 +116,7 @@ pub fn whole<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, block_idx_x());
-    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, { walk::ONE }>(
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::ONE }>(
         &p,
         &a,
         || block,
@@ -184,11 +129,11 @@ pub fn whole<
     name = "flash3_bwd_ring_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, true, 0),
         ],
     config = ring_config,
     table = RING,
@@ -203,7 +148,6 @@ pub fn ring<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
@@ -211,20 +155,11 @@ pub fn ring<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, block_idx_x());
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        { walk::RING },
-    >(&p, &a, || block);
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::RING }>(
+        &p,
+        &a,
+        || block,
+    );
 }
 
 /// [`whole()`], whose blocks of keys add to dQ in their order ([`Order`](super::Order)): all gradients of a sequence are the same
@@ -233,18 +168,18 @@ pub fn ring<
     name = "flash3_bwd_ordered_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
             // On an H100, TFLOP/s at 512, 1k, 4k and 16k tokens, with what goes before and after; in brackets cuDNN's, whose
             // gradients are not deterministic. 322, 432, 552, 576 (247, 341, 450, 454)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
             // 197, 300, 484, 575 (149, 232, 376, 442)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
             // 381, 485, -, - (297, 417, 549, 558)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
             // 236, 352, 533, 618 (171, 286, 465, 549)
-            (128, 64, 128, 4, 8, 16, 8, true, 1500, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, true, 0),
             // -, -, 613, 653
-            (128, 80, 128, 5, 10, 16, 10, true, 1500, false, 2048),
+            (128, 80, 128, 5, 10, 16, 10, true, false, 2048),
         ],
     config = config,
     table = ORDERED,
@@ -259,7 +194,6 @@ pub fn ordered<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
@@ -267,20 +201,11 @@ pub fn ordered<
 ) {
     let a = p.backward.attention.of::<T>();
     let block = key_block_in_order(&a, p.heads_in_turn, block_idx_x());
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        { walk::ORDERED },
-    >(&p, &a, || block);
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::ORDERED }>(
+        &p,
+        &a,
+        || block,
+    );
 }
 
 /// dK and dV of one head of K and V, and dQ of the heads of Q that share it: [`ordered()`], `BLOCK_N` keys after the other.
@@ -290,12 +215,12 @@ pub fn ordered<
     name = "flash3_bwd_heads_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     arch = sm_90a,
     for T in [f16, bf16],
-        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, LATE, CAUSAL, FROM_KEYS) in [
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
             // On an H100, TFLOP/s at 512, 1k and 2k tokens, with what goes before; in brackets those of `ordered`.
             // 306, 263, 260 (322, 432, 508)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
             // 207, 247, 251 (197, 300, 409)
-            (64, 128, 128, 8, 16, 8, 8, false, 1500, true, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
         ],
     config = config,
     table = HEADS,
@@ -310,27 +235,17 @@ pub fn heads<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const FROM_KEYS: u32,
 >(
     p: Params,
 ) {
     let a = p.backward.attention.of::<T>();
-    pass::<
-        T,
-        HEADDIM,
-        BLOCK_M,
-        BLOCK_N,
-        STEPS,
-        S_COLUMNS,
-        D_COLUMNS,
-        Q_COLUMNS,
-        TRANSPOSED,
-        LATE,
-        CAUSAL,
-        { walk::HEAD },
-    >(&p, &a, || schedule::last_keys_of_head(&a, BLOCK_N as u32));
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::HEAD }>(
+        &p,
+        &a,
+        || schedule::last_keys_of_head(&a, BLOCK_N as u32),
+    );
 }
 
 /// The blocks of keys of a `WALK` ([`walk`]), from the first on.
@@ -346,7 +261,6 @@ fn pass<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const WALK: u32,
 >(
@@ -411,20 +325,13 @@ fn pass<
             if block.rows() == 0 {
                 return;
             }
-            consume::<
-                T,
-                HEADDIM,
-                BLOCK_M,
-                BLOCK_N,
-                STEPS,
-                S_COLUMNS,
-                D_COLUMNS,
-                Q_COLUMNS,
-                TRANSPOSED,
-                LATE,
-                CAUSAL,
-                WALK,
-            >(p, a, memory, block, group - 1);
+            consume::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, WALK>(
+                p,
+                a,
+                memory,
+                block,
+                group - 1,
+            );
         }
     }
 }
@@ -432,6 +339,9 @@ fn pass<
 /// Where the two warpgroups meet: a barrier for each of the two tiles of dS and each group that waits. The other group
 /// has written its keys of that tile, and has read the other tile.
 const D_S: NamedBarriers<1, { 2 * GROUPS }, { GROUPS * WARPGROUP }> = NamedBarriers;
+
+/// The second warpgroup starts so many clock cycles after the first.
+const LATE: u32 = 1500;
 
 /// dK and dV of the 64 keys of warpgroup `group`, and a part of dQ.
 #[inline(always)]
@@ -446,7 +356,6 @@ fn consume<
     const D_COLUMNS: usize,
     const Q_COLUMNS: usize,
     const TRANSPOSED: bool,
-    const LATE: u32,
     const CAUSAL: bool,
     const WALK: u32,
 >(
@@ -490,7 +399,7 @@ fn consume<
             Registers::<T, STEPS>::of(&Accumulator::<1, S_COLUMNS>::zero()).store_transposed(own_d_s.stage(before));
             fence::proxy_async();
             D_S.arrive(GROUPS * before + other);
-            if LATE > 0 && group > 0 && (!is_anew || keys.rows() <= BLOCK_N as u32) {
+            if group > 0 && (!is_anew || keys.rows() <= BLOCK_N as u32) {
                 queries.wait();
                 queries.beside(memory.inputs.d_outputs).wait();
                 pause(LATE);
@@ -587,63 +496,4 @@ fn consume<
         let Some(next) = next_keys::<T, WALK>(a, keys, BLOCK_N as u32) else { break };
         keys = next;
     }
-}
-
-/// Gives a part of dQ to the thread that adds it to its sums, once that has taken the one before. Where the keys of a
-/// `WALK` add in their order, these may be the first: then adds to it what the others have summed, and finishes it.
-#[inline(always)]
-#[track_caller]
-fn hand_over<
-    T: PackedElement,
-    const HEADDIM: usize,
-    const BLOCK_M: usize,
-    const Q_COLUMNS: usize,
-    const TRANSPOSED: bool,
-    const WALK: u32,
->(
-    params: &Params,
-    a: &Attention<T>,
-    mut d_q: Accumulator<1, Q_COLUMNS>,
-    outgoing: Outgoing<HEADDIM, BLOCK_M>,
-    part: &mut Producer<GROUPS>,
-) {
-    let slot = part.acquire();
-    let own = outgoing.part(slot.index).offset(warp_in_group() * Accumulator::<1, Q_COLUMNS>::ELEMENTS as u32);
-    let may_finish = const { walk::is_in_order(WALK) && can_finish_in_order(HEADDIM as u32, BLOCK_M as u32) };
-    let to = if may_finish { outgoing.destinations.of(slot.index) } else { Destination::SUMS };
-    if to.rows == 0 {
-        d_q.store_registers(own);
-    } else {
-        if to.has_sums {
-            d_q.zip_registers(own, |d_q, sum| d_q + sum);
-        }
-        d_q.map(|_, _, d_q| d_q * a.softmax_scale);
-        let Tensor { data, row_stride, .. } = params.backward.d_q.cast::<T>();
-        let data = data.offset(to.first as usize);
-        // Through shared memory, where the sums were. What follows from the lane is found here: kept, it would take the
-        // registers of the sums of dK and dV.
-        let anew = |x| unknown_before(x, to.rows);
-        let lane = anew(lane_id());
-        let own_first = GROUP_ROWS * anew(slot.index) + 16 * anew(warp_in_group());
-        let blocks: Shared<T> = own.cast();
-        sync_warp(ALL);
-        d_q.store_blocks::<T, TRANSPOSED>(blocks);
-        sync_warp(ALL);
-        for i in 0..Q_COLUMNS as u32 / 2 {
-            let (upper, left) = (8 * (lane / 8 % 2), 8 * (2 * i + lane / 16));
-            let (row, column) = if TRANSPOSED { (left, upper + own_first) } else { (upper + own_first, left) };
-            let row = row + lane % 8;
-            let eight = blocks.offset(256 * i + 8 * lane).cast::<u32>().load_vector::<4>(0);
-            if row < to.rows && column < a.headdim {
-                let at = data.offset((row as u64 * row_stride + column as u64) as usize);
-                at.cast::<u32>().store_vector(0, eight);
-            }
-        }
-    }
-    fence::proxy_async();
-    sync_warp(ALL);
-    if lane_id() == 0 {
-        slot.fill();
-    }
-    part.next_round();
 }

@@ -11,6 +11,9 @@ use ferroflash_tests::pointers::Machine;
 use half::f16;
 use kernels::{Config, flash3};
 
+/// As many sequences are put into order at headdim 64.
+const MOST_SEQUENCES: usize = flash3::order::max_sequences(64, false, false) as usize;
+
 fn session() -> Session {
     Session::new(Backend::Simulator).expect("the simulator runs everywhere").kernel(Kernel::Flash3)
 }
@@ -103,7 +106,7 @@ fn packed_heads() {
 #[test]
 fn packed_heads_of_sequences_and_of_tensors_with_gaps() {
     let lengths = vec![(1, 90), (0, 7), (40, 300), (13, 0), (6, 193), (50, 40), (1, 1), (0, 0)];
-    let many = (0..flash3::order::MAX_SEQUENCES as usize + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    let many = (0..MOST_SEQUENCES + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
     for (lengths, group, causal) in [(lengths.clone(), 8, false), (lengths, 8, true), (many, 4, true)] {
         let mut combination = Combination { varlen: true, nheads_k: 1, group, ..plain(DType::F16, (0, 0), (64, 64)) };
         (combination.lengths, combination.options.causal) = (lengths, causal);
@@ -270,15 +273,26 @@ fn sequences_of_different_lengths() {
     }
 }
 
+/// Under a causal mask: units of two tiles, of which two multiprocessors have as many each and one is left, whose tiles they share;
+/// and fewer tiles than multiprocessors.
+#[test]
+fn tiles_of_a_unit_that_is_left_are_shared() {
+    for (i, (nheads, headdim, seqlen)) in
+        [(5, 128, 256), (3, 64, 500), (5, 256, 250), (3, 192, 256), (1, 96, 100)].into_iter().enumerate()
+    {
+        let dtype = [DType::F16, DType::BF16][i % 2];
+        let case = Case { nheads, nheads_k: nheads, ..Case::single(dtype, (seqlen, seqlen), headdim, true) };
+        case.check(&session());
+    }
+}
+
 /// Many sequences, which blocks of threads take the longest first; and more than they put into order.
 #[test]
 fn many_sequences() {
     let lengths = |count, most| (0..count).map(|i| ((7 * i) % most, (5 * i + 3) % most)).collect::<Vec<_>>();
-    for (lengths, causal) in [
-        (lengths(40, 290), false),
-        (lengths(40, 290), true),
-        (lengths(flash3::order::MAX_SEQUENCES as usize + 1, 5), false),
-    ] {
+    for (lengths, causal) in
+        [(lengths(40, 290), false), (lengths(40, 290), true), (lengths(MOST_SEQUENCES + 1, 5), false)]
+    {
         let group = if lengths.len() > 40 { 1 } else { 2 };
         let plain = plain(DType::F16, (0, 0), (64, 64));
         let mut combination = Combination { varlen: true, lengths, nheads_k: 1, group, ..plain };
@@ -378,7 +392,7 @@ fn windows() {
 #[test]
 fn general_sequences_of_different_lengths() {
     let lengths = vec![(5, 9), (0, 7), (200, 300), (130, 0), (64, 193), (150, 40), (0, 0), (300, 300)];
-    let many = (0..flash3::order::MAX_SEQUENCES as usize + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    let many = (0..MOST_SEQUENCES + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
     for (i, combination) in asking((0, 0), (64, 64)).into_iter().enumerate() {
         check_general(&Combination { varlen: true, lengths: lengths.clone(), sinks: i % 2 == 0, ..combination });
     }
@@ -458,7 +472,7 @@ fn general_few_queries_of_sequences_and_of_tensors_with_gaps() {
         assert_eq!(entries.len(), if i % 2 == 0 { 1 } else { 2 }, "{combination:?}: {entries:?}");
         assert!(reason.contains("4 heads that share K and V are packed"), "{reason}");
     }
-    let many = (0..flash3::order::MAX_SEQUENCES as usize + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    let many = (0..MOST_SEQUENCES + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
     let [.., of_sinks] = asking((0, 0), (64, 64));
     check_general(&Combination { varlen: true, lengths: many, nheads_k: 1, group: 4, ..of_sinks });
     for (i, combination) in asking((19, 350), (64, 64)).into_iter().enumerate() {

@@ -131,7 +131,8 @@ fn gradients_of_many_heads() {
     {
         for causal in [false, true] {
             for (lengths, nheads, nheads_k) in [((150, 150), 4, 4), ((100, 225), 6, 3)] {
-                let case = Case { batch: 189 / nheads_k, nheads, nheads_k, ..Case::single(dtype, lengths, headdim, causal) };
+                let case =
+                    Case { batch: 189 / nheads_k, nheads, nheads_k, ..Case::single(dtype, lengths, headdim, causal) };
                 let (gradients, accuracy) = case.run_backward(&session);
                 assert!(accuracy.passed(), "{case:?}: {accuracy}");
                 let pass = gradients.report.launches[1].entry;

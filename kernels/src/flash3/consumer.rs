@@ -70,6 +70,10 @@ impl<
 {
     const TURN: Turns<1, GROUPS, WARPGROUP> = Turns;
 
+    /// Whether a stage of Q may have the next tile's while this one's is needed; and whether there are stages for all of it.
+    const MAY_BE_AHEAD: bool = QUERIES > GROUPS;
+    const IS_AHEAD: bool = QUERIES >= 2 * GROUPS;
+
     /// Before the first tile.
     #[inline(always)]
     #[track_caller]
@@ -97,7 +101,7 @@ impl<
     }
 
     /// Algorithm 2 for each tile. S of a block of keys is in flight together with the O of the one before it, and S of the
-    /// first block of a tile while the rows of the tile before it are stored: if their Q has a stage of its own.
+    /// first block of a tile while the rows of the tile before it are stored: if all of its Q has stages of its own.
     #[inline(always)]
     #[track_caller]
     pub fn run(mut self, a: &Attention<T>, parts: &Parts, mut tiles: Tiles<CAUSAL, FEW, GENERAL>) {
@@ -123,7 +127,7 @@ impl<
                 self.step(a, &tile, block, false);
             }
             next = self.last(begin - tile.blocks.begin);
-            s = if const { QUERIES > GROUPS } {
+            s = if Self::IS_AHEAD {
                 match next {
                     Some(next) => {
                         let s = self.first(a, next);
@@ -137,7 +141,9 @@ impl<
                 }
             } else {
                 self.store(a, parts, place);
-                next = self.next();
+                if !Self::MAY_BE_AHEAD {
+                    next = self.next();
+                }
                 match next {
                     Some(next) => self.first(a, next).wait(),
                     None => Accumulator::zero(),
@@ -242,9 +248,9 @@ impl<
             for _ in 0..unseen {
                 self.skip();
             }
-            return if const { QUERIES > GROUPS } { self.next() } else { None };
+            return if Self::MAY_BE_AHEAD { self.next() } else { None };
         }
-        let next = if const { QUERIES > GROUPS } { self.next() } else { None };
+        let next = if Self::MAY_BE_AHEAD { self.next() } else { None };
         self.o = o.wait::<0>();
         release(v);
         next

@@ -1,6 +1,6 @@
 //! What a block of threads keeps in shared memory.
 use super::GROUP_ROWS;
-use super::order::Order;
+use super::order::{Order, room};
 use cuda_std::SmemTile;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Pipeline;
@@ -17,7 +17,7 @@ pub struct Memory<
     const BLOCK_N: usize,
     const STAGES: u32,
 > {
-    /// Q: for each warpgroup of consumers a stage, or two, of this tile and of the next.
+    /// Q: for each warpgroup of consumers a stage, or two, of this tile and of the next; or one stage more than warpgroups.
     pub q: SmemTile<T, { GROUP_ROWS as usize }, HEADDIM>,
     /// Blocks of K.
     pub k: SmemTile<T, BLOCK_N, HEADDIM>,
@@ -54,7 +54,7 @@ impl<
         + Pipeline::<QUERIES>::BYTES
         + 2 * Pipeline::<STAGES>::BYTES
         + QUERIES * size_of::<[u32; 4]>() as u32
-        + Order::BYTES;
+        + Order::bytes(room(HEADDIM as u32, QUERIES));
 
     /// The block's dynamic shared memory.
     #[inline(always)]
@@ -66,7 +66,7 @@ impl<
         let keys = Pipeline::at(queries.end());
         let values = Pipeline::at(keys.end());
         let places = values.end().cast();
-        let order = Order::at(places.offset(4 * QUERIES));
+        let order = Order::at(places.offset(4 * QUERIES), k.start());
         Memory { q, k, v, queries, keys, values, places, order }
     }
 

@@ -82,6 +82,7 @@ const fn config<
     const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
+    assert!(order::room(HEADDIM as u32, QUERIES) >= order::max_sequences(HEADDIM as u32, FEW, GENERAL));
     Config {
         family: "flash3",
         dtype: T::DTYPE,
@@ -108,7 +109,7 @@ const fn config<
 ///
 /// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each
 /// ([`schedule`]). A tile has `GROUPS` times [`GROUP_ROWS`] query rows; Q has `QUERIES` stages of [`GROUP_ROWS`] rows, for a
-/// tile or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of
+/// tile, for one and a half or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of
 /// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`]; `FEW`:
 /// [`Config::few`]; `GENERAL`: [`Config::general`].
 #[kernel(
@@ -128,8 +129,8 @@ const fn config<
             (128, 128, 3, 3, 80, 3, 5, 10, 16, 2048),
             (192, 128, 2, 2, 128, 2, 8, 16, 16, 0),
             (192, 128, 3, 3, 64, 3, 4, 8, 16, 2048),
-            (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
-            (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
+            (192, 192, 2, 3, 96, 2, 6, 12, 24, 0),
+            (256, 256, 2, 3, 64, 2, 4, 8, 32, 0),
         ],
         CAUSAL in [false], FEW in [false], GENERAL in [false],
     for T in [f16, bf16],
@@ -144,8 +145,8 @@ const fn config<
             (128, 128, 3, 3, 64, 5, 4, 8, 16, 2048),
             // At 512 and 4k 316, 697; three warpgroups and 64 keys: 253, 675.
             (192, 128, 2, 2, 128, 2, 8, 16, 16, 0),
-            (192, 192, 2, 2, 96, 2, 6, 12, 24, 0),
-            (256, 256, 2, 2, 64, 2, 4, 8, 32, 0),
+            (192, 192, 2, 3, 96, 2, 6, 12, 24, 0),
+            (256, 256, 2, 3, 64, 2, 4, 8, 32, 0),
         ],
         CAUSAL in [true], FEW in [false], GENERAL in [false],
     // Of these the ones for few keys, again for few queries.

@@ -7,11 +7,20 @@ use super::schedule::Schedule;
 use super::units::tiles_of_pack;
 use crate::attention::{Attention, Sequence};
 use crate::mask::Mask;
+use cuda_std::fence;
 use cuda_std::shared::Shared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
 
-/// As many sequences can be put into order.
-pub const MAX_SEQUENCES: u32 = 1024;
+/// As many sequences can be put into order by a kernel for few queries, a general one, or another.
+pub const fn max_sequences(headdim: u32, few: bool, general: bool) -> u32 {
+    // There the tiles leave no room for more.
+    if headdim > 192 && !few && !general { 256 } else { 1024 }
+}
+
+/// As many it has room for where Q has so many stages.
+pub const fn room(headdim: u32, queries: u32) -> u32 {
+    if headdim > 192 && queries > 2 { 256 } else { 1024 }
+}
 
 /// Sequences by their cost.
 #[derive(Clone, Copy)]
@@ -23,13 +32,15 @@ pub struct Order {
 }
 
 impl Order {
-    /// What it takes in shared memory, in bytes.
-    pub const BYTES: u32 = (4 * MAX_SEQUENCES + 2) * size_of::<u32>() as u32;
+    /// What it takes of shared memory for good, in bytes, for so many sequences.
+    pub const fn bytes(sequences: u32) -> u32 {
+        2 * (sequences + 1) * size_of::<u32>() as u32
+    }
 
-    /// At this place, which is aligned to 8 bytes.
+    /// At this place, aligned to 8 bytes. `scratch` has as much memory, which tiles take once the order is found.
     #[inline(always)]
-    pub fn at(place: Shared<u32>) -> Self {
-        Order { costs: place, begins: place.offset(2 * MAX_SEQUENCES) }
+    pub fn at(place: Shared<u32>, scratch: Shared<u32>) -> Self {
+        Order { costs: scratch, begins: place }
     }
 
     /// Finds it. Said by all threads of the block, before a barrier.
@@ -77,6 +88,8 @@ impl Order {
                 self.begins.store_vector(2 * a.batch, [begin + units, 0]);
             }
         }
+        // Tiles are copied to where the costs were.
+        fence::proxy_async();
     }
 
     /// The sequence that a unit is of, and its first unit; `None` behind the last. It is looked for from place `rank` in the

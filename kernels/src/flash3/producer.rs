@@ -6,7 +6,7 @@ use crate::attention::Attention;
 use cuda_std::SmemTile;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline;
-use cuda_std::tensor::TensorMapRef;
+use cuda_std::tensor::{CachePolicy, TensorMapRef};
 
 /// The producer, one thread: which tile comes next, its Q, and its blocks of K and V in the order in which they are used.
 #[inline(always)]
@@ -29,6 +29,12 @@ pub fn produce<
     mut tiles: Tiles<CAUSAL, FEW, GENERAL>,
 ) {
     let [q_map, k_map, v_map] = [&p.q, &p.k, &p.v].map(|map| TensorMapRef::of(p, map));
+    // Q of a tile is read once, K and V by all tiles of their heads, which of few queries are one.
+    let (q_map, [k_map, v_map]) = if FEW {
+        (q_map, [k_map, v_map])
+    } else {
+        (q_map.cached(CachePolicy::evict_first()), [k_map, v_map].map(|map| map.cached(CachePolicy::evict_last())))
+    };
     q_map.prefetch();
     k_map.prefetch();
     v_map.prefetch();

@@ -5,18 +5,19 @@
 //! the first, so that nobody gets the short ones time and again; where all are alike always from the first walker on, so that
 //! each does the same tiles of every head: 4 % faster at 512 tokens, causal, headdim 128. Where units are long, a unit is much:
 //! there the last heads are left to blocks that take one tile each, the longest first, and that the GPU starts as walkers end.
-//! Where sequences differ in length, the longest come first ([`Order`]).
+//! Where sequences differ in length, the longest come first ([`Order`]). Where not all walkers would have a unit of the last turn its
+//! tiles are dealt out one by one, the longest first: all have some, and end with a short one.
 //!
 //! What runs at the same time is of few heads, whose K and V stay in the L2 cache.
 use super::order::Order;
 use super::packing::Packing;
 use super::splits::Splits;
-use super::units::{tiles_of_pack, units_of_pack};
+use super::units::{dealt, tiles_of_pack, units_of_pack};
 use crate::attention::{Attention, Sequence, divisor};
 use crate::mask::{Blocks, Mask};
 use crate::schedule::head_of;
 use cuda_std::math::unknown_before;
-use cuda_std::thread::block_idx_x;
+use cuda_std::thread::{block_idx_x, grid_dim_x};
 
 /// Where a tile of queries is: what a block of threads needs to know of it, and the rest follows from.
 #[derive(Clone, Copy)]
@@ -100,11 +101,12 @@ impl Place {
     }
 }
 
-/// Who does what: part of a kernel's parameters. Without `FEW` as kernels know it that are not for few queries.
+/// Who does what: part of a kernel's parameters. Tiles of packs that are not walked are left to blocks of threads of their own, behind
+/// the walkers; if the grid has none, to the walkers, at their end. Without `FEW` as kernels know it that are not for few queries.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule<const FEW: bool = true> {
-    /// Blocks of threads that take units: the first of the grid. Each of the others takes a tile.
+    /// Blocks of threads that take units: the first of the grid. Each of the others, if there are any, takes a tile.
     pub walkers: u32,
     /// The packs of heads, counted over all batches, that the walkers do: the first ones.
     pub walked_packs: u32,
@@ -148,6 +150,8 @@ pub struct Tiles<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> {
     next: u32,
     /// The place in the order of the sequence that its last unit was of.
     rank: u32,
+    /// How many tiles it has been dealt one by one.
+    singles: u32,
     block_m: u32,
     block_n: u32,
 }
@@ -157,7 +161,7 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Tiles<CAUSAL, FEW
     /// different lengths; others need none.
     #[inline(always)]
     pub fn new(schedule: Schedule<FEW>, order: Order, block_m: u32, block_n: u32) -> Self {
-        Tiles { schedule, order, next: 0, rank: 0, block_m, block_n }
+        Tiles { schedule, order, next: 0, rank: 0, singles: 0, block_m, block_n }
     }
 
     /// The tile at a place.
@@ -178,7 +182,7 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Tiles<CAUSAL, FEW
     #[track_caller]
     pub fn next<T>(&mut self, a: &Attention<T>) -> Option<Place> {
         loop {
-            let next = if block_idx_x() < self.schedule.walkers { self.walk(a) } else { self.single(a) };
+            let next = if block_idx_x() < self.schedule.walkers { self.walk(a) } else { self.only(a) };
             if !FEW || next.is_none_or(|place| self.is_there(a, place)) {
                 return next;
             }
@@ -209,15 +213,15 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Tiles<CAUSAL, FEW
         let (tiles, pack, index, sequence);
         if a.cu_seqlens_q.is_null() {
             tiles = tiles_of_pack(packing.rows(seqlen_q), self.block_m);
-            let unit = self.unit(turn, FEW || GENERAL || is_paired && tiles % 2 == 1);
+            let unit = self.dealt(turn, FEW || GENERAL || is_paired && tiles % 2 == 1);
             let units = divisor(self.schedule.units_of_pack::<CAUSAL, GENERAL>(tiles));
             if unit / units >= self.schedule.walked_packs {
-                return None;
+                return if is_paired && !FEW { self.rest(a) } else { None };
             }
             index = unit % units;
             (pack, sequence) = head_of(unit / units, self.anew(packing.packs(a.nheads)));
         } else {
-            let unit = self.unit(turn, true);
+            let unit = self.dealt(turn, true);
             let first;
             (sequence, first) = self.order.sequence_of(unit, batch, &mut self.rank)?;
             tiles = tiles_of_pack(packing.rows(a.sequence(sequence).seqlen_q), self.block_m);
@@ -237,26 +241,48 @@ impl<const CAUSAL: bool, const FEW: bool, const GENERAL: bool> Tiles<CAUSAL, FEW
         unknown_before(x, self.next)
     }
 
-    /// The unit that a walker is dealt in a turn, there and `back` or always there.
+    /// What a walker is [`dealt`] in a turn.
     #[inline(always)]
-    fn unit(&self, turn: u32, back: bool) -> u32 {
-        let (walker, walkers) = (self.anew(block_idx_x()), self.schedule.walkers);
-        turn * walkers + if back && turn % 2 == 1 { walkers - 1 - walker } else { walker }
+    fn dealt(&self, turn: u32, back: bool) -> u32 {
+        dealt(turn, self.anew(block_idx_x()), self.schedule.walkers, back)
     }
 
-    /// The tile of a block that is no walker, if its sequence has so many rows.
+    /// The next of the tiles that a walker is dealt once it has no more units: where no other blocks take what is left.
     #[inline(always)]
     #[track_caller]
-    fn single<T>(&mut self, a: &Attention<T>) -> Option<Place> {
-        let Schedule { walkers, walked_packs, packing, .. } = self.schedule;
-        let (tile, all) = (self.anew(block_idx_x()) - walkers, self.anew(packing.packs(a.nheads)));
-        let packs = divisor(all * a.batch - walked_packs);
-        let (pack, batch) = head_of(walked_packs + tile % packs, all);
-        let tiles = tiles_of_pack(packing.rows(self.anew(a.seqlen_q)), self.block_m);
-        let first_row = (tiles - 1 - tile / packs) * self.block_m;
+    fn rest<T>(&mut self, a: &Attention<T>) -> Option<Place> {
+        if self.anew(grid_dim_x()) > self.schedule.walkers {
+            return None;
+        }
+        let tile = self.dealt(self.singles, true);
+        self.singles += 1;
+        self.single(a, tile)
+    }
+
+    /// The tile of a block that is no walker: its only one.
+    #[inline(always)]
+    #[track_caller]
+    fn only<T>(&mut self, a: &Attention<T>) -> Option<Place> {
         let is_first = self.next == 0;
         self.next = 1;
-        let is_there = is_first && packing.query(first_row) < a.sequence(batch).seqlen_q;
+        if is_first { self.single(a, self.anew(block_idx_x()) - self.schedule.walkers) } else { None }
+    }
+
+    /// A tile of the packs that are not walked, if there are so many and its sequence has so many rows: the last of each pack come
+    /// first.
+    #[inline(always)]
+    #[track_caller]
+    fn single<T>(&self, a: &Attention<T>, tile: u32) -> Option<Place> {
+        let Schedule { walked_packs, packing, .. } = self.schedule;
+        let all = self.anew(packing.packs(a.nheads));
+        let packs = all * a.batch - walked_packs;
+        let tiles = tiles_of_pack(packing.rows(self.anew(a.seqlen_q)), self.block_m);
+        if tile >= packs * tiles {
+            return None;
+        }
+        let (pack, batch) = head_of(walked_packs + tile % divisor(packs), all);
+        let first_row = (tiles - 1 - tile / divisor(packs)) * self.block_m;
+        let is_there = packing.query(first_row) < a.sequence(batch).seqlen_q;
         is_there.then_some(Place { first_row, pack, batch, split: 0 })
     }
 }

@@ -1,7 +1,7 @@
 //! The configurations to try.
 use anyhow::{Context, Result, ensure};
 use kernels::flash3::GROUP_ROWS;
-use kernels::flash3::order::Order;
+use kernels::flash3::order::{self, Order};
 use std::fmt;
 use std::str::FromStr;
 
@@ -128,7 +128,7 @@ impl Variant {
         let Headdims { headdim, headdim_v } = self.headdims;
         let stage = |rows: u32, columns: u32| rows * columns * ELEMENT + 2 * BARRIER;
         self.queries * (stage(GROUP_ROWS, headdim) + PLACE)
-            + Order::BYTES
+            + Order::bytes(order::room(headdim, self.queries))
             + self.stages * (stage(self.block_n, headdim) + stage(self.block_n, headdim_v))
     }
 

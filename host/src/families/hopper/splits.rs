@@ -1,12 +1,11 @@
 //! Into how many parts FlashAttention-3 divides the keys of a tile.
 use cuda_std::DType;
 use kernels::Config;
-use kernels::flash3::order::MAX_SEQUENCES;
 use kernels::flash3::packing::Packing;
 use kernels::flash3::splits::Splits;
 
 use super::packing::tiles;
-use super::{MULTIPROCESSORS, has_many_keys_a_query};
+use super::{MULTIPROCESSORS, has_many_keys_a_query, puts_into_order};
 use crate::launch::Workspace;
 use crate::options::{AttentionOptions, WindowSize};
 use crate::problem::Problem;
@@ -21,8 +20,7 @@ const COST_OF_PART: u64 = 16;
 /// multiprocessors: that depends on how many sequences there are, so with deterministic gradients it is one.
 pub(crate) fn splits(problem: &Problem, packing: Packing, config: &Config) -> Splits {
     // Without an order of the sequences each tile is left to a block of threads.
-    let is_ordered = problem.varlen.is_none() || problem.batch <= MAX_SEQUENCES as usize;
-    if !config.few || !is_ordered {
+    if !config.few || !puts_into_order(problem, config) {
         return Splits::ONE;
     }
     let blocks = key_blocks(problem, packing, config);

@@ -299,6 +299,13 @@ fn many_sequences() {
         combination.options.causal = causal;
         combination.check_forward(&session()).unwrap_or_else(|reason| panic!("{reason}"));
     }
+    // Where tiles leave room for fewer: as many, and one more.
+    let most = flash3::order::max_sequences(256, false, false) as usize;
+    for count in [most, most + 1] {
+        let plain = plain(DType::BF16, (0, 0), (256, 256));
+        let combination = Combination { varlen: true, lengths: lengths(count, 9), nheads_k: 1, group: 1, ..plain };
+        combination.check_forward(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+    }
 }
 
 /// Tensors with gaps between heads, tokens and batches, which it neither reads nor writes; forward, and backward where

@@ -45,6 +45,9 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash3_backward::HEADS))
         .chain(info(flash3_backward::SPLIT))
         .chain(info(flash3_backward::ORDERED_SPLIT))
+        .chain(info(flash3_backward::SHARED))
+        .chain(info(flash3_backward::SHARED_SPLIT))
+        .chain(info(flash3_backward::SHARED_RING))
         .chain(info(flash3_backward::FINISH))
         .chain(info(flash3_backward::FINISH_RING))
 }

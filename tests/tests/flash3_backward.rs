@@ -8,7 +8,8 @@ use kernels::attention::{Attention, Tensor};
 use kernels::dropout::Dropout;
 use kernels::flash2_backward::{self, fused};
 use kernels::flash3_backward::{
-    FINISH, FINISH_RING, HEADS, ORDERED, ORDERED_SPLIT, Order, Params, RING, Ring, SPLIT, WHOLE, can_finish_in_order,
+    FINISH, FINISH_RING, HEADS, ORDERED, ORDERED_SPLIT, Order, Params, RING, Ring, SHARED, SHARED_RING, SHARED_SPLIT,
+    SPLIT, Shares, WHOLE, can_finish_in_order,
 };
 use kernels::flash3_backward::{PREPARE, PREPARE_HEADS, PREPARE_ORDERED, PREPARE_RING};
 use kernels::{Config, mask};
@@ -172,10 +173,18 @@ fn bits<T: Element>(found: [Vec<T>; 3]) -> [Vec<u32>; 3] {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Takes {
     OneBlock,
-    /// One, with sums of dQ in a ring of so many heads, which are finished so many heads later.
+    /// One, of which so many are shared, from `first` on, by so many blocks of threads each.
+    OneShared {
+        first: u32,
+        count: u32,
+        parts: u32,
+    },
+    /// One, with sums of dQ in a ring of so many heads, which are finished so many heads later. Those of the last head are shared
+    /// by so many.
     OneOfRing {
         heads: u32,
         lag: u32,
+        parts: u32,
     },
     /// One, which adds to dQ in its turn; the first keys may finish it.
     OneInOrder {
@@ -184,14 +193,39 @@ enum Takes {
     WholeHead,
 }
 
+/// The gradients of a problem by all kernels for it, with blocks of keys that are shared: all of them, or the last. They are the same
+/// bits where threads run in another order.
+fn check_shares<T: Element>(p: Problem, seed: u64) {
+    let is_causal = |config: &Config| config.causal == Some(p.causal);
+    for pass in kernels_of([SHARED, SHARED_SPLIT], T::DTYPE, p.headdim, is_causal) {
+        let block_n = pass.config.block_n * pass.cluster;
+        let longest = p.lengths.iter().map(|lengths| lengths.1).max().expect("a sequence");
+        let all = (longest as u32).div_ceil(block_n) * (p.nheads_k * p.lengths.len()) as u32;
+        for (count, parts) in [(all, 3), (1, 2)] {
+            let first = all - count;
+            let shared = Takes::OneShared { first, count, parts };
+            let [_, d_k, d_v] = bits(check_pass::<T>(p, pass, shared, (seed, seed)));
+            let [_, again_k, again_v] = bits(check_pass::<T>(p, pass, shared, (seed, seed + 1)));
+            assert!(d_k == again_k && d_v == again_v, "{}: other bits where threads run in another order", pass.name);
+        }
+    }
+}
+
 /// The gradients of a problem by all kernels for it whose heads take turns at the sums of dQ: at as few as may be, and so many
-/// `more`.
+/// `more`. Without a mask also where several blocks of threads share keys of the last head.
 fn check_ring<T: Element>(p: Problem, more: &[u32], seed: u64) {
     let in_turn = if p.causal { 2 } else { 1 };
-    for pass in kernels_of([RING, &[]], T::DTYPE, p.headdim, |config| config.causal == Some(p.causal)) {
+    let is_causal = |config: &Config| config.causal == Some(p.causal);
+    let shared = if p.causal || p.headdim <= 64 {
+        vec![]
+    } else {
+        kernels_of([SHARED_RING, &[]], T::DTYPE, p.headdim, is_causal)
+    };
+    let alone = kernels_of([RING, &[]], T::DTYPE, p.headdim, is_causal);
+    for (pass, parts) in alone.into_iter().map(|pass| (pass, 1)).chain(shared.into_iter().map(|pass| (pass, 2))) {
         for more in more {
             let (places, lag) = (2 * in_turn + more, in_turn + more);
-            check_pass::<T>(p, pass, Takes::OneOfRing { heads: places, lag }, (seed, seed));
+            check_pass::<T>(p, pass, Takes::OneOfRing { heads: places, lag, parts }, (seed, seed));
         }
     }
 }
@@ -250,6 +284,14 @@ fn check_pass<T: Element>(
     let o: Vec<T> = exact[3].iter().map(|&x| T::from_f32(x as f32)).collect();
 
     let Config { headdim: tile_columns, block_m, block_n, .. } = pass.config;
+    let blocks_of_head = seqlen_k.div_ceil((block_n * pass.cluster) as usize) as u32;
+    let shared = match takes {
+        Takes::OneShared { first, count, parts } => Some((first, count, parts)),
+        Takes::OneOfRing { parts, .. } if parts > 1 => {
+            Some((((batch * nheads_k) as u32 - 1) * blocks_of_head, blocks_of_head, parts))
+        }
+        _ => None,
+    };
 
     let memory = Memory::new();
     let batches = if packed { 1 } else { batch };
@@ -281,7 +323,7 @@ fn check_pass<T: Element>(
     let places = places as usize * nheads;
     let pairs = nheads_k * batch;
     let (sums, ring) = match takes {
-        Takes::OneOfRing { heads, lag } => {
+        Takes::OneOfRing { heads, lag, .. } => {
             let counters = memory.allocate::<u32>("counters", 2 * pairs).global();
             (places / pairs * heads as usize, Ring { counters, heads, lag })
         }
@@ -347,15 +389,25 @@ fn check_pass<T: Element>(
             }
             _ => Order::NONE,
         },
+        shares: match shared {
+            Some((first, count, parts)) => {
+                let of_block = block_n * pass.cluster * (pass.config.headdim + pass.config.headdim_v);
+                let left = memory.allocate::<f32>("shares", (count * (parts - 1) * of_block) as usize).global();
+                let counters = memory.allocate::<u32>("counters of shares", (count * Shares::COUNTERS) as usize);
+                Shares { left, counters: counters.global(), first, count, parts }
+            }
+            None => Shares::NONE,
+        },
     };
     let query_blocks = seqlen_q.div_ceil(block_m as usize) * nheads * batch;
     let of_heads = |blocks: usize| blocks * nheads_k * batch;
     let cluster = pass.cluster as usize;
     let key_blocks = seqlen_k.div_ceil(block_n as usize * cluster) * cluster;
     let key_blocks = match takes {
-        Takes::OneBlock | Takes::OneInOrder { .. } | Takes::OneOfRing { .. } => of_heads(key_blocks),
         Takes::WholeHead => of_heads(1),
+        _ => of_heads(key_blocks),
     };
+    let more = shared.map_or(0, |(_, count, parts)| count * (parts - 1) * pass.cluster) as usize;
     fn of_queries<P>(table: &'static [Kernel<P, Config>], pass: &Config) -> &'static Kernel<P, Config> {
         let key = |config: &Config| (config.dtype, config.headdim, config.block_m);
         table.iter().find(|kernel| key(&kernel.config) == key(pass)).expect("a kernel in step")
@@ -366,14 +418,14 @@ fn check_pass<T: Element>(
         Takes::OneOfRing { .. } => of_queries_too(PREPARE_RING, query_blocks),
         Takes::OneInOrder { .. } => of_queries_too(PREPARE_ORDERED, query_blocks),
         Takes::WholeHead => of_queries(PREPARE_HEADS),
-        Takes::OneBlock => of_queries(PREPARE),
+        Takes::OneBlock | Takes::OneShared { .. } => of_queries_too(PREPARE, query_blocks),
     }
-    run(pass, key_blocks, order, &memory, parameters);
+    run(pass, key_blocks + more, order, &memory, parameters);
     match takes {
         Takes::OneOfRing { lag, .. } => of_queries_too(FINISH_RING, query_blocks / pairs * lag as usize),
         Takes::WholeHead => {}
         Takes::OneInOrder { finishes: true } => {}
-        Takes::OneBlock | Takes::OneInOrder { .. } => of_queries(FINISH),
+        Takes::OneBlock | Takes::OneShared { .. } | Takes::OneInOrder { .. } => of_queries(FINISH),
     }
 
     let tolerance = if T::DTYPE == DType::F16 { 5e-4 } else { 4e-3 };
@@ -445,6 +497,17 @@ fn many_keys_in_order() {
                 assert!(bits(finished) == bits(apart), "{}: dQ is the same whoever finishes it", pass.name);
             }
         }
+    }
+}
+
+/// More blocks of threads than there are blocks of keys, in which some have nothing to do, as keys are seen by few queries.
+#[test]
+fn several_share_a_block_of_keys() {
+    for causal in [false, true] {
+        for (lengths, headdim) in [(&[(330, 300); 2], 64), (&[(430, 300); 2], 128), (&[(300, 330); 2], 256)] {
+            check_shares::<bf16>(Problem { lengths, nheads: 2, nheads_k: 1, headdim, causal, ..FIXED }, 19);
+        }
+        check_shares::<f16>(Problem { lengths: &[(700, 200)], headdim: 96, causal, ..FIXED }, 20);
     }
 }
 

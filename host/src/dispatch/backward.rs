@@ -9,7 +9,8 @@ use kernels::flash3_backward as flash3;
 
 use super::{FamilyFor, first_able, why};
 use crate::error::{Error, Result};
-use crate::families::hopper::backward::{Sums, Turns};
+use crate::families::hopper::backward::{Sums, Together, Turns};
+use crate::families::hopper::shares::{self, Sharing};
 use crate::families::{Table, Wanted, hopper};
 use crate::features::Feature;
 use crate::inputs::GradientOutputs;
@@ -60,6 +61,8 @@ struct Passes {
     workspace: Vec<Workspace>,
     /// How blocks of keys meet at the sums of dQ.
     sums: Sums,
+    /// Which blocks of keys are shared.
+    sharing: Option<Sharing>,
 }
 
 /// One launch.
@@ -117,6 +120,8 @@ enum Grid {
     Queries,
     /// `block_n` keys of a head of K.
     Keys,
+    /// The same, or a share of their queries: so many in all.
+    SharedKeys(u64),
     /// All keys of a head of K.
     KeyHeads,
     /// `block_m` queries of a head of Q, of the last heads of a ring, which have so many.
@@ -193,26 +198,27 @@ impl BackwardPlan {
         workspace: &[Global<Untyped>],
         machine: &Resources,
     ) -> Result<Vec<Launch>> {
-        let mut counters = Global::NULL;
+        let (mut counters, mut left, mut counters_of_shares) = (Global::NULL, Global::NULL, Global::NULL);
         for (part, address) in self.workspace().iter().zip(workspace) {
-            if part.name == COUNTERS {
-                counters = address.cast();
-                continue;
-            }
-            let of_part = match part.name {
-                ROW_SUMS_OF => &mut parameters.row_sums,
-                STATISTICS => &mut parameters.statistics,
-                D_Q_SUMS => &mut parameters.d_q_sums,
+            match part.name {
+                ROW_SUMS_OF => parameters.row_sums = address.cast(),
+                STATISTICS => parameters.statistics = address.cast(),
+                D_Q_SUMS => parameters.d_q_sums = address.cast(),
+                COUNTERS => counters = address.cast(),
+                shares::LEFT => left = *address,
+                shares::COUNTERS => counters_of_shares = *address,
                 name => unreachable!("{name} is part of no plan"),
-            };
-            *of_part = address.cast();
+            }
         }
+        let Passes { sums, sharing, .. } = self.passes;
+        let shares = sharing.map_or(flash3::Shares::NONE, |sharing| sharing.shares(left, counters_of_shares));
+        let together = Together { sums, counters, shares };
         let launch = |step: &Step| {
             let blocks = step.blocks(problem);
             (blocks > 0).then(|| match step.kernel {
                 Entry::Plain(kernel) => Launch::new(kernel, blocks, parameters),
                 Entry::Mapped(kernel) => {
-                    hopper::backward::launch(kernel, blocks, problem, parameters, self.passes.sums, counters, machine)
+                    hopper::backward::launch(kernel, blocks, problem, parameters, together, machine)
                 }
             })
         };
@@ -260,16 +266,20 @@ impl Passes {
         if let Some(heads) = heads {
             return Self::flash3_heads(wanted.problem, heads);
         }
+        let (of_keys, sharing) = shared(wanted.problem, pass, &[flash3::SHARED, flash3::SHARED_SPLIT]);
+        let mut workspace = Self::fused_workspace(wanted.problem, pass.config.headdim, pass.config.block_m);
+        workspace.extend(sharing.into_iter().flat_map(Sharing::workspace));
         Ok(Passes {
             family: "flash3",
             steps: vec![
-                Step { kernel: Entry::Plain(in_step(flash3::PREPARE, pass)?), grid: Grid::Queries },
-                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                Step { kernel: Entry::Mapped(in_step(flash3::PREPARE, pass)?), grid: Grid::Queries },
+                of_keys,
                 Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries },
             ],
-            how: FUSED.to_owned(),
-            workspace: Self::fused_workspace(wanted.problem, pass.config.headdim, pass.config.block_m),
+            how: with_shares(FUSED, sharing),
+            workspace,
             sums: Sums::AsTheyCome,
+            sharing,
         })
     }
 
@@ -292,7 +302,8 @@ impl Passes {
         if !finishes {
             steps.push(Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries });
         }
-        Ok(Passes { family: "flash3", steps, how: ORDERED.to_owned(), workspace, sums: Sums::InOrder { finishes } })
+        let sums = Sums::InOrder { finishes };
+        Ok(Passes { family: "flash3", steps, how: ORDERED.to_owned(), workspace, sums, sharing: None })
     }
 
     /// FlashAttention-3's, by blocks of threads that take whole heads.
@@ -306,6 +317,7 @@ impl Passes {
             how: WHOLE_HEADS.to_owned(),
             workspace: Self::fused_workspace(problem, pass.config.headdim, pass.config.block_m),
             sums: Sums::AsTheyCome,
+            sharing: None,
         })
     }
 
@@ -321,19 +333,22 @@ impl Passes {
         let heads = hopper::backward::heads_of_k(problem);
         workspace.push(Workspace { name: D_Q_SUMS, dtype: DType::F32, len: turns.sums });
         workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: heads.saturating_mul(2) });
+        let (of_keys, sharing) = shared(problem, pass, &[flash3::SHARED_RING]);
+        workspace.extend(sharing.into_iter().flat_map(Sharing::workspace));
         Ok(Passes {
             family: "flash3",
             steps: vec![
                 Step { kernel: Entry::Mapped(in_step(flash3::PREPARE_RING, pass)?), grid: Grid::Queries },
-                Step { kernel: Entry::Mapped(pass), grid: Grid::Keys },
+                of_keys,
                 Step {
                     kernel: Entry::Mapped(in_step(flash3::FINISH_RING, pass)?),
                     grid: Grid::LastQueries(turns.left),
                 },
             ],
-            how: RING.to_owned(),
+            how: with_shares(RING, sharing),
             workspace,
             sums: Sums::InRing(turns),
+            sharing,
         })
     }
 
@@ -349,7 +364,7 @@ impl Passes {
                 let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
                 workspace.extend(optional.dsinks.then_some(row_sums));
                 let steps = Self::fused(pass, wanted, optional)?;
-                Passes { family, steps, how: FUSED.to_owned(), workspace, sums: Sums::AsTheyCome }
+                Passes { family, steps, how: FUSED.to_owned(), workspace, sums: Sums::AsTheyCome, sharing: None }
             }
             Err(why) => Passes {
                 family,
@@ -357,6 +372,7 @@ impl Passes {
                 how: format!("each gradient is computed where it is owned: {why}"),
                 workspace: vec![row_sums],
                 sums: Sums::AsTheyCome,
+                sharing: None,
             },
         })
     }
@@ -427,6 +443,33 @@ const ORDERED: &str = "fused: dQ is summed in the order of the keys, the same in
 const RING: &str =
     "fused: dQ is summed by atomic additions, unless deterministic forbids it, in sums that heads take turns at";
 
+/// A pass, or that of these tables whose blocks of keys are shared, where there is one and it pays.
+fn shared(
+    problem: &Problem,
+    pass: &'static EntryPoint<flash3::Params, Config>,
+    tables: &[&'static [EntryPoint<flash3::Params, Config>]],
+) -> (Step, Option<Sharing>) {
+    let key = |config: Config| (config.dtype, config.headdim, config.block_m, config.causal);
+    let shared = tables.iter().copied().flatten().find(|kernel| key(kernel.config) == key(pass.config));
+    match shared.and_then(|kernel| Some((kernel, Sharing::of(problem, kernel)?))) {
+        Some((kernel, sharing)) => {
+            let blocks = sharing.blocks(kernel.cluster);
+            (Step { kernel: Entry::Mapped(kernel), grid: Grid::SharedKeys(blocks) }, Some(sharing))
+        }
+        None => (Step { kernel: Entry::Mapped(pass), grid: Grid::Keys }, None),
+    }
+}
+
+/// How a pass is one whose blocks of keys may be shared.
+fn with_shares(how: &str, sharing: Option<Sharing>) -> String {
+    match sharing {
+        None => how.to_owned(),
+        Some(Sharing { count, parts, .. }) => {
+            format!("{how}; {parts} blocks of threads share the queries of each of {count} blocks of keys")
+        }
+    }
+}
+
 /// The kernel of a table that goes with a pass.
 fn in_step<P>(
     kernels: &'static [EntryPoint<P, Config>],
@@ -466,7 +509,7 @@ impl Step {
                 product([nheads_k, batch], blocks(seqlen_k, block_n * cluster).saturating_mul(u64::from(cluster)))
             }
             Grid::KeyHeads => product([nheads_k, batch], 1),
-            Grid::LastQueries(blocks) => blocks,
+            Grid::LastQueries(blocks) | Grid::SharedKeys(blocks) => blocks,
             Grid::Bias => {
                 let [batch, heads, rows, keys] = problem.bias.unwrap_or_default();
                 let row_blocks = if rows == 1 { 1 } else { blocks(rows, block_m) };

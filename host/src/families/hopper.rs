@@ -21,6 +21,7 @@ use splits::splits;
 pub(crate) mod backward;
 mod maps;
 pub(crate) mod packing;
+pub(crate) mod shares;
 pub(crate) mod splits;
 
 /// The entry points of FlashAttention-3 for a problem.

@@ -26,6 +26,9 @@
 //! [`prepare_ring()`], [`ring()`] and [`finish_ring()`] are another way to keep the sums of dQ in the L2 cache, for longer heads:
 //! they take turns at them, and the pass finishes dQ of heads that it is done with ([`Ring`]).
 //!
+//! Where blocks of keys do not fill the machine, several blocks of threads share one of them: [`shared()`],
+//! [`split_shared()`] and [`ring_shared()`] ([`Shares`]).
+//!
 //! Where heads are wide, two blocks of threads are a cluster, which has twice the keys: [`split()`].
 //!
 //! Warps are specialised: a thread keeps copies of Q and dO in flight, and two warpgroups multiply. dQ of a step is
@@ -48,6 +51,7 @@ mod order;
 mod prepare;
 mod producer;
 mod ring;
+mod shares;
 mod split;
 mod whole;
 
@@ -55,8 +59,9 @@ pub use finish::{FINISH, FINISH_RING, finish, finish_ring};
 pub use order::{Order, PREPARE_ORDERED, prepare_ordered};
 pub use prepare::{PREPARE, PREPARE_HEADS, PREPARE_RING, prepare, prepare_heads, prepare_ring};
 pub use ring::Ring;
-pub use split::{ORDERED_SPLIT, SPLIT, split, split_ordered};
-pub use whole::{HEADS, ORDERED, RING, WHOLE, heads, ordered, ring, whole};
+pub use shares::Shares;
+pub use split::{ORDERED_SPLIT, SHARED_SPLIT, SPLIT, split, split_ordered, split_shared};
+pub use whole::{HEADS, ORDERED, RING, SHARED, SHARED_RING, WHOLE, heads, ordered, ring, ring_shared, shared, whole};
 
 use crate::attention::{Attention, divisor};
 use crate::config::Config;
@@ -78,13 +83,13 @@ const GROUPS: u32 = 2;
 /// Stages of Q and dO: one is computed on while the next comes in.
 const STAGES: u32 = 2;
 
-/// Arguments of [`whole()`] and [`split()`]; [`prepare()`] and [`finish()`] take those of [`flash2_backward`], which
-/// are the field `backward`.
+/// Arguments of the kernels; [`prepare_heads()`] and [`finish()`] take those of [`flash2_backward`], which are the field
+/// `backward`.
 ///
 /// The kernels are launched one after the other: [`prepare()`], the pass, [`finish()`], all three of the same dtype,
-/// `headdim` and `block_m`; or [`prepare_heads()`] and [`heads()`]; or [`prepare_ring()`], [`ring()`] and [`finish_ring()`], which
-/// all take these; or [`prepare_ordered()`], which does too, [`ordered()`] and [`finish()`]. Each may be launched before the one
-/// before it has ended ([`cuda_std::grid`]).
+/// `headdim` and `block_m`, where the pass is [`whole()`], [`split()`], [`shared()`] or [`split_shared()`]; or [`prepare_heads()`]
+/// and [`heads()`]; or [`prepare_ring()`], [`ring()`] or [`ring_shared()`], and [`finish_ring()`]; or [`prepare_ordered()`],
+/// [`ordered()`] and [`finish()`]. Each may be launched before the one before it has ended ([`cuda_std::grid`]).
 ///
 /// With the places of [`places_in_blocks`](flash2_backward::fused::places_in_blocks)`(block_m, ..)`, times `nheads`,
 /// `backward.statistics` has two f32 a place, and `backward.d_q_sums` `headdim` of the configuration; [`prepare()`]
@@ -111,6 +116,9 @@ pub struct Params {
     pub ring: Ring,
     /// For [`prepare_ordered()`] and [`ordered()`] alone: whose turn it is to add to dQ.
     pub order: Order,
+    /// For [`shared()`], [`split_shared()`], [`ring_shared()`] and what is launched before them alone: which keys several blocks of
+    /// threads share.
+    pub shares: Shares,
 }
 
 const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config {
@@ -148,10 +156,24 @@ mod walk {
     pub const RING: u32 = 2;
     /// One, which adds to dQ in its [turn](super::Order).
     pub const ORDERED: u32 = 3;
+    /// One that others [share](super::Shares).
+    pub const SHARED: u32 = 4;
+    /// The same in a ring.
+    pub const SHARED_RING: u32 = 5;
+
+    /// Whether heads take turns at the sums of dQ.
+    pub const fn is_ring(walk: u32) -> bool {
+        walk == RING || walk == SHARED_RING
+    }
 
     /// Whether keys add to dQ in their order.
     pub const fn is_in_order(walk: u32) -> bool {
         walk == HEAD || walk == ORDERED
+    }
+
+    /// Whether a block of threads has a share of the queries of its keys.
+    pub const fn is_shared(walk: u32) -> bool {
+        walk == SHARED || walk == SHARED_RING
     }
 }
 

@@ -8,7 +8,7 @@ use crate::mask::Mask;
 use crate::schedule::{self, QueryBlock};
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::MatrixElement;
-use cuda_std::thread::thread_idx_x;
+use cuda_std::thread::{block_idx_x, thread_idx_x};
 use cuda_std::{grid, kernel};
 
 const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>() -> Config {
@@ -22,23 +22,33 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u
 }
 
 /// For kernels whose arguments are those of a pass with blocks of so many keys.
-const fn prepare_ring_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>() -> Config {
+const fn prepare_keys_config<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>() -> Config {
     Config { block_n: GROUPS * GROUP_ROWS, ..prepare_config::<T, HEADDIM, BLOCK_M>() }
 }
 
-/// [`flash2_backward::fused::prepare`](crate::flash2_backward::fused::prepare()) in blocks of `BLOCK_M` rows. Grid:
-/// `ceil(seqlen_q / BLOCK_M) * nheads * batch`.
+/// [`flash2_backward::fused::prepare`](crate::flash2_backward::fused::prepare()) in blocks of `BLOCK_M` rows, and the counters of
+/// [shared](super::Shares) keys. Grid: `ceil(seqlen_q / BLOCK_M) * nheads * batch`.
 #[kernel(
     name = "flash3_bwd_prepare_{T}_d{HEADDIM}_m{BLOCK_M}",
     arch = sm_90a,
     for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64), (128, 80), (256, 64)],
-    config = prepare_config,
+    config = prepare_keys_config,
     table = PREPARE,
 )]
-pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: flash2_backward::Params) {
+pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
     grid::wait_for_prerequisites();
     grid::launch_dependents();
-    prepare_block::<T, HEADDIM, BLOCK_M>(p, true);
+    clear_shares(&p);
+    prepare_block::<T, HEADDIM, BLOCK_M>(p.backward, true);
+}
+
+/// Nothing is left by those who share keys: said by the first block of threads.
+#[inline(always)]
+#[track_caller]
+fn clear_shares(p: &Params) {
+    if block_idx_x() == 0 {
+        p.shares.clear(PREPARE_THREADS);
+    }
 }
 
 /// The same for [`ring`](super::ring()): of the sums it clears those of the heads that begin, and the counters of all. Grid:
@@ -47,12 +57,13 @@ pub fn prepare<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: fl
     name = "flash3_bwd_prepare_ring_{T}_d{HEADDIM}_m{BLOCK_M}",
     arch = sm_90a,
     for T in [f16, bf16], (HEADDIM, BLOCK_M) in [(64, 128), (128, 64)],
-    config = prepare_ring_config,
+    config = prepare_keys_config,
     table = PREPARE_RING,
 )]
 pub fn prepare_ring<T: MatrixElement, const HEADDIM: usize, const BLOCK_M: u32>(p: Params) {
     grid::wait_for_prerequisites();
     grid::launch_dependents();
+    clear_shares(&p);
     prepare_block::<T, HEADDIM, BLOCK_M>(p.backward, false);
     let a: Attention<T> = p.backward.attention.of::<T>();
     let QueryBlock { first_row, head, sequence } = schedule::query_block(&a, BLOCK_M);

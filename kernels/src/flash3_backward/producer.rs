@@ -1,6 +1,7 @@
 //! The threads that copy: one brings Q and dO, others take dQ away.
 use super::memory::{Inputs, Outgoing};
-use super::{GROUPS, Params, STAGES, Work, next_keys, ring, walk};
+use super::shares::own_work;
+use super::{GROUPS, Params, STAGES, next_keys, ring, walk};
 use crate::attention::Attention;
 use crate::schedule::KeyBlock;
 use cuda_std::cluster::Blocks;
@@ -36,7 +37,7 @@ pub(super) fn load<
     loop {
         let batch = a.batch_of_map(block.sequence.batch) as i32;
         let of_keys = [block.head_k as i32, batch];
-        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, CLUSTER * BLOCK_N as u32);
+        let work = own_work::<T, CAUSAL, WALK>(p, a, block, BLOCK_M as u32, BLOCK_N as u32, CLUSTER);
         let rank = if CLUSTER > 1 { cluster::block_rank() } else { 0 };
         let key = (block.sequence.first_k + block.first_key + BLOCK_N as u32 * rank) as i32;
         keys.acquire();
@@ -122,8 +123,8 @@ pub(super) fn add_queries<
     let part = Outgoing::<HEADDIM, BLOCK_M>::PART;
     let mut parts = outgoing.parts.consumer();
     loop {
-        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
-        let mut walk = if WALK == walk::RING {
+        let work = own_work::<T, CAUSAL, WALK>(p, a, block, BLOCK_M as u32, BLOCK_N as u32, 1);
+        let mut walk = if walk::is_ring(WALK) {
             let first_place = p.ring.first_place(a, &block.sequence, block.head_k * work.group, BLOCK_M as u32);
             work.walk_from(first_place, ring::places_of_head(a, BLOCK_M as u32), BLOCK_M as u32)
         } else {
@@ -135,7 +136,7 @@ pub(super) fn add_queries<
             parts.advance();
         }
         let pair = ring::pair(a, &block.sequence, block.head_k);
-        if WALK == walk::RING {
+        if walk::is_ring(WALK) {
             p.ring.take_over(a, pair, BLOCK_N as u32);
         }
         while let Some(step) = walk.next() {
@@ -143,7 +144,7 @@ pub(super) fn add_queries<
             let mut add = || {
                 let slot = parts.wait();
                 let (to, from) = (sums.offset((slot.index * part) as usize), outgoing.part(slot.index));
-                if WALK == walk::RING {
+                if walk::is_ring(WALK) {
                     bulk::add_cached(to, from, part, CachePolicy::evict_last());
                 } else {
                     bulk::add(to, from, part);
@@ -158,7 +159,7 @@ pub(super) fn add_queries<
             bulk::wait_read::<0>();
             second.release();
         }
-        if WALK == walk::RING {
+        if walk::is_ring(WALK) {
             bulk::wait::<0>();
             p.ring.add(pair);
         }

@@ -2,7 +2,7 @@
 use cuda_std::{Global, Kernel};
 use kernels::Config;
 use kernels::flash2_backward;
-use kernels::flash3_backward::{Order, Params, Ring, can_finish_in_order};
+use kernels::flash3_backward::{Order, Params, Ring, Shares, can_finish_in_order};
 
 use super::MULTIPROCESSORS;
 use super::maps::{Extents, map};
@@ -25,17 +25,27 @@ pub enum Sums {
     },
 }
 
-/// The launch, in so many blocks of threads, for a problem with rows and keys. `counters`: of a [`ring`] or of
-/// [who has added](counters_of_order).
+/// What blocks of threads do together.
+#[derive(Clone, Copy, Debug)]
+pub struct Together {
+    /// How they meet at the sums of dQ.
+    pub sums: Sums,
+    /// Of a [`ring`] or of [who has added](counters_of_order).
+    pub counters: Global<u32>,
+    /// Which of them share keys.
+    pub shares: Shares,
+}
+
+/// The launch, in so many blocks of threads, for a problem with rows and keys.
 pub fn launch(
     kernel: &'static Kernel<Params, Config>,
     blocks: u64,
     problem: &Problem,
     backward: flash2_backward::Params,
-    sums: Sums,
-    counters: Global<u32>,
+    together: Together,
     machine: &Resources,
 ) -> Result<Launch> {
+    let Together { sums, counters, shares } = together;
     let Config { dtype, headdim, headdim_v, block_m, block_n, .. } = kernel.config;
     let of_queries = |columns| Extents::of_queries(problem, columns);
     let of_keys = |columns| Extents::of_keys(problem, columns);
@@ -64,6 +74,7 @@ pub fn launch(
             Sums::InOrder { finishes } => Order { counters, finishes: finishes.into() },
             _ => Order::NONE,
         },
+        shares,
     };
     Launch::new(kernel, blocks, parameters)
 }
@@ -137,7 +148,7 @@ pub fn heads_of_k(problem: &Problem) -> u64 {
 }
 
 /// Blocks of so many keys of the longest sequence.
-fn key_blocks(problem: &Problem, block_n: u32) -> u64 {
+pub(super) fn key_blocks(problem: &Problem, block_n: u32) -> u64 {
     (problem.seqlen_k as u64).div_ceil(block_n.max(1).into())
 }
 

@@ -13,7 +13,8 @@ mod turns;
 use super::memory::Destinations;
 use super::order::key_block_in_order;
 use super::producer::load;
-use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, key_block_at, walk};
+use super::shares::own_work;
+use super::{GROUP_ROWS, GROUPS, Params, config_of, key_block_at, walk};
 use crate::attention::Attention;
 use crate::config::Config;
 use crate::schedule::KeyBlock;
@@ -115,8 +116,55 @@ pub fn split<
     pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::ONE }>(
         &p,
         &a,
-        |a, number| key_block_at::<T, CAUSAL>(a, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number),
+        |a| key_block_at::<T, CAUSAL>(a, CLUSTER * BLOCK_N as u32, p.heads_in_turn, block_idx_x() / CLUSTER),
     );
+}
+
+/// [`split()`], where several clusters [share](super::Shares) the queries of a block of keys, as in [`shared()`](super::shared()).
+/// Grid: of clusters, as the blocks of threads there.
+#[kernel(
+    name = "flash3_bwd_shared_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    cluster = CLUSTER,
+    for T in [f16, bf16],
+        (HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
+            (256, 128, 64, 64, 4, 8, 32, 8),
+        ],
+        CAUSAL in [false, true],
+    config = config,
+    table = SHARED_SPLIT,
+)]
+pub fn split_shared<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HALF: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const CAUSAL: bool,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    let number = block_idx_x() / CLUSTER;
+    let keys =
+        |a: &Attention<T>, number| key_block_at::<T, CAUSAL>(a, CLUSTER * BLOCK_N as u32, p.heads_in_turn, number);
+    if number < p.shares.first {
+        pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::ONE }>(
+            &p,
+            &a,
+            |a| keys(a, number),
+        );
+    } else {
+        pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::SHARED }>(
+            &p,
+            &a,
+            |a| keys(a, p.shares.own(CLUSTER).number),
+        );
+    }
 }
 
 /// [`split()`], whose blocks of keys add to dQ in their order, as those of [`ordered()`](super::ordered()). Grid: as for
@@ -153,7 +201,7 @@ pub fn split_ordered<
     pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, { walk::ORDERED }>(
         &p,
         &a,
-        |a, number| key_block_in_order(a, p.heads_in_turn, number),
+        |a| key_block_in_order(a, p.heads_in_turn, block_idx_x() / CLUSTER),
     );
 }
 
@@ -175,9 +223,9 @@ fn pass<
 >(
     p: &Params,
     a: &Attention<T>,
-    keys_of: impl Fn(&Attention<T>, u32) -> KeyBlock,
+    keys_of: impl Fn(&Attention<T>) -> KeyBlock,
 ) {
-    let work = Work::of::<T, CAUSAL>(a, keys_of(a, block_idx_x() / CLUSTER), BLOCK_M as u32, CLUSTER * BLOCK_N as u32);
+    let work = own_work::<T, CAUSAL, WALK>(p, a, keys_of(a), BLOCK_M as u32, BLOCK_N as u32, CLUSTER);
     if work.block.rows() == 0 {
         // As in `whole`.
         grid::wait_for_prerequisites();
@@ -198,7 +246,7 @@ fn pass<
             release_registers::<40>();
             if consumer.work.steps() > 0 {
                 match thread_idx_x() {
-                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, { walk::ONE }>(
+                    0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, CLUSTER, CAUSAL, WALK>(
                         p,
                         a,
                         memory.inputs,
@@ -215,26 +263,30 @@ fn pass<
         1 => {
             claim_registers::<232>();
             let consumer = if WALK == walk::ORDERED { consumer.anew::<CAUSAL>(lane_id()) } else { consumer };
-            let d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, WALK>();
+            let mut d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, WALK>();
             // What the blocks tell each other finds them until both have ended.
             cluster::arrive();
-            d_v.store_rows(consumer.own_rows(
-                consumer.keys_once_known::<D_COLUMNS, WALK>(&d_v),
-                p.backward.d_v,
-                a.headdim_v,
-            ));
+            if !walk::is_shared(WALK) || p.shares.sum(p.shares.own(CLUSTER), CLUSTER, [&mut d_v]) {
+                d_v.store_rows(consumer.own_rows(
+                    consumer.keys_once_known::<D_COLUMNS, WALK>(&d_v),
+                    p.backward.d_v,
+                    a.headdim_v,
+                ));
+            }
             cluster::wait();
         }
         _ => {
             claim_registers::<232>();
             let mut d_k = consumer.keys::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, WALK>();
             cluster::arrive();
-            d_k.map(|_, _, d_k| d_k * a.softmax_scale);
-            d_k.store_rows(consumer.own_rows(
-                consumer.keys_once_known::<D_COLUMNS, WALK>(&d_k),
-                p.backward.d_k,
-                a.headdim,
-            ));
+            if !walk::is_shared(WALK) || p.shares.sum(p.shares.own(CLUSTER), CLUSTER, [&mut d_k]) {
+                d_k.map(|_, _, d_k| d_k * a.softmax_scale);
+                d_k.store_rows(consumer.own_rows(
+                    consumer.keys_once_known::<D_COLUMNS, WALK>(&d_k),
+                    p.backward.d_k,
+                    a.headdim,
+                ));
+            }
             cluster::wait();
         }
     }

@@ -8,7 +8,8 @@ mod memory;
 use super::finisher::{FINISHERS, Finisher};
 use super::order::{key_block_in_order, sum_in_order};
 use super::producer::{add_queries, load};
-use super::{GROUP_ROWS, GROUPS, Params, Work, config_of, is_tight, key_block_at, next_keys, release, walk};
+use super::shares::own_work;
+use super::{GROUP_ROWS, GROUPS, Params, config_of, is_tight, key_block_at, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -162,6 +163,121 @@ pub fn ring<
     );
 }
 
+/// [`whole()`], where several blocks of threads [share](super::Shares) the queries of a block of keys: of the last ones, or of all. Grid: a block
+/// of threads for each block of keys that is not shared, and [`Shares::parts`](super::Shares::parts) for each that is.
+///
+/// An entry point of its own, as the compiler orders the steps of a pass less well beside another pass.
+#[kernel(
+    name = "flash3_bwd_shared_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
+            (64, 128, 128, 8, 16, 8, 8, false, false, 0),
+            (64, 128, 128, 8, 16, 8, 8, false, true, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
+            (128, 64, 128, 4, 8, 16, 8, true, true, 0),
+            (128, 80, 128, 5, 10, 16, 10, true, false, 2048),
+            (128, 80, 128, 5, 10, 16, 10, true, true, 8192),
+        ],
+    config = config,
+    table = SHARED,
+)]
+pub fn shared<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    let keys = |number| key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, number);
+    if block_idx_x() < p.shares.first {
+        let block = keys(block_idx_x());
+        pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::ONE }>(
+            &p,
+            &a,
+            || block,
+        );
+    } else {
+        let block = keys(p.shares.own(1).number);
+        pass::<
+            T,
+            HEADDIM,
+            BLOCK_M,
+            BLOCK_N,
+            STEPS,
+            S_COLUMNS,
+            D_COLUMNS,
+            Q_COLUMNS,
+            TRANSPOSED,
+            CAUSAL,
+            { walk::SHARED },
+        >(&p, &a, || block);
+    }
+}
+
+/// [`ring()`], where several blocks of threads [share](super::Shares) the queries of a block of keys: of the last ones. Grid: a block
+/// of threads for each block of keys that is not shared, and [`Shares::parts`](super::Shares::parts) for each that is.
+#[kernel(
+    name = "flash3_bwd_ring_shared_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
+            (128, 64, 128, 4, 8, 16, 8, true, false, 0),
+        ],
+    config = ring_config,
+    table = SHARED_RING,
+)]
+pub fn ring_shared<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    let keys = |number| key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, number);
+    if block_idx_x() < p.shares.first {
+        let block = keys(block_idx_x());
+        pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::RING }>(
+            &p,
+            &a,
+            || block,
+        );
+    } else {
+        let block = keys(p.shares.own(1).number);
+        pass::<
+            T,
+            HEADDIM,
+            BLOCK_M,
+            BLOCK_N,
+            STEPS,
+            S_COLUMNS,
+            D_COLUMNS,
+            Q_COLUMNS,
+            TRANSPOSED,
+            CAUSAL,
+            { walk::SHARED_RING },
+        >(&p, &a, || block);
+    }
+}
+
 /// [`whole()`], whose blocks of keys add to dQ in their order ([`Order`](super::Order)): all gradients of a sequence are the same
 /// bits in every run and in every batch. It finishes dQ, too. Grid: as for [`whole()`].
 #[kernel(
@@ -278,7 +394,7 @@ fn pass<
     if thread_idx_x() == 0 {
         memory.inputs.init_barriers(1);
         memory.outgoing.init();
-        if WALK == walk::RING {
+        if walk::is_ring(WALK) {
             for warp in 0..FINISHERS {
                 memory.finisher(warp).init();
             }
@@ -296,7 +412,7 @@ fn pass<
                 release_registers::<40>();
             }
             let block = first_block();
-            let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+            let work = own_work::<T, CAUSAL, WALK>(p, a, block, BLOCK_M as u32, BLOCK_N as u32, 1);
             if block.rows() > 0 && work.steps() > 0 {
                 match thread_idx_x() {
                     0 => load::<_, HEADDIM, BLOCK_M, BLOCK_N, 1, CAUSAL, WALK>(p, a, memory.inputs, block),
@@ -305,7 +421,7 @@ fn pass<
                         sum_in_order::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block, group);
                     }
                     32 => add_queries::<T, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, WALK>(p, a, memory.outgoing, block),
-                    thread @ 64.. if WALK == walk::RING => {
+                    thread @ 64.. if walk::is_ring(WALK) && (WALK == walk::RING || p.shares.own(1).is_first()) => {
                         let finisher = shuffle(ALL, thread / 32 - 2, 0);
                         memory
                             .finisher(finisher)
@@ -377,7 +493,7 @@ fn consume<
         let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
         let own_key_anew = |x| 16 * (warp_id() - unknown_before(4, x));
         let own_d_s = TransposedRows::of(memory.d_s, own_key);
-        let work = Work::of::<T, CAUSAL>(a, found_anew(keys), BLOCK_M as u32, BLOCK_N as u32);
+        let work = own_work::<T, CAUSAL, WALK>(params, a, found_anew(keys), BLOCK_M as u32, BLOCK_N as u32, 1);
         let blocks = work.blocks;
         let mut d_k = Accumulator::<1, D_COLUMNS>::zero();
         let mut d_v = Accumulator::<1, D_COLUMNS>::zero();
@@ -469,7 +585,8 @@ fn consume<
                     block = blocks.begin;
                 }
             }
-            let last = if is_anew { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
+            let found_after = is_anew || walk::is_shared(WALK);
+            let last = if found_after { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
             D_S.sync(GROUPS * last + group);
             let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
             if is_anew {
@@ -483,6 +600,13 @@ fn consume<
                 memory.outgoing,
                 &mut d_q_part,
             );
+        }
+        if walk::is_shared(WALK) {
+            // Under a causal mask registers are scarcer: it is found anew.
+            let share = if CAUSAL { params.shares.own_anew(1, queries.slot().index) } else { params.shares.own(1) };
+            if !params.shares.sum(share, 1, [&mut d_v, &mut d_k]) {
+                return;
+            }
         }
         let own_key = if is_anew { own_key_anew(keys.first_key) } else { own_key };
         let first_key = keys.first_key + own_key;

@@ -353,6 +353,7 @@ mod tests {
         block_n: 64,
         from_keys: 0,
         few: false,
+        sequences: 0,
         threads: 128,
         min_blocks_per_sm: 1,
         shared_bytes: 0,

@@ -31,6 +31,8 @@ pub struct Config {
     pub from_keys: u32,
     /// Whether it is for few queries, of heads that share K and V: its tiles may hold rows of several.
     pub few: bool,
+    /// How many sequences of different lengths it puts into order, those that cost the most first; 0 for one that puts none.
+    pub sequences: u32,
     /// Threads a block.
     pub threads: u32,
     /// Blocks that must fit a multiprocessor at once: bounds the registers.

@@ -56,6 +56,7 @@ const fn config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(
         block_n: BLOCK as u32,
         from_keys: 0,
         few: false,
+        sequences: 0,
         threads: THREADS,
         min_blocks_per_sm: 1,
         shared_bytes: (3 * BLOCK * HEADDIM * size_of::<T>()) as u32,

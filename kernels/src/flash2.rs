@@ -71,6 +71,7 @@ const fn config<
         block_n: BLOCK_N as u32,
         from_keys: 0,
         few: false,
+        sequences: 0,
         threads,
         // 255 registers a thread.
         min_blocks_per_sm: 256 / threads,

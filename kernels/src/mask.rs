@@ -147,3 +147,90 @@ impl Mask {
         s.map(|row, column, s| if self.sees(first_row + column, first_key + row) { s } else { f32::NEG_INFINITY });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::ops::Range;
+
+    const SIDES: [u32; 7] = [0, 1, 15, 16, 17, 40, UNBOUNDED];
+    const LENGTHS: [u32; 7] = [1, 15, 16, 17, 33, 48, 65];
+    const TILES: [(u32, u32); 4] = [(16, 16), (16, 32), (48, 16), (32, 48)];
+
+    impl Mask {
+        /// What [`sees`](Self::sees) says, as the window is defined: key i + seqlen_k - seqlen_q, `left` before and `right` after.
+        fn plainly_sees(self, row: u32, key: u32) -> bool {
+            let place = i64::from(row) + i64::from(self.seqlen_k) - i64::from(self.seqlen_q);
+            let (left, right) = (place - i64::from(key), i64::from(key) - place);
+            let within = |distance, side: u32| side == UNBOUNDED || distance <= i64::from(side);
+            key < self.seqlen_k && within(left, self.left) && within(right, self.right)
+        }
+    }
+
+    /// All pairs.
+    fn pairs<const N: usize>(of: [u32; N]) -> impl Iterator<Item = (u32, u32)> {
+        of.into_iter().flat_map(move |a| of.into_iter().map(move |b| (a, b)))
+    }
+
+    /// All windows and lengths.
+    fn for_all(check: impl Fn(Mask)) {
+        for (left, right) in pairs(SIDES) {
+            for (seqlen_q, seqlen_k) in pairs(LENGTHS) {
+                check(Mask { seqlen_q, seqlen_k, left, right });
+            }
+        }
+    }
+
+    /// Whether some row of a tile sees some key of it, and whether all see all.
+    fn seen(mask: Mask, rows: Range<u32>, keys: Range<u32>) -> (bool, bool) {
+        let (mut some, mut all) = (false, true);
+        for (row, key) in rows.flat_map(|row| keys.clone().map(move |key| (row, key))) {
+            let sees = mask.plainly_sees(row, key);
+            assert_eq!(mask.sees(row, key), sees, "{mask:?}: row {row}, key {key}");
+            (some, all) = (some || sees, all && sees);
+        }
+        (some, all)
+    }
+
+    /// Whether a block is walked where some pair of it is seen, and masked where not all are. Where a tile ends behind the last
+    /// row or key, so that it is not `whole`, it may be masked although all are seen that are there.
+    fn suits(blocks: Blocks, block: u32, (some, all): (bool, bool), whole: bool) -> bool {
+        let (is_met, is_partial) = ((blocks.begin..blocks.end).contains(&block), blocks.is_partial(block));
+        is_met == some && (!is_met || is_partial != all || is_partial && !whole)
+    }
+
+    #[test]
+    fn blocks_of_keys_are_as_rows_see_them() {
+        for_all(|mask| {
+            for (block_m, block_n) in TILES {
+                for first_row in (0..mask.seqlen_q).step_by(block_m as usize) {
+                    let blocks = mask.key_blocks(first_row, block_m, block_n);
+                    let end = mask.seqlen_q.min(first_row + block_m);
+                    for block in 0..mask.seqlen_k.div_ceil(block_n) {
+                        // Keys that are not there are seen by nobody.
+                        let seen = seen(mask, first_row..end, block * block_n..(block + 1) * block_n);
+                        let suits = suits(blocks, block, seen, end == first_row + block_m);
+                        assert!(suits, "{mask:?}, {block_m} x {block_n}, row {first_row}, block {block} of {blocks:?}");
+                    }
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn blocks_of_queries_are_as_they_see_keys() {
+        for_all(|mask| {
+            for (block_m, block_n) in TILES {
+                for first_key in (0..mask.seqlen_k).step_by(block_n as usize) {
+                    let blocks = mask.query_blocks(first_key, block_n, block_m);
+                    let end = mask.seqlen_k.min(first_key + block_n);
+                    for block in 0..mask.seqlen_q.div_ceil(block_m) {
+                        let rows = block * block_m..mask.seqlen_q.min((block + 1) * block_m);
+                        let suits = suits(blocks, block, seen(mask, rows, first_key..end), end == first_key + block_n);
+                        assert!(suits, "{mask:?}, {block_m} x {block_n}, key {first_key}, block {block} of {blocks:?}");
+                    }
+                }
+            }
+        });
+    }
+}

@@ -55,6 +55,7 @@ const fn config<T: Element, const ONLINE: bool>(family: &'static str, block_m: u
         block_n: 0,
         from_keys: 0,
         few: false,
+        sequences: 0,
         threads: THREADS,
         min_blocks_per_sm: 8,
         shared_bytes: 0,

@@ -64,6 +64,7 @@ const fn config<T: MatrixElement>(family: &'static str, headdim: usize, tiles: u
         block_n: BLOCK as u32,
         from_keys: 0,
         few: false,
+        sequences: 0,
         threads: THREADS,
         min_blocks_per_sm: 2,
         shared_bytes: (tiles * size_of::<T>()) as u32,

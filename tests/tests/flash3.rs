@@ -11,8 +11,12 @@ use ferroflash_tests::pointers::Machine;
 use half::f16;
 use kernels::{Config, flash3};
 
-/// As many sequences are put into order at headdim 64.
-const MOST_SEQUENCES: usize = flash3::order::max_sequences(64, false, false) as usize;
+/// How many sequences are put into order at a head dimension, by kernels that are neither for few queries nor general.
+fn most_sequences(headdim: u32) -> usize {
+    let is_its = |config: &&Config| config.headdim == headdim && !config.few && !config.general;
+    let mut configs = flash3::FORWARD.iter().map(|kernel| &kernel.config);
+    configs.find(is_its).expect("the table has it").sequences as usize
+}
 
 fn session() -> Session {
     Session::new(Backend::Simulator).expect("the simulator runs everywhere").kernel(Kernel::Flash3)
@@ -106,7 +110,7 @@ fn packed_heads() {
 #[test]
 fn packed_heads_of_sequences_and_of_tensors_with_gaps() {
     let lengths = vec![(1, 90), (0, 7), (40, 300), (13, 0), (6, 193), (50, 40), (1, 1), (0, 0)];
-    let many = (0..MOST_SEQUENCES + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    let many = (0..most_sequences(64) + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
     for (lengths, group, causal) in [(lengths.clone(), 8, false), (lengths, 8, true), (many, 4, true)] {
         let mut combination = Combination { varlen: true, nheads_k: 1, group, ..plain(DType::F16, (0, 0), (64, 64)) };
         (combination.lengths, combination.options.causal) = (lengths, causal);
@@ -291,7 +295,7 @@ fn tiles_of_a_unit_that_is_left_are_shared() {
 fn many_sequences() {
     let lengths = |count, most| (0..count).map(|i| ((7 * i) % most, (5 * i + 3) % most)).collect::<Vec<_>>();
     for (lengths, causal) in
-        [(lengths(40, 290), false), (lengths(40, 290), true), (lengths(MOST_SEQUENCES + 1, 5), false)]
+        [(lengths(40, 290), false), (lengths(40, 290), true), (lengths(most_sequences(64) + 1, 5), false)]
     {
         let group = if lengths.len() > 40 { 1 } else { 2 };
         let plain = plain(DType::F16, (0, 0), (64, 64));
@@ -300,7 +304,7 @@ fn many_sequences() {
         combination.check_forward(&session()).unwrap_or_else(|reason| panic!("{reason}"));
     }
     // Where tiles leave room for fewer: as many, and one more.
-    let most = flash3::order::max_sequences(256, false, false) as usize;
+    let most = most_sequences(256);
     for count in [most, most + 1] {
         let plain = plain(DType::BF16, (0, 0), (256, 256));
         let combination = Combination { varlen: true, lengths: lengths(count, 9), nheads_k: 1, group: 1, ..plain };
@@ -399,7 +403,7 @@ fn windows() {
 #[test]
 fn general_sequences_of_different_lengths() {
     let lengths = vec![(5, 9), (0, 7), (200, 300), (130, 0), (64, 193), (150, 40), (0, 0), (300, 300)];
-    let many = (0..MOST_SEQUENCES + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    let many = (0..most_sequences(64) + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
     for (i, combination) in asking((0, 0), (64, 64)).into_iter().enumerate() {
         check_general(&Combination { varlen: true, lengths: lengths.clone(), sinks: i % 2 == 0, ..combination });
     }
@@ -479,7 +483,7 @@ fn general_few_queries_of_sequences_and_of_tensors_with_gaps() {
         assert_eq!(entries.len(), if i % 2 == 0 { 1 } else { 2 }, "{combination:?}: {entries:?}");
         assert!(reason.contains("4 heads that share K and V are packed"), "{reason}");
     }
-    let many = (0..MOST_SEQUENCES + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
+    let many = (0..most_sequences(64) + 1).map(|i| (i % 2, (5 * i) % 7)).collect();
     let [.., of_sinks] = asking((0, 0), (64, 64));
     check_general(&Combination { varlen: true, lengths: many, nheads_k: 1, group: 4, ..of_sinks });
     for (i, combination) in asking((19, 350), (64, 64)).into_iter().enumerate() {

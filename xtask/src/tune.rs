@@ -186,6 +186,7 @@ impl Good<'_> {
             "block_m": configured.block_m,
             "block_n": configured.block_n,
             "threads": configured.threads,
+            "sequences": configured.sequences,
             "min_blocks_per_sm": configured.min_blocks_per_sm,
             "shared_bytes": configured.shared_bytes,
             "barriers": configured.barriers,

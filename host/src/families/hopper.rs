@@ -2,7 +2,6 @@
 use cuda_std::{Global, Kernel};
 use kernels::Config;
 use kernels::attention::{Attention, Untyped};
-use kernels::flash3::order::max_sequences;
 use kernels::flash3::packing::Packing;
 use kernels::flash3::schedule::Schedule;
 use kernels::flash3::splits::{Parts, Splits};
@@ -161,32 +160,41 @@ fn schedule(
             WindowSize { left: Some(left), right: Some(right) } => left.saturating_add(right) + 1 >= LONG,
             _ => is_paired && (problem.seqlen_k >= LONG || !tiles.is_multiple_of(2)),
         };
-    // Of the units that walkers take one after the other some walkers have one more; or all take what is left tile by tile.
-    let may_be_dealt =
-        is_paired && !config.few && problem.window.right.is_some() && problem.varlen.is_none() && !is_long;
-    let walked_packs = if problem.varlen.is_some() {
+    let (walked_packs, others) = if problem.varlen.is_some() {
         // More sequences than walkers can put into order: each tile is left to a block.
-        if puts_into_order(problem, config) { packs } else { 0 }
+        (if puts_into_order(problem, config) { packs } else { 0 }, Others::OfBlocks)
     } else if is_long {
         // The units that are left over when all walkers end, and as many as half of them do meanwhile.
         let unwalked = (u64::from(multiprocessors) * 3).div_ceil(2 * u64::from(units));
-        u64::from(packs).saturating_sub(unwalked) as u32
-    } else if may_be_dealt {
-        packs_in_whole_turns(problem, packs, tiles, config, multiprocessors)
+        (u64::from(packs).saturating_sub(unwalked) as u32, Others::OfBlocks)
+    } else if is_paired && !config.few && problem.window.right.is_some() {
+        // Of the units that walkers take one after the other some walkers have one more; or all take what is left tile by tile.
+        (packs_in_whole_turns(problem, packs, tiles, config, multiprocessors), Others::OfWalkers)
     } else {
-        packs
+        (packs, Others::OfBlocks)
     };
-    let left = u64::from(packs - walked_packs) * u64::from(tiles);
-    let walked = u64::from(walked_packs) * u64::from(units);
-    let walkers = u64::from(multiprocessors).min(if may_be_dealt { walked.max(left) } else { walked }) as u32;
-    let blocks = u64::from(walkers) + if may_be_dealt { 0 } else { left };
-    Ok((Schedule { walkers, walked_packs, packing, paired: is_paired.into(), splits }, blocks))
+    let units = u64::from(walked_packs) * u64::from(units);
+    let tiles = u64::from(packs - walked_packs) * u64::from(tiles);
+    let (most_walkers, blocks) = match others {
+        Others::OfBlocks => (units, tiles),
+        Others::OfWalkers => (units.max(tiles), 0),
+    };
+    let walkers = most_walkers.min(multiprocessors.into());
+    let schedule = Schedule { walkers: walkers as u32, walked_packs, packing, paired: is_paired.into(), splits };
+    Ok((schedule, walkers + blocks))
+}
+
+/// Who takes the tiles of packs that walkers take no units of.
+enum Others {
+    /// Blocks of threads of their own, one each.
+    OfBlocks,
+    /// Walkers, to which they are dealt at the end.
+    OfWalkers,
 }
 
 /// Whether walkers can put the sequences into order.
 fn puts_into_order(problem: &Problem, config: &Config) -> bool {
-    let most = max_sequences(config.headdim, config.few, config.general);
-    problem.varlen.is_none() || problem.batch <= most as usize
+    problem.varlen.is_none() || problem.batch <= config.sequences as usize
 }
 
 /// Of how many packs walkers take units: of all; or of as many as make whole turns, where they end earlier if what is left is dealt

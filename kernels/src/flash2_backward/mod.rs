@@ -97,6 +97,7 @@ const fn config<T: MatrixElement>(headdim: usize, headdim_v: usize, causal: bool
         block_n: 0,
         from_keys: 0,
         few: false,
+        sequences: 0,
         threads: 0,
         min_blocks_per_sm: 1,
         shared_bytes: 0,

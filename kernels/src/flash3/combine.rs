@@ -63,6 +63,7 @@ const fn config<T: Element, const GENERAL: bool>() -> Config {
         block_n: 0,
         from_keys: 0,
         few: true,
+        sequences: 0,
         threads: ROWS * WARP,
         min_blocks_per_sm: 1,
         shared_bytes: 0,

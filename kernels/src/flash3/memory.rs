@@ -1,6 +1,6 @@
 //! What a block of threads keeps in shared memory.
 use super::GROUP_ROWS;
-use super::order::{Order, room};
+use super::order::{self, Order};
 use cuda_std::SmemTile;
 use cuda_std::matrix::PackedElement;
 use cuda_std::pipeline::Pipeline;
@@ -48,13 +48,16 @@ impl<
     const STAGES: u32,
 > Memory<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>
 {
+    /// How many sequences of different lengths it has room to put into order.
+    pub const SEQUENCES: u32 = order::room(HEADDIM as u32, QUERIES);
+
     /// What it takes.
     pub const BYTES: u32 = QUERIES * SmemTile::<T, { GROUP_ROWS as usize }, HEADDIM>::BYTES
         + STAGES * (SmemTile::<T, BLOCK_N, HEADDIM>::BYTES + SmemTile::<T, BLOCK_N, HEADDIM_V>::BYTES)
         + Pipeline::<QUERIES>::BYTES
         + 2 * Pipeline::<STAGES>::BYTES
         + QUERIES * size_of::<[u32; 4]>() as u32
-        + Order::bytes(room(HEADDIM as u32, QUERIES));
+        + Order::bytes(Self::SEQUENCES);
 
     /// The block's dynamic shared memory.
     #[inline(always)]

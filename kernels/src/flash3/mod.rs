@@ -82,7 +82,6 @@ const fn config<
     const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
-    assert!(order::room(HEADDIM as u32, QUERIES) >= order::max_sequences(HEADDIM as u32, FEW, GENERAL));
     Config {
         family: "flash3",
         dtype: T::DTYPE,
@@ -98,6 +97,7 @@ const fn config<
         shared_bytes: Memory::<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>::BYTES,
         from_keys: FROM_KEYS,
         few: FEW,
+        sequences: Memory::<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>::SEQUENCES,
         // Two at the start, one before the first turn, one after the last, and two a turn: at the first block of the first tile,
         // of the others, at blocks that are skipped before either, and at other blocks, which with a causal mask have two loops;
         // in a general kernel also at blocks that are skipped behind the last, of which one for few queries has none.
@@ -109,9 +109,9 @@ const fn config<
 ///
 /// Grid: as many walkers as the GPU runs at once, at most one a unit of work, and those that take a tile each
 /// ([`schedule`]). A tile has `GROUPS` times [`GROUP_ROWS`] query rows; Q has `QUERIES` stages of [`GROUP_ROWS`] rows, for a
-/// tile, for one and a half or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight columns wide, P `STEPS` of
-/// sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`: [`Config::from_keys`]; `FEW`:
-/// [`Config::few`]; `GENERAL`: [`Config::general`].
+/// tile, for one and a half or for two, K and V have `STAGES` each. S is `S_COLUMNS` and O `O_COLUMNS` blocks of eight
+/// columns wide, P `STEPS` of sixteen. Tensors may have fewer columns than `HEADDIM` and `HEADDIM_V`. `FROM_KEYS`:
+/// [`Config::from_keys`]; `FEW`: [`Config::few`]; `GENERAL`: [`Config::general`].
 #[kernel(
     name = "flash3_fwd_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}_{GROUPS}x{BLOCK_N}{CAUSAL?_causal}{FEW?_few}{GENERAL?_general}",
     arch = sm_90a,

@@ -11,14 +11,9 @@ use cuda_std::fence;
 use cuda_std::shared::Shared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
 
-/// As many sequences can be put into order by a kernel for few queries, a general one, or another.
-pub const fn max_sequences(headdim: u32, few: bool, general: bool) -> u32 {
-    // There the tiles leave no room for more.
-    if headdim > 192 && !few && !general { 256 } else { 1024 }
-}
-
-/// As many it has room for where Q has so many stages.
+/// How many sequences can be put into order where Q has so many stages.
 pub const fn room(headdim: u32, queries: u32) -> u32 {
+    // Tiles of so many columns leave no room for more.
     if headdim > 192 && queries > 2 { 256 } else { 1024 }
 }
 

@@ -132,6 +132,7 @@ const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config
         general: false,
         from_keys: 0,
         few: false,
+        sequences: 0,
         block_m: 0,
         block_n: 0,
         threads: 0,

@@ -27,13 +27,15 @@ pub struct Configured {
     pub block_m: u32,
     pub block_n: u32,
     pub threads: u32,
+    pub sequences: u32,
     pub min_blocks_per_sm: u32,
     pub shared_bytes: u32,
     pub barriers: u32,
 }
 
 /// Its fields, in the order in which the PTX has them.
-const FIELDS: [&str; 6] = ["block_m", "block_n", "threads", "min_blocks_per_sm", "shared_bytes", "barriers"];
+const FIELDS: [&str; 7] =
+    ["block_m", "block_n", "threads", "sequences", "min_blocks_per_sm", "shared_bytes", "barriers"];
 
 impl Configured {
     pub fn declared(&self) -> Declared {
@@ -203,10 +205,10 @@ fn parse(comment: &str) -> Result<(String, Configured)> {
     let mut words = comment.split_whitespace();
     let name = words.next().context("it has no name")?.to_owned();
     let numbers = words.map(str::parse).collect::<Result<Vec<u32>, _>>()?;
-    let [block_m, block_n, threads, min_blocks_per_sm, shared_bytes, barriers] = numbers[..] else {
+    let [block_m, block_n, threads, sequences, min_blocks_per_sm, shared_bytes, barriers] = numbers[..] else {
         anyhow::bail!("{} numbers; allowed: {}", numbers.len(), FIELDS.len());
     };
-    Ok((name, Configured { block_m, block_n, threads, min_blocks_per_sm, shared_bytes, barriers }))
+    Ok((name, Configured { block_m, block_n, threads, sequences, min_blocks_per_sm, shared_bytes, barriers }))
 }
 
 #[cfg(test)]
@@ -296,17 +298,18 @@ mod tests {
 
     #[test]
     fn configurations_are_read_from_comments() {
-        let ptx = "\t// begin inline asm\n\t// .configured f 128 96 384 1 180000 9\n// .launch_bounds f 384 1\n";
+        let ptx = "\t// begin inline asm\n\t// .configured f 128 96 384 1024 1 180000 9\n// .launch_bounds f 384 1\n";
         let f = Configured {
             block_m: 128,
             block_n: 96,
             threads: 384,
+            sequences: 1024,
             min_blocks_per_sm: 1,
             shared_bytes: 180000,
             barriers: 9,
         };
         assert_eq!(configured(ptx).unwrap(), BTreeMap::from([("f".to_owned(), f)]));
         let error = configured("// .configured f 1 2").unwrap_err();
-        assert_eq!(format!("{error:#}"), "`// .configured f 1 2`: 2 numbers; allowed: 6");
+        assert_eq!(format!("{error:#}"), "`// .configured f 1 2`: 2 numbers; allowed: 7");
     }
 }

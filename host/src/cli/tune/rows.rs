@@ -127,6 +127,7 @@ mod tests {
             block_n,
             from_keys: 0,
             few: false,
+            sequences: 0,
             threads: (1 + groups) * 128,
             min_blocks_per_sm: 1,
             shared_bytes: 0,

@@ -69,6 +69,7 @@ fn named_config(value: &Value) -> Result<(String, Config)> {
         block_n: of("block_n")?,
         from_keys: 0,
         few: false,
+        sequences: of("sequences")?,
         threads: of("threads")?,
         min_blocks_per_sm: of("min_blocks_per_sm")?,
         shared_bytes: of("shared_bytes")?,
@@ -91,8 +92,8 @@ mod tests {
         json!({
             "name": "flash3_fwd_bf16_d64_2x128x4q4", "dtype": "bf16", "headdim": 64, "headdim_v": 64, "causal": true,
             "groups": 2, "queries": 4, "block_n": 128, "stages": 4, "block_m": 128, "threads": 384,
-            "min_blocks_per_sm": 1, "shared_bytes": 164032, "barriers": 9, "registers": 168,
-            "spill_bytes": null, "in_table": true,
+            "sequences": 1024, "min_blocks_per_sm": 1, "shared_bytes": 164032, "barriers": 9,
+            "registers": 168, "spill_bytes": null, "in_table": true,
         })
     }
 
@@ -104,6 +105,7 @@ mod tests {
             ("flash3_fwd_bf16_d64_2x128x4q4", Some(true), DType::BF16)
         );
         assert_eq!((config.block_m, config.block_n, config.threads, config.shared_bytes), (128, 128, 384, 164032));
+        assert_eq!(config.sequences, 1024);
     }
 
     #[test]

@@ -113,3 +113,59 @@ fn add_d_q<
     }
     d_q.add_to(d_q_sums::<HEADDIM, Q_ROWS, Q_COLUMNS>(p, place));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::mask::UNBOUNDED;
+
+    /// Lengths that end before a tile does, with it and behind it.
+    fn lengths(tile: u32) -> [u32; 7] {
+        [1, tile - 1, tile, tile + 1, 2 * tile - 7, 2 * tile, 2 * tile + 3]
+    }
+
+    /// Every block of queries with every block of keys.
+    fn check<const CAUSAL: bool>((block_m, block_n): (u32, u32), (seqlen_q, seqlen_k): (u32, u32)) {
+        let mask = Mask { seqlen_q, seqlen_k, left: UNBOUNDED, right: if CAUSAL { 0 } else { UNBOUNDED } };
+        // Key j is there, and under a causal mask j ≤ i + seqlen_k - seqlen_q.
+        let sees = |row, key| key < seqlen_k && (!CAUSAL || key + seqlen_q <= row + seqlen_k);
+        for first_key in (0..seqlen_k).step_by(block_n as usize) {
+            let mask_of_block = Mask { seqlen_k: seqlen_k - first_key, ..mask };
+            let blocks = mask.query_blocks(first_key, block_n, block_m);
+            for first_row in (0..seqlen_q).step_by(block_m as usize) {
+                let rows = seqlen_q - first_row;
+                let pairs = (0..rows.min(block_m)).flat_map(|row| (0..block_n).map(move |key| (row, key)));
+                let (mut hides, mut shows) = (false, false);
+                for (row, key) in pairs {
+                    let sees = sees(first_row + row, first_key + key);
+                    // The mask that is applied, of rows and keys that are counted from these.
+                    assert_eq!(Mask { seqlen_q: rows, ..mask_of_block }.sees(row, key), sees);
+                    (hides, shows) = (hides || !sees, shows || sees);
+                }
+                let is_met = (blocks.begin..blocks.end).contains(&(first_row / block_m));
+                let place = [block_m, block_n, seqlen_q, seqlen_k, first_row, first_key];
+                assert!(is_met || !shows, "causal: {CAUSAL}, {place:?}");
+                assert_eq!(is_masked::<CAUSAL>(&mask_of_block, block_n, rows), hides, "causal: {CAUSAL}, {place:?}");
+            }
+        }
+    }
+
+    /// Without a mask that it needs a block would give gradients to keys that nobody sees; with one that it does not need it would
+    /// be slower.
+    #[test]
+    fn blocks_are_masked_where_a_row_does_not_see_a_key() {
+        let built = WHOLE.iter().chain(SPLIT).map(|kernel| {
+            let Config { block_m, block_n, .. } = kernel.config;
+            (block_m, block_n)
+        });
+        for tile in built.chain([(16, 16), (16, 48), (48, 16)]) {
+            for seqlen_q in lengths(tile.0) {
+                for seqlen_k in lengths(tile.1) {
+                    check::<false>(tile, (seqlen_q, seqlen_k));
+                    check::<true>(tile, (seqlen_q, seqlen_k));
+                }
+            }
+        }
+    }
+}

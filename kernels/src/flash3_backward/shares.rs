@@ -10,6 +10,7 @@
 //! HBM traffic: none, as the L2 cache keeps what is left so shortly.
 use super::{GROUPS, Params, Work, walk};
 use crate::attention::{Attention, divisor};
+use crate::config::Config;
 use crate::schedule::KeyBlock;
 use cuda_std::Global;
 use cuda_std::arrivals::Arrivals;
@@ -21,6 +22,11 @@ use cuda_std::warpgroup::{warp_in_group, warpgroup_id};
 
 /// Warps that multiply.
 const WARPS: u32 = 4 * GROUPS;
+
+/// That of a kernel which has a pass beside the one with shares.
+pub(super) const fn of_two_passes(pass: Config) -> Config {
+    Config { barriers: 2 * pass.barriers, ..pass }
+}
 
 /// Which blocks of keys are shared, and where blocks of threads leave what the last ones add up.
 ///

@@ -13,7 +13,7 @@ mod turns;
 use super::memory::Destinations;
 use super::order::key_block_in_order;
 use super::producer::load;
-use super::shares::own_work;
+use super::shares::{of_two_passes, own_work};
 use super::{GROUP_ROWS, GROUPS, Params, config_of, key_block_at, walk};
 use crate::attention::Attention;
 use crate::config::Config;
@@ -57,6 +57,21 @@ const fn config<
         barriers: 10,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
     }
+}
+
+const fn shared_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HALF: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const CAUSAL: bool,
+>() -> Config {
+    of_two_passes(config::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL>())
 }
 
 /// With the destinations.
@@ -131,7 +146,7 @@ pub fn split<
             (256, 128, 64, 64, 4, 8, 32, 8),
         ],
         CAUSAL in [false, true],
-    config = config,
+    config = shared_config,
     table = SHARED_SPLIT,
 )]
 pub fn split_shared<

@@ -8,7 +8,7 @@ mod memory;
 use super::finisher::{FINISHERS, Finisher};
 use super::order::{key_block_in_order, sum_in_order};
 use super::producer::{add_queries, load};
-use super::shares::own_work;
+use super::shares::{of_two_passes, own_work};
 use super::{GROUP_ROWS, GROUPS, Params, config_of, is_tight, key_block_at, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
@@ -70,6 +70,62 @@ const fn ring_config<
     let whole =
         config::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS>();
     Config { shared_bytes: whole.shared_bytes.next_multiple_of(16) + Finisher::<T, HEADDIM>::BYTES, ..whole }
+}
+
+const fn shared_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>() -> Config {
+    of_two_passes(config::<
+        T,
+        HEADDIM,
+        BLOCK_M,
+        BLOCK_N,
+        STEPS,
+        S_COLUMNS,
+        D_COLUMNS,
+        Q_COLUMNS,
+        TRANSPOSED,
+        CAUSAL,
+        FROM_KEYS,
+    >())
+}
+
+const fn ring_shared_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+    const CAUSAL: bool,
+    const FROM_KEYS: u32,
+>() -> Config {
+    of_two_passes(ring_config::<
+        T,
+        HEADDIM,
+        BLOCK_M,
+        BLOCK_N,
+        STEPS,
+        S_COLUMNS,
+        D_COLUMNS,
+        Q_COLUMNS,
+        TRANSPOSED,
+        CAUSAL,
+        FROM_KEYS,
+    >())
 }
 
 /// dK and dV of `BLOCK_N` keys of one head of K and V, and their part of dQ. Grid:
@@ -179,7 +235,7 @@ pub fn ring<
             (128, 80, 128, 5, 10, 16, 10, true, false, 2048),
             (128, 80, 128, 5, 10, 16, 10, true, true, 8192),
         ],
-    config = config,
+    config = shared_config,
     table = SHARED,
 )]
 pub fn shared<
@@ -233,7 +289,7 @@ pub fn shared<
         (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS) in [
             (128, 64, 128, 4, 8, 16, 8, true, false, 0),
         ],
-    config = ring_config,
+    config = ring_shared_config,
     table = SHARED_RING,
 )]
 pub fn ring_shared<

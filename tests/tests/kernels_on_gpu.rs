@@ -142,6 +142,28 @@ fn gradients_of_many_heads() {
     }
 }
 
+/// Gradients of blocks of keys that several blocks of threads share: of few heads all of them, of many the last.
+#[test]
+fn gradients_of_shared_keys() {
+    let Some(session) = hopper("gradients_of_shared_keys") else { return };
+    let check = |case: Case, pass: &str| {
+        let (gradients, accuracy) = case.run_backward(&session);
+        assert!(accuracy.passed(), "{case:?}: {accuracy}");
+        let entry = gradients.report.launches[1].entry;
+        assert!(entry.starts_with(pass), "{case:?}: {entry}");
+    };
+    for (dtype, headdim) in [(DType::BF16, 64), (DType::BF16, 96), (DType::F16, 128), (DType::BF16, 256)] {
+        for causal in [false, true] {
+            for (lengths, nheads, nheads_k) in [((1100, 1100), 2, 2), ((1500, 700), 6, 2), ((2100, 2900), 1, 1)] {
+                let case = Case { nheads, nheads_k, ..Case::single(dtype, lengths, headdim, causal) };
+                check(case, "flash3_bwd_shared_");
+            }
+        }
+    }
+    // Four turns of all multiprocessors, and eight blocks of keys.
+    check(Case { batch: 67, ..Case::single(DType::BF16, (1024, 1024), 128, false) }, "flash3_bwd_ring_shared_");
+}
+
 /// Gradients that are the same bits in every batch: alone, and beside sequences that are shorter and longer.
 #[test]
 fn deterministic_gradients_do_not_depend_on_what_else_runs() {

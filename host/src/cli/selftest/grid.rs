@@ -16,6 +16,8 @@ const UNEQUAL: [(usize, usize); 4] = [(1, 257), (65, 17), (17, 65), (130, 113)];
 const DECODING: [usize; 5] = [2, 1, 3000, 8, 2];
 /// So many heads that flash3's backward pass lets them take turns at sums.
 const MANY_HEADS: [usize; 5] = [50, 130, 130, 4, 4];
+/// So few blocks of keys that there several blocks of threads share each.
+const FEW_KEYS: [usize; 5] = [1, 1100, 300, 4, 2];
 
 /// Cases of one kind.
 pub struct Group {
@@ -87,14 +89,17 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
     let extent = Extent::of(backend, quick);
     // The CPU has one algorithm.
     let kernels = if kernels.is_empty() { &[Kernel::Auto] } else { kernels };
-    let large = |kernel, shape| (backend == Backend::Cuda && kernel == Kernel::Flash3).then_some(shape);
+    let large = |kernel, shapes: &'static [[usize; 5]]| {
+        let has_them = backend == Backend::Cuda && kernel == Kernel::Flash3;
+        if has_them { shapes } else { &[] }
+    };
     let mut groups = Vec::new();
     for &kernel in kernels {
         for dtype in dtypes_of(kernel) {
             for &headdim in extent.headdims {
                 let name = if kernel == Kernel::Auto { "attention" } else { kernel.name() };
                 let name = format!("{name} {} headdim {headdim}", dtype.name());
-                let cases = attention_cases(&extent, large(kernel, DECODING), dtype, headdim);
+                let cases = attention_cases(&extent, large(kernel, &[DECODING]), dtype, headdim);
                 groups.push(Group { name, kernel, cases });
             }
         }
@@ -104,7 +109,7 @@ pub fn groups(backend: Backend, kernels: &[Kernel], quick: bool) -> Vec<Group> {
             for &headdim in extent.headdims {
                 let family = if kernel == Kernel::Auto { String::new() } else { format!("{kernel} ") };
                 let name = format!("{family}backward {} headdim {headdim}", dtype.name());
-                let cases = backward_cases(&extent, large(kernel, MANY_HEADS), dtype, headdim);
+                let cases = backward_cases(&extent, large(kernel, &[MANY_HEADS, FEW_KEYS]), dtype, headdim);
                 groups.push(Group { name, kernel, cases });
             }
         }
@@ -141,18 +146,18 @@ fn dtypes_of(kernel: Kernel) -> impl Iterator<Item = DType> {
     DTYPES.into_iter().filter(move |&dtype| (kernel, dtype) != (Kernel::Flash3, DType::F32))
 }
 
-fn attention_cases(extent: &Extent, large: Option<[usize; 5]>, dtype: DType, headdim: usize) -> Vec<Case> {
+fn attention_cases(extent: &Extent, large: &[[usize; 5]], dtype: DType, headdim: usize) -> Vec<Case> {
     shapes(extent, large, headdim).map(|(q, k, causal)| Case::Attention { dtype, q, k, causal }).collect()
 }
 
-fn backward_cases(extent: &Extent, large: Option<[usize; 5]>, dtype: DType, headdim: usize) -> Vec<Case> {
+fn backward_cases(extent: &Extent, large: &[[usize; 5]], dtype: DType, headdim: usize) -> Vec<Case> {
     shapes(extent, large, headdim).map(|(q, k, causal)| Case::Backward { dtype, q, k, causal }).collect()
 }
 
-/// The shapes of Q and of K and V, with a `large` one or without, and whether the mask is causal.
+/// The shapes of Q and of K and V, with `large` ones or without, and whether the mask is causal.
 fn shapes(
     extent: &Extent,
-    large: Option<[usize; 5]>,
+    large: &[[usize; 5]],
     headdim: usize,
 ) -> impl Iterator<Item = ([usize; 4], [usize; 4], bool)> {
     let equal = extent.lengths.iter().map(|&length| (length, length));
@@ -160,8 +165,9 @@ fn shapes(
     // One sequence with two heads; and, once, two sequences whose heads of Q share heads of K and V.
     let mut shapes: Vec<_> = lengths.map(|(q, k)| ([1, q, 2, headdim], [1, k, 2, headdim])).collect();
     shapes.push(([2, 17, 4, headdim], [2, 17, 2, headdim]));
-    shapes
-        .extend(large.map(|[batch, q, k, heads, heads_k]| ([batch, q, heads, headdim], [batch, k, heads_k, headdim])));
+    shapes.extend(
+        large.iter().map(|&[batch, q, k, heads, heads_k]| ([batch, q, heads, headdim], [batch, k, heads_k, headdim])),
+    );
     [false, true].into_iter().flat_map(move |causal| shapes.clone().into_iter().map(move |(q, k)| (q, k, causal)))
 }
 

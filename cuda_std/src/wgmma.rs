@@ -190,6 +190,53 @@ impl<T: PackedElement, const STEPS: usize> Registers<T, STEPS> {
         Registers { registers, of: core::marker::PhantomData }
     }
 
+    /// A matrix of `16 STEPS` columns of which `f` makes two an element at a time, one of them rounded to T and the other in its
+    /// own place: `f(row, column, x)` gives a pair of each, of a pair of a row.
+    #[inline(always)]
+    #[track_caller]
+    pub fn apart<const N: usize>(
+        matrix: &mut Accumulator<1, N>,
+        f: impl Fn(u32, u32, [f32; 2]) -> [[f32; 2]; 2],
+    ) -> Self {
+        const { assert!(N == 2 * STEPS, "two blocks of 8 columns a step") };
+        let mut rounded = Self::zero();
+        for n in 0..N {
+            for half in 0..2 {
+                let pair = &mut matrix.0[0][n][2 * half..2 * half + 2];
+                let (row, column) = (Accumulator::<1, N>::row(0, half), Accumulator::<1, N>::column(n, 0));
+                let [made, stays] = f(row, column, [pair[0], pair[1]]);
+                pair.copy_from_slice(&stays);
+                rounded.registers[n / 2][2 * (n % 2) + half] = T::pack(made[0], made[1]);
+            }
+        }
+        rounded
+    }
+
+    /// Two matrices of `16 STEPS` columns, rounded to T, that are made of two others an element at a time: `f(row, column, x, y)`
+    /// gives an element of each. So one takes the registers of the other: of all four at once there may be too few.
+    #[inline(always)]
+    #[track_caller]
+    pub fn pair_of<const N: usize>(
+        x: &Accumulator<1, N>,
+        y: &Accumulator<1, N>,
+        f: impl Fn(u32, u32, [f32; 2], [f32; 2]) -> [[f32; 2]; 2],
+    ) -> [Self; 2] {
+        const { assert!(N == 2 * STEPS, "two blocks of 8 columns a step") };
+        let mut both = [Self::zero(), Self::zero()];
+        for n in 0..N {
+            let column = Accumulator::<1, N>::column(n, 0);
+            for half in 0..2 {
+                let row = Accumulator::<1, N>::row(0, half);
+                let of = |matrix: &Accumulator<1, N>| [matrix.0[0][n][2 * half], matrix.0[0][n][2 * half + 1]];
+                let made = f(row, column, of(x), of(y));
+                for i in 0..2 {
+                    both[i].registers[n / 2][2 * (n % 2) + half] = T::pack(made[i][0], made[i][1]);
+                }
+            }
+        }
+        both
+    }
+
     /// Writes the transpose of the matrix to shared memory: column c of the warp's 16 rows becomes row c of a tile,
     /// from a column on. Said by each warp for itself. PTX ISA: `stmatrix.sync.aligned.m8n8.x4.trans`.
     #[inline(always)]

@@ -100,8 +100,21 @@ impl Feature {
         Feature::HeaddimV,
     ];
 
-    /// What its backward pass knows.
-    pub const OF_HOPPER_BACKWARD: &[Feature] = &[Feature::Causal, Feature::GroupedQueries, Feature::Varlen];
+    /// What those of its backward pass know that are not `general`. Sinks are in the LSE already.
+    pub const OF_HOPPER_BACKWARD: &[Feature] =
+        &[Feature::Causal, Feature::Sinks, Feature::GroupedQueries, Feature::Varlen];
+
+    /// What its `general` ones know.
+    pub const OF_GENERAL_HOPPER_BACKWARD: &[Feature] = &[
+        Feature::Causal,
+        Feature::Window,
+        Feature::Scale,
+        Feature::Softcap,
+        Feature::Alibi,
+        Feature::Sinks,
+        Feature::GroupedQueries,
+        Feature::Varlen,
+    ];
 
     /// What flash1 and standard attention know.
     pub const OF_ELDERS: &[Feature] =

@@ -40,6 +40,8 @@ pub fn entries() -> impl Iterator<Item = EntryInfo> {
         .chain(info(flash3_backward::PREPARE_RING))
         .chain(info(flash3_backward::PREPARE_ORDERED))
         .chain(info(flash3_backward::WHOLE))
+        .chain(info(flash3_backward::GENERAL))
+        .chain(info(flash3_backward::GENERAL_SPLIT))
         .chain(info(flash3_backward::ORDERED))
         .chain(info(flash3_backward::RING))
         .chain(info(flash3_backward::HEADS))

@@ -87,6 +87,19 @@ impl Mask {
         self.begin(row) <= key && key < self.end(row)
     }
 
+    /// How far the place of query `row` is to the right of key `key`.
+    #[inline(always)]
+    pub fn distance(self, row: u32, key: u32) -> i32 {
+        (row + self.seqlen_k) as i32 - (self.seqlen_q + key) as i32
+    }
+
+    /// Whether a query sees a key, if there is one, at such a [distance](Self::distance).
+    #[inline(always)]
+    pub fn sees_at(self, distance: i32) -> bool {
+        let side = |side: u32| if side < i32::MAX as u32 { side as i32 } else { i32::MAX };
+        -side(self.right) <= distance && distance <= side(self.left)
+    }
+
     /// The blocks of `block_n` keys that the queries `first_row` to `first_row + block_m` need.
     #[inline(always)]
     pub fn key_blocks(self, first_row: u32, block_m: u32, block_n: u32) -> Blocks {
@@ -187,6 +200,8 @@ mod tests {
         for (row, key) in rows.flat_map(|row| keys.clone().map(move |key| (row, key))) {
             let sees = mask.plainly_sees(row, key);
             assert_eq!(mask.sees(row, key), sees, "{mask:?}: row {row}, key {key}");
+            let sees_at = key < mask.seqlen_k && mask.sees_at(mask.distance(row, key));
+            assert_eq!(sees_at, sees, "{mask:?}: row {row}, key {key}");
             (some, all) = (some || sees, all && sees);
         }
         (some, all)

@@ -15,7 +15,7 @@ use cuda_std::{Element, Global};
 pub struct Scores<T> {
     softmax_scale: f32,
     /// 0: no cap.
-    softcap: f32,
+    pub softcap: f32,
     /// ALiBi's slope; 0: none.
     pub slope: f32,
     /// The bias of query 0 and key 0; null: none.
@@ -24,7 +24,8 @@ pub struct Scores<T> {
     /// The mask of query 0 and key 0; null: none.
     visible: Global<u8>,
     visible_stride: u64,
-    mask: Mask,
+    /// Which keys queries see.
+    pub mask: Mask,
 }
 
 /// Where the scores of a matrix are.

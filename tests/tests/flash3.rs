@@ -651,6 +651,80 @@ fn gradients_of_sequences_of_different_lengths() {
     }
 }
 
+/// Checks a problem's gradients, and that it was the general pass that found them.
+fn check_general_gradients(combination: &Combination) {
+    let tensors = combination.tensors();
+    let forward =
+        combination.forward(&session(), &tensors).unwrap_or_else(|reason| panic!("{combination:?}: {reason}"));
+    let gradients = combination.backward(&session(), &tensors, &forward);
+    let gradients = gradients.unwrap_or_else(|reason| panic!("{combination:?}: {reason}"));
+    let entry = gradients.report.launches[1].entry;
+    assert!(entry.starts_with("flash3_bwd_general_"), "{combination:?}: {entry}");
+    combination.check(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+}
+
+/// Gradients through windows, caps, ALiBi, sinks and scales of any sign, of all head dimensions that the pass is built for and of
+/// shorter ones, with tails of blocks.
+#[test]
+fn general_gradients_of_head_dimensions() {
+    for (i, headdim) in [8, 64, 88, 128, 192, 256].into_iter().enumerate() {
+        for (j, combination) in asking((210, 330), (headdim, headdim)).into_iter().enumerate() {
+            let dtype = [DType::F16, DType::BF16][(i + j) % 2];
+            check_general_gradients(&Combination { dtype, dlse: j % 2 == 0, group: 1 + j % 2, ..combination });
+        }
+    }
+}
+
+/// Windows of any width: keys that nobody sees, queries that see no key, blocks that only the window's left or right edge crosses,
+/// or both.
+#[test]
+fn gradients_in_windows() {
+    for (lengths, left, right) in [
+        ((700, 700), Some(0), Some(0)),
+        ((700, 900), Some(128), Some(0)),
+        ((500, 700), Some(300), Some(64)),
+        ((500, 400), Some(1), Some(200)),
+        ((400, 130), Some(20), Some(0)),
+        ((300, 500), None, Some(40)),
+        ((500, 300), Some(40), None),
+        ((1, 600), Some(130), Some(0)),
+        ((193, 1), Some(7), Some(9)),
+    ] {
+        for headdim in [64, 128, 256] {
+            let mut combination = plain(DType::BF16, lengths, (headdim, headdim));
+            combination.options = combination.options.window_size(left, right);
+            combination.group = 2;
+            check_general_gradients(&combination);
+        }
+    }
+}
+
+/// The same of sequences of different lengths, also of none.
+#[test]
+fn general_gradients_of_sequences_of_different_lengths() {
+    let lengths = vec![(5, 9), (0, 7), (200, 300), (130, 0), (64, 193), (150, 40), (0, 0), (300, 300)];
+    for (i, combination) in asking((0, 0), (64, 64)).into_iter().enumerate() {
+        let headdim = [64, 128, 256][i % 3];
+        let combination = Combination { headdim, headdim_v: headdim, ..combination };
+        check_general_gradients(&Combination {
+            varlen: true,
+            lengths: lengths.clone(),
+            sinks: i % 2 == 0,
+            ..combination
+        });
+    }
+}
+
+/// Sinks are in the LSE already: each pass has them, also those that sum dQ in one order.
+#[test]
+fn gradients_of_sinks() {
+    for (headdim, deterministic) in [(64, false), (128, false), (256, false), (64, true), (128, true), (256, true)] {
+        let mut combination = Combination { sinks: true, ..plain(DType::BF16, (150, 260), (headdim, headdim)) };
+        combination.options = combination.options.causal(true).deterministic(deterministic);
+        combination.check(&session()).unwrap_or_else(|reason| panic!("{reason}"));
+    }
+}
+
 /// What its backward pass cannot do is refused, and named.
 #[test]
 fn gradients_that_it_has_not() {
@@ -661,8 +735,12 @@ fn gradients_that_it_has_not() {
         let refused = combination.backward(&session(), &combination.tensors(), &forward).expect_err("refused");
         refused.to_string()
     };
-    let capped = refused(|combination| combination.options.softcap = Some(9.0));
-    assert!(capped.ends_with("flash3 backward: no kernel of bf16 and headdim 64 for softcap"), "{capped}");
+    let of_bias = refused(|combination| combination.bias = Some([false; 3]));
+    assert!(of_bias.ends_with("flash3 backward: no kernel of bf16 and headdim 64 for bias"), "{of_bias}");
+    let in_order =
+        refused(|combination| combination.options = AttentionOptions::new().softcap(9.0).deterministic(true));
+    let expected = "flash3 backward, in order: no kernel of bf16 and headdim 64 for softcap";
+    assert!(in_order.ends_with(expected), "{in_order}");
 }
 
 /// What the next sequence has in the last rows of a tile, however large, changes no bit of this one.

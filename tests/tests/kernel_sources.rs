@@ -40,6 +40,7 @@ const SOURCES: [(&str, &str); 50] = sources![
     "flash3_backward/mod",
     "flash3_backward/finish",
     "flash3_backward/finisher",
+    "flash3_backward/general",
     "flash3_backward/memory",
     "flash3_backward/order",
     "flash3_backward/prepare",

@@ -141,7 +141,12 @@ impl BackwardPlan {
     pub fn new(problem: &Problem, optional: Optional, access: Access, kernel: Kernel, target: Target) -> Result<Self> {
         let unsupported = |reasons| Error::Unsupported { kernel, backend: target.backend, reasons };
         let wanted = Wanted::new(problem, access, target);
-        let flash3 = || target.allow_hopper(kernel).and_then(|()| Passes::flash3(&wanted));
+        let flash3 = || {
+            target
+                .allow_hopper(kernel)
+                .and_then(|()| Passes::flash3(&wanted))
+                .map(|passes| passes.with(optional, problem))
+        };
         let flash2 = || Passes::flash2(&wanted, optional);
         let families: &[FamilyFor<Passes>] = match kernel {
             Kernel::Auto => &[&flash3, &flash2],
@@ -239,16 +244,16 @@ impl BackwardPlan {
 impl Passes {
     /// FlashAttention-3's. The gradients that not every pass has are of what it does not know.
     fn flash3(wanted: &Wanted) -> Result<Self, String> {
-        let (name, known) = ("flash3 backward", Feature::OF_HOPPER_BACKWARD);
-        let find =
-            |kernels: &[&'static [_]]| Table { name, kernels, plain: known, general: known, pads: true }.find(wanted);
-        let pass = find(&[flash3::WHOLE, flash3::SPLIT])?;
+        let name = "flash3 backward";
+        let (plain, general) = (Feature::OF_HOPPER_BACKWARD, Feature::OF_GENERAL_HOPPER_BACKWARD);
+        let find = |kernels: &[&'static [_]]| Table { name, kernels, plain, general, pads: true }.find(wanted);
+        let pass = find(&[flash3::WHOLE, flash3::SPLIT, flash3::GENERAL, flash3::GENERAL_SPLIT])?;
         let is_deterministic = wanted.problem.deterministic;
         // In a batch of sequences that are not equally long, order alone is independent of the longest.
         let may_be_whole = !is_deterministic || wanted.problem.varlen.is_none();
         let heads = find(&[flash3::HEADS]).ok();
         let heads = heads.filter(|_| may_be_whole && hopper::backward::takes_whole_heads(wanted.problem, &pass.config));
-        let is_ordered = hopper::backward::is_fast_in_order(wanted.problem, &pass.config);
+        let is_ordered = !pass.config.general && hopper::backward::is_fast_in_order(wanted.problem, &pass.config);
         if let Some(heads) = heads
             && !is_ordered
             && wanted.problem.seqlen_k <= hopper::backward::HEADS_RATHER_THAN_RINGS_UP_TO
@@ -281,6 +286,15 @@ impl Passes {
             sums: Sums::AsTheyCome,
             sharing,
         })
+    }
+
+    /// These, and the gradient of the sinks, if that is asked for.
+    fn with(mut self, optional: Optional, problem: &Problem) -> Self {
+        if optional.dsinks {
+            self.workspace.push(Workspace { name: ROW_SUMS_OF, dtype: DType::F32, len: problem.rows() as u64 });
+            self.steps.push(OF_SINKS);
+        }
+        self
     }
 
     /// FlashAttention-3's, whose blocks of keys add to dQ in their order. What goes for a sequence does not depend on those
@@ -361,10 +375,10 @@ impl Passes {
             if problem.deterministic { Err("deterministic asks for it".to_owned()) } else { Self::fused_pass(wanted) };
         Ok(match fused {
             Ok(pass) => {
-                let mut workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
-                workspace.extend(optional.dsinks.then_some(row_sums));
-                let steps = Self::fused(pass, wanted, optional)?;
+                let workspace = Self::fused_workspace(problem, pass.config.headdim, fused::ROWS);
+                let steps = Self::fused(pass, wanted)?;
                 Passes { family, steps, how: FUSED.to_owned(), workspace, sums: Sums::AsTheyCome, sharing: None }
+                    .with(optional, problem)
             }
             Err(why) => Passes {
                 family,
@@ -401,23 +415,17 @@ impl Passes {
     }
 
     /// That pass with what goes before and after it. A problem with a gradient of the bias has none.
-    fn fused(
-        pass: &'static EntryPoint<Params, Config>,
-        wanted: &Wanted,
-        optional: Optional,
-    ) -> Result<Vec<Step>, String> {
+    fn fused(pass: &'static EntryPoint<Params, Config>, wanted: &Wanted) -> Result<Vec<Step>, String> {
         let Config { headdim, block_m, .. } = pass.config;
         let finish = fused::FINISH.iter().find(|EntryPoint { config, .. }| {
             (config.dtype, config.headdim, config.block_m) == (pass.config.dtype, headdim, block_m)
         });
         let prepare = found("flash2 backward, fused", &[fused::PREPARE], wanted)?;
-        let mut steps = vec![
+        Ok(vec![
             Step { kernel: Entry::Plain(prepare), grid: Grid::Queries },
             Step { kernel: Entry::Plain(pass), grid: Grid::Keys },
             Step { kernel: Entry::Plain(finish.ok_or("flash2 backward, fused: no end")?), grid: Grid::Queries },
-        ];
-        steps.extend(optional.dsinks.then_some(OF_SINKS));
-        Ok(steps)
+        ])
     }
 
     /// What a pass that sums dQ works in, with heads of so many elements and statistics in blocks of so many rows.

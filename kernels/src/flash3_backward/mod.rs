@@ -29,6 +29,8 @@
 //! Where blocks of keys do not fill the machine, several blocks of threads share one of them: [`shared()`],
 //! [`split_shared()`] and [`ring_shared()`] ([`Shares`]).
 //!
+//! For a window, a cap, ALiBi, or a scale that is not positive there are [`general()`] and [`split_general()`].
+//!
 //! Where heads are wide, two blocks of threads are a cluster, which has twice the keys: [`split()`].
 //!
 //! Warps are specialised: a thread keeps copies of Q and dO in flight, and two warpgroups multiply. dQ of a step is
@@ -46,6 +48,7 @@
 //! reaches into the next: then that counts as part of it.
 mod finish;
 mod finisher;
+mod general;
 mod memory;
 mod order;
 mod prepare;
@@ -60,10 +63,13 @@ pub use order::{Order, PREPARE_ORDERED, prepare_ordered};
 pub use prepare::{PREPARE, PREPARE_HEADS, PREPARE_RING, prepare, prepare_heads, prepare_ring};
 pub use ring::Ring;
 pub use shares::Shares;
-pub use split::{ORDERED_SPLIT, SHARED_SPLIT, SPLIT, split, split_ordered, split_shared};
-pub use whole::{HEADS, ORDERED, RING, SHARED, SHARED_RING, WHOLE, heads, ordered, ring, ring_shared, shared, whole};
+pub use split::{GENERAL_SPLIT, ORDERED_SPLIT, SHARED_SPLIT, SPLIT, split, split_general, split_ordered, split_shared};
+pub use whole::{
+    GENERAL, HEADS, ORDERED, RING, SHARED, SHARED_RING, WHOLE, general, heads, ordered, ring, ring_shared, shared,
+    whole,
+};
 
-use crate::attention::{Attention, divisor};
+use crate::attention::{Attention, Sequence, divisor};
 use crate::config::Config;
 use crate::flash2_backward::{self, fused::first_place};
 use crate::mask::{Blocks, Mask};
@@ -161,6 +167,8 @@ mod walk {
     pub const SHARED: u32 = 4;
     /// The same in a ring.
     pub const SHARED_RING: u32 = 5;
+    /// One, for a window, a cap, ALiBi, or any scale: what the arguments ask for.
+    pub const GENERAL: u32 = 6;
 
     /// Whether heads take turns at the sums of dQ.
     pub const fn is_ring(walk: u32) -> bool {
@@ -202,6 +210,16 @@ fn next_keys<T, const WALK: u32>(a: &Attention<T>, block: KeyBlock, block_n: u32
     goes_on.then(|| schedule::keys_of_head(a, block.first_key - block_n))
 }
 
+/// Which keys the queries of a `WALK` see.
+#[inline(always)]
+fn mask_of<T, const CAUSAL: bool, const WALK: u32>(a: &Attention<T>, sequence: &Sequence) -> Mask {
+    if WALK == walk::GENERAL {
+        Mask::of::<T, CAUSAL, true>(a, sequence)
+    } else {
+        Mask::of::<T, CAUSAL, false>(a, sequence)
+    }
+}
+
 /// What a block of threads does: its keys, and the blocks of queries that they need, of each of its heads.
 #[derive(Clone, Copy)]
 struct Work {
@@ -217,11 +235,22 @@ struct Work {
 impl Work {
     /// What these keys need.
     #[inline(always)]
-    fn of<T, const CAUSAL: bool>(a: &Attention<T>, block: KeyBlock, block_m: u32, block_n: u32) -> Self {
-        let mask = Mask::of::<T, CAUSAL, false>(a, &block.sequence);
+    fn of<T, const CAUSAL: bool, const WALK: u32>(
+        a: &Attention<T>,
+        block: KeyBlock,
+        block_m: u32,
+        block_n: u32,
+    ) -> Self {
+        let mask = mask_of::<T, CAUSAL, WALK>(a, &block.sequence);
         let blocks = mask.query_blocks(block.first_key, block_n, block_m);
         let masked = if block.rows() < block_n { u32::MAX } else { blocks.full_begin };
         Work { block, blocks, masked, group: a.nheads / divisor(a.nheads_k) }
+    }
+
+    /// Whether a mask hides something of one of the blocks. Behind the queries that see all of these keys only a window does.
+    #[inline(always)]
+    fn is_masked<const WALK: u32>(&self, block: u32) -> bool {
+        block < self.masked || WALK == walk::GENERAL && block >= self.blocks.full_end
     }
 
     /// Before which row of a head no query needs the keys behind these.
@@ -308,7 +337,7 @@ impl Walk {
     }
 }
 
-/// This warp needs a stage no more.
+/// This warp needs a stage no more. One lane says so for all: they have read what it holds, and have met in a product since.
 #[inline(always)]
 #[track_caller]
 fn release<const STAGES: u32>(slot: Slot<STAGES>) {

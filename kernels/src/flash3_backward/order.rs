@@ -156,7 +156,7 @@ pub(super) fn sum_in_order<
     let finishes = const { can_finish_in_order(HEADDIM as u32, BLOCK_M as u32) } && (!waits || p.order.finishes != 0);
     let mut parts = outgoing.parts.consumer_at(group);
     loop {
-        let work = Work::of::<T, CAUSAL>(a, block, BLOCK_M as u32, BLOCK_N as u32);
+        let work = Work::of::<T, CAUSAL, WALK>(a, block, BLOCK_M as u32, BLOCK_N as u32);
         let alone_before = work.alone_before::<T, CAUSAL>(a, BLOCK_M as u32, BLOCK_N as u32);
         let mut behind = Behind::of(p.order, a, block, group);
         let mut walk = work.walk(a, BLOCK_M as u32);

@@ -164,6 +164,6 @@ pub(super) fn own_work<T, const CAUSAL: bool, const WALK: u32>(
     block_n: u32,
     cluster: u32,
 ) -> Work {
-    let work = Work::of::<T, CAUSAL>(a, block, block_m, cluster * block_n);
+    let work = Work::of::<T, CAUSAL, WALK>(a, block, block_m, cluster * block_n);
     if walk::is_shared(WALK) { p.shares.own(cluster).of(work) } else { work }
 }

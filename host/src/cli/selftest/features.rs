@@ -19,8 +19,10 @@ pub struct Feature {
     pub name: &'static str,
     /// Whether only problems of f32 have it.
     f32_only: bool,
-    /// Whether no gradients are computed.
-    forward_only: bool,
+    /// Whether sequences are as long as several of Hopper's tiles.
+    long: bool,
+    /// Of the gradients that are computed, which are to be `deterministic`.
+    gradients: &'static [bool],
     ask: fn(&mut Problem),
 }
 
@@ -41,11 +43,12 @@ struct Problem {
 }
 
 const fn feature(name: &'static str, ask: fn(&mut Problem)) -> Feature {
-    Feature { name, f32_only: false, forward_only: false, ask }
+    Feature { name, f32_only: false, long: false, gradients: &[false, true], ask }
 }
 
-const fn forward(name: &'static str, ask: fn(&mut Problem)) -> Feature {
-    Feature { forward_only: true, ..feature(name, ask) }
+/// Of flash3, whose general gradients are summed in any order.
+const fn of_hopper(name: &'static str, ask: fn(&mut Problem)) -> Feature {
+    Feature { long: true, gradients: &[false], ..feature(name, ask) }
 }
 
 const FEATURES: [Feature; 14] = [
@@ -68,17 +71,24 @@ const FEATURES: [Feature; 14] = [
 
 /// Those of flash3's general kernels.
 pub const OF_HOPPER: [Feature; 9] = [
-    forward("window", |problem| problem.options = problem.options.clone().window_size(100, 30)),
-    forward("window, causal", |problem| problem.options = problem.options.clone().window_size(200, None).causal(true)),
-    forward("softmax_scale", |problem| problem.options.softmax_scale = Some(-0.1)),
-    forward("softcap", |problem| problem.options = problem.options.clone().softcap(10.0).causal(true)),
-    forward("softcap of 1", |problem| problem.options.softcap = Some(1.0)),
-    forward("ALiBi", |problem| problem.alibi = true),
-    forward("sinks, window", |problem| {
+    of_hopper("window", |problem| problem.options = problem.options.clone().window_size(100, 30)),
+    of_hopper("window, causal", |problem| {
+        problem.options = problem.options.clone().window_size(200, None).causal(true)
+    }),
+    of_hopper("softmax_scale", |problem| problem.options.softmax_scale = Some(-0.1)),
+    of_hopper("softcap", |problem| problem.options = problem.options.clone().softcap(10.0).causal(true)),
+    of_hopper("softcap of 1", |problem| problem.options.softcap = Some(1.0)),
+    of_hopper("ALiBi", |problem| problem.alibi = true),
+    of_hopper("sinks, window", |problem| {
         (problem.sinks, problem.options) = (true, problem.options.clone().window_size(128, None).causal(true));
     }),
-    forward("headdim of V, sinks", |problem| (problem.sinks, problem.headdim_v) = (true, problem.headdim / 2 + 8)),
-    forward("all, varlen", |problem| {
+    Feature {
+        gradients: &[],
+        ..of_hopper("headdim of V, sinks", |problem| {
+            (problem.sinks, problem.headdim_v) = (true, problem.headdim / 2 + 8);
+        })
+    },
+    of_hopper("all, varlen", |problem| {
         problem.options = problem.options.clone().window_size(250, 10).softcap(20.0);
         (problem.alibi, problem.sinks, problem.varlen) = (true, true, true);
     }),
@@ -90,15 +100,15 @@ pub fn of(dtype: DType) -> impl Iterator<Item = Feature> {
 }
 
 impl Feature {
-    /// Computes a problem that has it, with gradients in any order of additions and in one, and compares with f64.
+    /// Computes a problem that has it, with its gradients, and compares with f64.
     /// Returns the largest error as a part of the error that is allowed.
     pub fn check(&self, session: &Session, dtype: DType, headdim: usize) -> Result<f64> {
         let mut problem = Problem::plain(headdim);
-        if self.forward_only {
+        if self.long {
             (problem.seqlen_q, problem.seqlen_k) = LONG;
         }
         (self.ask)(&mut problem);
-        problem.check(session, dtype, self.forward_only)
+        problem.check(session, dtype, self.gradients)
     }
 }
 
@@ -119,7 +129,7 @@ impl Problem {
         }
     }
 
-    fn check(&self, session: &Session, dtype: DType, forward_only: bool) -> Result<f64> {
+    fn check(&self, session: &Session, dtype: DType, gradients: &[bool]) -> Result<f64> {
         let &Problem { seqlen_q, seqlen_k, .. } = self;
         let tokens = |seqlen, nheads, headdim, seed| match self.varlen {
             false => normal(&[BATCH, seqlen, nheads, headdim], dtype, seed),
@@ -145,14 +155,10 @@ impl Problem {
         }
         let forward = session.attention_with(&inputs, &self.options)?;
         let mut worst = part(&accuracy::check_with(&inputs, &self.options, &forward)?)?;
-        if forward_only {
-            return Ok(worst);
-        }
-
         let dlse = self.dlse.then(|| normal(forward.softmax_lse.shape(), DType::F32, 7)).transpose()?;
         let mut backward = BackwardInputs::new(inputs.clone(), &forward.out, &forward.softmax_lse, &dout);
         backward.dlse = dlse.as_ref().map(Tensor::view);
-        for deterministic in [false, true] {
+        for &deterministic in gradients {
             let options = self.options.clone().deterministic(deterministic);
             let gradients = session.attention_backward_with(&backward, &options)?;
             let (dout, dlse) = (dout.view(), backward.dlse.as_ref());

@@ -91,11 +91,12 @@ fn heads_in_turn(problem: &Problem, config: &Config) -> u32 {
 /// the cache when the next one adds; with fewer, keys of a head begin at the same time, and wait. On an H100, in TFLOP/s with 32,
 /// 16 and 8 MiB: headdim 128, causal, 512 and 1024 tokens 218, 317; 236, 345; 239, 354; headdim 64, no mask 291, 395; 319, 427;
 /// 320, 419; headdim 256, no mask, 1024 and 2048 tokens 406, 494; 435, 517; 442, 505. One head and two, where the cache holds none:
-/// headdim 256, causal, 16384 tokens 577 and 479; headdim 128, no mask 617 and 645.
+/// headdim 256, causal, 16384 tokens 577 and 479; without a mask headdim 128 617 and 645, headdim 256 599 and 595, with 8192 tokens
+/// 582 and 593.
 fn heads_in_turn_in_order(problem: &Problem, config: &Config) -> u32 {
     let is_causal = problem.is_causal();
     let cached = if config.block_m <= 64 && (is_causal || problem.seqlen_k <= 1024) { 8 << 20 } else { 16 << 20 };
-    let least = if is_causal || config.headdim > 128 { 1 } else { 2 };
+    let least = if is_causal { 1 } else { 2 };
     heads_within(cached, problem, config).max(least)
 }
 

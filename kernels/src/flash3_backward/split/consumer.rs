@@ -3,9 +3,10 @@ use super::CLUSTER;
 use super::memory::Memory;
 use super::queries::QuarterOfQueries;
 use crate::attention::{Attention, Tensor, Untyped};
-use crate::flash3_backward::{GROUPS, Params, STAGES, Work, walk};
-use crate::mask::Mask;
+use crate::flash3_backward::general::Probabilities;
+use crate::flash3_backward::{GROUPS, Params, STAGES, Work, mask_of, walk};
 use crate::schedule::KeyBlock;
+use crate::scores::Scores;
 use cuda_std::barrier::{NamedBarrier, NamedBarriers};
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::{LOG2_E, ex2, fma, unknown};
@@ -85,7 +86,8 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         self,
     ) -> Accumulator<1, D_COLUMNS> {
         let Self { a, memory: Memory { p: p_tile, inputs, .. }, work, .. } = self;
-        let mask = Mask::of::<T, CAUSAL, false>(a, &work.block.sequence);
+        let is_general = const { WALK == walk::GENERAL };
+        let mask = mask_of::<T, CAUSAL, WALK>(a, &work.block.sequence);
         let scale = a.softmax_scale * LOG2_E;
         let own_key = 16 * warp_in_group();
         let first_key = self.first_key(cluster::block_rank()) + own_key;
@@ -97,19 +99,38 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
         let mut queries = inputs.queries.consumer();
         let first = first_step();
         let mut block = work.blocks.begin;
+        // For ALiBi, in a general pass alone.
+        let mut head = work.block.head_k * work.group;
         for step in 0..work.steps() {
             let slot = queries.wait();
             let s = wgmma::product(inputs.k.rows(0), inputs.q.stage(slot.index).rows(0));
             let mut p: Accumulator<1, S_COLUMNS> = s.wait::<0>();
-            if block < work.masked {
-                mask.apply_transposed(&mut p, first_key, block * BLOCK_M as u32);
+            let is_masked = work.is_masked::<WALK>(block);
+            let mut rounded = Registers::<T, STEPS>::zero();
+            if is_general {
+                let scores = Scores::new(a, &work.block.sequence, head, mask);
+                scores.cap(&mut p);
+                let probabilities = Probabilities {
+                    scores: &scores,
+                    first_key,
+                    first_row: block * BLOCK_M as u32,
+                    is_partial: is_masked,
+                    bases: inputs.bases(slot.index),
+                };
+                rounded = probabilities.with_weights(&mut p);
+            } else {
+                if is_masked {
+                    mask.apply_transposed(&mut p, first_key, block * BLOCK_M as u32);
+                }
+                p.zip_shared_columns(inputs.bases(slot.index), |s, base| ex2(fma(s, scale, -base)));
             }
-            p.zip_shared_columns(inputs.bases(slot.index), |s, base| ex2(fma(s, scale, -base)));
             P_EMPTY.sync();
             p.store(p_tile, own_key);
             P_FULL.arrive();
             let d_o_slot = queries.beside(inputs.d_outputs).wait();
-            let rounded = Registers::<T, STEPS>::of(&p);
+            if !is_general {
+                rounded = Registers::of(&p);
+            }
             release(slot);
             if step > first {
                 D_S_FULL.sync(1 - slot.index);
@@ -125,6 +146,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
             block += 1;
             if block == work.blocks.end {
                 block = work.blocks.begin;
+                head += 1;
             }
         }
         P_EMPTY.sync();
@@ -207,7 +229,7 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
     }
 }
 
-/// This warp needs a stage no more, which both blocks fill.
+/// This warp needs a stage no more, which both blocks fill. One lane says so for all, as in the pass for narrow heads.
 #[inline(always)]
 #[track_caller]
 fn release(slot: Slot<STAGES>) {

@@ -17,7 +17,7 @@ use super::shares::{of_two_passes, own_work};
 use super::{GROUP_ROWS, GROUPS, Params, config_of, key_block_at, walk};
 use crate::attention::Attention;
 use crate::config::Config;
-use crate::schedule::KeyBlock;
+use crate::schedule::{self, KeyBlock};
 use consumer::SplitConsumer;
 use cuda_std::element::{bf16, f16};
 use cuda_std::matrix::PackedElement;
@@ -57,6 +57,21 @@ const fn config<
         barriers: 10,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
     }
+}
+
+const fn general_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HALF: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+>() -> Config {
+    let split = config::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, false>();
+    Config { causal: None, general: true, ..split }
 }
 
 const fn shared_config<
@@ -132,6 +147,40 @@ pub fn split<
         &p,
         &a,
         |a| key_block_at::<T, CAUSAL>(a, CLUSTER * BLOCK_N as u32, p.heads_in_turn, block_idx_x() / CLUSTER),
+    );
+}
+
+/// [`split()`], with what its arguments ask for of a window, a cap, ALiBi, and any scale, as in [`general()`](super::general()).
+/// Grid: as for [`split()`].
+#[kernel(
+    name = "flash3_bwd_general_{T}_d{HEADDIM}_m{BLOCK_M}",
+    arch = sm_90a,
+    cluster = CLUSTER,
+    for T in [f16, bf16],
+        (HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS) in [
+            (256, 128, 64, 64, 4, 8, 32, 8),
+        ],
+    config = general_config,
+    table = GENERAL_SPLIT,
+)]
+pub fn split_general<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const HALF: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    pass::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, false, { walk::GENERAL }>(
+        &p,
+        &a,
+        |a| schedule::key_block_at(a, CLUSTER * BLOCK_N as u32, block_idx_x() / CLUSTER),
     );
 }
 

@@ -30,7 +30,10 @@ impl<T: PackedElement, const HEADDIM: usize, const HALF: usize, const BLOCK_M: u
     #[track_caller]
     pub fn anew<const CAUSAL: bool>(self, x: u32) -> Self {
         let keys = key_block_in_order_anew(self.a, self.p.heads_in_turn, CLUSTER, x);
-        SplitConsumer { work: Work::of::<T, CAUSAL>(self.a, keys, BLOCK_M as u32, CLUSTER * BLOCK_N as u32), ..self }
+        SplitConsumer {
+            work: Work::of::<T, CAUSAL, { walk::ORDERED }>(self.a, keys, BLOCK_M as u32, CLUSTER * BLOCK_N as u32),
+            ..self
+        }
     }
 
     /// The keys, once their sums are known.

@@ -6,14 +6,16 @@ mod hand_over;
 mod memory;
 
 use super::finisher::{FINISHERS, Finisher};
+use super::general::Probabilities;
 use super::order::{key_block_in_order, sum_in_order};
 use super::producer::{add_queries, load};
 use super::shares::{of_two_passes, own_work};
-use super::{GROUP_ROWS, GROUPS, Params, config_of, is_tight, key_block_at, next_keys, release, walk};
+use super::{GROUP_ROWS, GROUPS, Params, config_of, is_tight, key_block_at, mask_of, next_keys, release, walk};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
 use crate::schedule::{self, KeyBlock};
+use crate::scores::Scores;
 use cuda_std::barrier::NamedBarriers;
 use cuda_std::element::{bf16, f16};
 use cuda_std::fragment::Accumulator;
@@ -70,6 +72,21 @@ const fn ring_config<
     let whole =
         config::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, FROM_KEYS>();
     Config { shared_bytes: whole.shared_bytes.next_multiple_of(16) + Finisher::<T, HEADDIM>::BYTES, ..whole }
+}
+
+const fn general_config<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+>() -> Config {
+    let whole = config::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, false, 0>();
+    Config { causal: None, general: true, ..whole }
 }
 
 const fn shared_config<
@@ -174,6 +191,40 @@ pub fn whole<
     let a = p.backward.attention.of::<T>();
     let block = key_block_at::<T, CAUSAL>(&a, BLOCK_N as u32, p.heads_in_turn, block_idx_x());
     pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, CAUSAL, { walk::ONE }>(
+        &p,
+        &a,
+        || block,
+    );
+}
+
+/// [`whole()`], with what its arguments ask for of a window, a cap, ALiBi, and any scale. Grid: as for [`whole()`].
+#[kernel(
+    name = "flash3_bwd_general_{T}_d{HEADDIM}_m{BLOCK_M}",
+    arch = sm_90a,
+    for T in [f16, bf16],
+        (HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED) in [
+            (64, 128, 128, 8, 16, 8, 8, false),
+            (128, 64, 128, 4, 8, 16, 8, true),
+        ],
+    config = general_config,
+    table = GENERAL,
+)]
+pub fn general<
+    T: PackedElement,
+    const HEADDIM: usize,
+    const BLOCK_M: usize,
+    const BLOCK_N: usize,
+    const STEPS: usize,
+    const S_COLUMNS: usize,
+    const D_COLUMNS: usize,
+    const Q_COLUMNS: usize,
+    const TRANSPOSED: bool,
+>(
+    p: Params,
+) {
+    let a = p.backward.attention.of::<T>();
+    let block = schedule::key_block_at(&a, BLOCK_N as u32, block_idx_x());
+    pass::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, false, { walk::GENERAL }>(
         &p,
         &a,
         || block,
@@ -462,7 +513,7 @@ fn pass<
     grid::launch_dependents();
     match warpgroup_id() {
         0 => {
-            if const { is_tight(HEADDIM, BLOCK_M) } {
+            if const { is_tight(HEADDIM, BLOCK_M) || WALK == walk::GENERAL } {
                 release_registers::<24>();
             } else {
                 release_registers::<40>();
@@ -488,7 +539,7 @@ fn pass<
             }
         }
         group => {
-            if const { is_tight(HEADDIM, BLOCK_M) } {
+            if const { is_tight(HEADDIM, BLOCK_M) || WALK == walk::GENERAL } {
                 claim_registers::<240>();
             } else {
                 claim_registers::<232>();
@@ -544,6 +595,7 @@ fn consume<
     loop {
         // What can be found anew for each block of keys is: kept, it would take the registers of the sums.
         let is_anew = const { WALK == walk::HEAD };
+        let is_general = const { WALK == walk::GENERAL };
         let group = if is_anew { unknown_before(group, keys.first_key) } else { group };
         let found_anew = |keys: KeyBlock| if is_anew { schedule::keys_of_head(a, keys.first_key) } else { keys };
         let (own_key, other) = (GROUP_ROWS * group + 16 * warp_in_group(), GROUPS - 1 - group);
@@ -577,6 +629,8 @@ fn consume<
                 pause(LATE);
             }
             let mut block = blocks.begin;
+            // For ALiBi, in a general pass alone.
+            let mut head = keys.head_k * work.group;
             // Counted down: up would take a register more.
             let mut left = work.steps();
             while left > 0 {
@@ -592,7 +646,7 @@ fn consume<
 
                 // Pᵀ = 2^(scale · K Qᵀ - LSE)
                 let mut p: Accumulator<1, S_COLUMNS> = s.wait::<1>();
-                if block < work.masked {
+                if !is_general && work.is_masked::<WALK>(block) {
                     // Found here: kept, what follows from the first key would take a register more.
                     let own_key = if is_anew { own_key_anew(block) } else { own_key };
                     let first_key =
@@ -604,16 +658,36 @@ fn consume<
                     let mask = Mask::of::<T, CAUSAL, false>(a, &sequence);
                     mask.apply_transposed(&mut p, first_key, block * BLOCK_M as u32);
                 }
-                p.zip_shared_columns(memory.inputs.bases(stage), |s, base| ex2(fma(s, scale, -base)));
-                let p_rounded = Registers::<T, STEPS>::of(&p);
+                let (p_rounded, d_s_rounded): (Registers<T, STEPS>, Registers<T, STEPS>);
+                if is_general {
+                    // Found in each step: kept, the keys would take registers of the sums.
+                    let keys = schedule::key_block_anew(a, BLOCK_N as u32, block);
+                    let mask = mask_of::<T, CAUSAL, WALK>(a, &keys.sequence);
+                    let scores = Scores::new(a, &keys.sequence, head, mask);
+                    scores.cap(&mut p);
+                    wgmma::pin(&mut p);
+                    let d_p: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
+                    wgmma::pin(&mut p);
+                    let probabilities = Probabilities {
+                        scores: &scores,
+                        first_key: keys.first_key + own_key_anew(block),
+                        first_row: block * BLOCK_M as u32,
+                        is_partial: work.is_masked::<WALK>(block),
+                        bases: memory.inputs.bases(stage),
+                    };
+                    [p_rounded, d_s_rounded] = probabilities.with_gradients(&p, &d_p, memory.inputs.sums(stage));
+                } else {
+                    p.zip_shared_columns(memory.inputs.bases(stage), |s, base| ex2(fma(s, scale, -base)));
+                    p_rounded = Registers::<T, STEPS>::of(&p);
 
-                // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
-                wgmma::pin(&mut p);
-                let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
-                wgmma::pin(&mut p);
-                d_s.zip_shared_columns(memory.inputs.sums(stage), |d_p, sum| d_p - sum);
-                d_s.zip(&p, |d_p, p| d_p * p);
-                let d_s_rounded = Registers::<T, STEPS>::of(&d_s);
+                    // dSᵀ = Pᵀ ∘ (V dOᵀ - D)
+                    wgmma::pin(&mut p);
+                    let mut d_s: Accumulator<1, S_COLUMNS> = d_p.wait::<0>();
+                    wgmma::pin(&mut p);
+                    d_s.zip_shared_columns(memory.inputs.sums(stage), |d_p, sum| d_p - sum);
+                    d_s.zip(&p, |d_p, p| d_p * p);
+                    d_s_rounded = Registers::<T, STEPS>::of(&d_s);
+                }
 
                 let d_v_in_flight = wgmma::add_product(d_v, p_rounded, memory.inputs.d_o.stage(stage).columns(0));
                 D_S.sync(GROUPS * (1 - stage) + group);
@@ -639,9 +713,10 @@ fn consume<
                 block += 1;
                 if block == blocks.end {
                     block = blocks.begin;
+                    head += 1;
                 }
             }
-            let found_after = is_anew || walk::is_shared(WALK);
+            let found_after = is_anew || is_general || walk::is_shared(WALK);
             let last = if found_after { 1 - queries.slot().index } else { (work.steps() % 2) ^ 1 };
             D_S.sync(GROUPS * last + group);
             let d_q = d_q_of(memory.d_s.stage(last), group).wait::<0>();
@@ -664,7 +739,10 @@ fn consume<
                 return;
             }
         }
-        let own_key = if is_anew { own_key_anew(keys.first_key) } else { own_key };
+        if is_general {
+            keys = schedule::key_block_anew(a, BLOCK_N as u32, queries.slot().index);
+        }
+        let own_key = if is_anew || is_general { own_key_anew(keys.first_key) } else { own_key };
         let first_key = keys.first_key + own_key;
         keys = found_anew(keys);
         let of_keys = |tensor: Tensor<Untyped>, columns| {

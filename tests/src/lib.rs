@@ -4,6 +4,7 @@
 mod backward;
 pub mod beside;
 pub mod combination;
+pub mod everywhere;
 pub mod features;
 pub mod grid;
 pub mod guarded;
@@ -11,3 +12,4 @@ pub mod inputs;
 pub mod peers;
 pub mod placed;
 pub mod pointers;
+pub mod reruns;

@@ -1,9 +1,9 @@
 //! Tensors, and sums of dQ, of more elements than 32 bits count: their last rows, against those of a call of the last head alone.
-use ferroflash::raw::{Arguments, BackwardArguments, BackwardCall, Call};
-use ferroflash::{AttentionOptions, BackwardInputs, DType, Error, GradientOutputs, Inputs, Kernel, Layout, Tensor};
+use ferroflash::{AttentionOptions, DType, Error, Kernel, Tensor};
 
 use crate::arena::{Arena, Placed};
 use crate::inputs::normal;
+use crate::passes::{Given, Places, Results, Shapes, run};
 use crate::pointers::Machine;
 
 const DTYPE: DType = DType::BF16;
@@ -26,42 +26,6 @@ pub struct Vast {
     pub deterministic: bool,
 }
 
-/// Where the inputs lie.
-struct Given {
-    q: Placed,
-    k: Placed,
-    v: Placed,
-    dout: Placed,
-}
-
-/// Where the results of as many heads lie.
-struct Results {
-    out: Placed,
-    softmax_lse: Placed,
-    dq: Placed,
-    dk: Placed,
-    dv: Placed,
-}
-
-/// Contiguous tensors, one after the other.
-#[derive(Default)]
-struct Places {
-    end: usize,
-}
-
-impl Places {
-    fn place(&mut self, dtype: DType, shape: &[usize]) -> Placed {
-        let layout = Layout::contiguous(dtype, shape).expect("below 2^63");
-        let at = self.end.next_multiple_of(256);
-        self.end = at + layout.len() * dtype.bytes();
-        Placed { at, layout }
-    }
-
-    fn tokens(&mut self, seqlen: usize, nheads: usize, headdim: usize) -> Placed {
-        self.place(DTYPE, &[1, seqlen, nheads, headdim])
-    }
-}
-
 impl Vast {
     /// Runs all heads, and the last one, forward and backward, and compares.
     ///
@@ -71,8 +35,8 @@ impl Vast {
         let named = |reason: String| format!("{kernel}, {self:?}: {reason}");
         let failed = |error: Error| named(error.to_string());
         let mut places = Places::default();
-        let given = self.given(&mut places);
-        let (all, alone) = (self.results(self.nheads, &mut places), self.results(1, &mut places));
+        let given = self.shapes(self.nheads).given(&mut places);
+        let [all, alone] = [self.nheads, 1].map(|nheads| self.shapes(nheads).results(&mut places));
         let pattern = normal(DTYPE, &[self.period], 1.0, 1);
         let arena = Arena::holding(machine, places.end, |write| {
             for (i, placed) in [&given.q, &given.k, &given.v, &given.dout].into_iter().enumerate() {
@@ -80,23 +44,15 @@ impl Vast {
             }
         });
         let arena = arena.map_err(failed)?;
-        self.run(&arena, &given, &all, kernel).map_err(failed)?;
-        self.run(&arena, &self.last_head(&given), &alone, kernel).map_err(failed)?;
+        let options = AttentionOptions::new().deterministic(self.deterministic);
+        run(&arena, &given, &all, &options, kernel).map_err(failed)?;
+        run(&arena, &self.last_head(&given), &alone, &options, kernel).map_err(failed)?;
         self.compare(&arena, &all, &alone).map_err(named)
     }
 
-    fn given(&self, places: &mut Places) -> Given {
-        let (seqlen_q, seqlen_k) = self.lengths;
-        let [q, dout] = [(); 2].map(|()| places.tokens(seqlen_q, self.nheads, self.headdim));
-        let [k, v] = [(); 2].map(|()| places.tokens(seqlen_k, self.nheads, self.headdim));
-        Given { q, k, v, dout }
-    }
-
-    fn results(&self, nheads: usize, places: &mut Places) -> Results {
-        let (seqlen_q, seqlen_k) = self.lengths;
-        let [out, dq] = [(); 2].map(|()| places.tokens(seqlen_q, nheads, self.headdim));
-        let [dk, dv] = [(); 2].map(|()| places.tokens(seqlen_k, nheads, self.headdim));
-        Results { out, softmax_lse: places.place(DType::F32, &[1, nheads, seqlen_q]), dq, dk, dv }
+    /// The shapes of so many heads.
+    fn shapes(&self, nheads: usize) -> Shapes {
+        Shapes { dtype: DTYPE, batch: 1, lengths: self.lengths, nheads, headdim: self.headdim }
     }
 
     fn last_head(&self, given: &Given) -> Given {
@@ -105,24 +61,6 @@ impl Vast {
             placed.part(&[0, 0, self.nheads - 1, 0], &[1, seqlen, 1, self.headdim])
         };
         Given { q: head(&given.q), k: head(&given.k), v: head(&given.v), dout: head(&given.dout) }
-    }
-
-    fn run(&self, arena: &Arena, given: &Given, results: &Results, kernel: Kernel) -> Result<(), Error> {
-        let raw = |placed| arena.raw(placed);
-        let inputs = Inputs::new(raw(&given.q), raw(&given.k), raw(&given.v));
-        let (out, softmax_lse) = (raw(&results.out), raw(&results.softmax_lse));
-        let options = AttentionOptions::new().deterministic(self.deterministic);
-        let arguments = Arguments {
-            inputs: inputs.clone(),
-            out: out.clone(),
-            softmax_lse: softmax_lse.clone(),
-            options: options.clone(),
-            kernel,
-        };
-        arena.forward(&Call::new(&arguments)?)?;
-        let inputs = BackwardInputs::new(inputs, out, softmax_lse, raw(&given.dout));
-        let gradients = GradientOutputs::new(raw(&results.dq), raw(&results.dk), raw(&results.dv));
-        arena.backward(&BackwardCall::new(&BackwardArguments { inputs, gradients, options, kernel })?)
     }
 
     /// The first and the last rows of the last head.

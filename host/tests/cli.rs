@@ -221,9 +221,10 @@ fn run_takes_all_tensors_and_options() {
     let input = everything(&directory, Dtype::F32);
     let output = directory.path("out.safetensors");
     let options = ["--window=20,all", "--softcap=3", "--dropout=0.2", "--seed=7", "--offset=1", "--deterministic"];
-    let tensors = ["--bias", "--mask", "--alibi=file", "--sinks", "--dlse", "--backward"];
-    let arguments = ["run", &input, "-o", &output, "--backend=cpu"].into_iter().chain(options).chain(tensors);
-    let answer = answers(arguments);
+    let tensors = ["--bias", "--mask", "--alibi=file", "--sinks", "--dlse"];
+    let always = ["run", &input, "-o", &output, "--backend=cpu", "--backward"];
+    let answer = answers(always.into_iter().chain(["--verify"]).chain(options).chain(tensors));
+    assert_eq!(answer["accuracy"]["passed"], true, "{answer}");
     let problem = answer["problem"].as_str().expect("in words");
     for word in ["window 20 left", "softcap 3", "dropout 0.2", "bias", "mask", "ALiBi", "sinks"] {
         assert!(problem.contains(word), "{word:?} is not in {problem}");
@@ -233,6 +234,19 @@ fn run_takes_all_tensors_and_options() {
     let shape = |name| file.tensor(name).expect(name).shape().to_vec();
     assert_eq!((shape("dbias"), shape("dsinks")), (vec![1, 4, 19, 23], vec![4]));
     assert_eq!((shape("dq"), shape("dv")), (vec![2, 19, 4, 32], vec![2, 23, 2, 32]));
+    // The reference takes the same options: what both ignored would be missed by nobody.
+    let all = file.tensor("dq").expect("dq").data().to_vec();
+    for left_out in options.into_iter().chain(tensors).filter(|&option| option != "--deterministic") {
+        let others = options.into_iter().chain(tensors).filter(|&option| option != left_out);
+        // Without dropout its numbers have no use.
+        let others = others.filter(|&option| {
+            left_out != "--dropout=0.2" || !option.starts_with("--seed") && !option.starts_with("--offset")
+        });
+        answers(always.into_iter().chain(others));
+        let bytes = fs::read(&output).expect("written");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        assert!(file.tensor("dq").expect("dq").data() != all, "{left_out} makes no difference");
+    }
 }
 
 #[test]

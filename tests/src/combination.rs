@@ -72,11 +72,15 @@ pub fn combinations(limits: Limits) -> impl Strategy<Value = Combination> {
         1 => (select(headdims), select(headdims)),
     ];
     let broadcast = || prop::option::weighted(0.25, any::<[bool; 3]>());
-    let problem = (select(dtypes), lengths, 1..=2usize, 1..=3usize, headdims);
+    // In tf32 too what is in f32, where a bool says so.
+    let dtype = (select(dtypes), any::<bool>());
+    let problem = (dtype, lengths, 1..=2usize, 1..=3usize, headdims);
     let tensors = (broadcast(), broadcast(), prop::option::weighted(0.25, any::<bool>()), any::<bool>(), any::<bool>());
     (problem, options(), tensors, Placement::any(), any::<u64>()).prop_map(
         |((dtype, (lengths, varlen), nheads_k, group, (headdim, headdim_v)), options, tensors, placement, seed)| {
             let (bias, mask, alibi, sinks, dlse) = tensors;
+            let (dtype, allow_tf32) = dtype;
+            let options = options.allow_tf32(allow_tf32 && dtype == DType::F32);
             Combination {
                 dtype,
                 lengths,
@@ -96,6 +100,21 @@ pub fn combinations(limits: Limits) -> impl Strategy<Value = Combination> {
             }
         },
     )
+}
+
+/// Those of them that leave the scores as they are, whose rows are aligned, and whose order of additions is open: what kernels take
+/// that compute all gradients in one pass.
+pub fn fused_combinations(limits: Limits) -> impl Strategy<Value = Combination> {
+    combinations(limits).prop_map(|combination| {
+        let Combination { options, headdim, placement, .. } = combination;
+        let headdim = headdim.next_multiple_of(8);
+        let mut plain = AttentionOptions::new().causal(options.causal);
+        (plain.allow_tf32, plain.softmax_scale) =
+            (options.allow_tf32, options.softmax_scale.filter(|&scale| scale > 0.0));
+        let placement = if placement == Placement::Unaligned { Placement::Gaps } else { placement };
+        let (bias, mask, alibi) = (None, None, None);
+        Combination { options: plain, headdim, headdim_v: headdim, placement, bias, mask, alibi, ..combination }
+    })
 }
 
 fn options() -> impl Strategy<Value = AttentionOptions> {
@@ -287,20 +306,32 @@ impl Combination {
     }
 
     /// Says what `check` finds broken. The accuracy rule compares the largest of a few errors with that of another
-    /// program, which luck alone breaks once in thousands of small problems in 16 bits or tf32: what breaks it by so
-    /// little must keep it with two other draws of the same combination.
+    /// program, which luck alone breaks once in thousands of small problems in 16 bits: what breaks it by so little must keep it
+    /// with two other draws of the same combination. In tf32, whose results are not rounded on top of that, it breaks it in one of
+    /// twenty problems of short heads with dropout: there it must keep it with two of three.
     ///
     /// # Errors
     /// That.
     pub fn hold(&self, check: impl Fn(&Self) -> Result<(), Broken>) -> Result<(), String> {
         let Err(Broken { reason, may_be_luck }) = check(self) else { return Ok(()) };
-        let broken = format!("{self:?}: {reason}");
-        let is_exact = self.dtype == DType::F32 && !self.options.allow_tf32;
-        if !may_be_luck || is_exact {
+        let mut broken = format!("{self:?}: {reason}");
+        let (redraws, mut allowed) = match (self.dtype, self.options.allow_tf32) {
+            (DType::F32, false) => return Err(broken),
+            (DType::F32, true) => (3, 1),
+            _ => (2, 0),
+        };
+        if !may_be_luck {
             return Err(broken);
         }
-        let redrawn = |n| Combination { seed: self.seed.wrapping_add(n), ..self.clone() };
-        (1..=2).try_for_each(|n| check(&redrawn(n)).map_err(|again| format!("{broken}\nredrawn: {}", again.reason)))
+        for n in 1..=redraws {
+            let Err(again) = check(&Combination { seed: self.seed.wrapping_add(n), ..self.clone() }) else { continue };
+            broken = format!("{broken}\nredrawn: {}", again.reason);
+            if allowed == 0 || !again.may_be_luck {
+                return Err(broken);
+            }
+            allowed -= 1;
+        }
+        Ok(())
     }
 }
 

@@ -101,16 +101,8 @@ impl Guarded {
 
     /// The byte at which each element begins, in row-major order.
     fn places(&self) -> impl Iterator<Item = usize> + use<> {
-        let (layout, first) = (self.layout.clone(), self.first);
-        (0..layout.len()).map(move |index| {
-            let mut rest = index;
-            let mut element = 0;
-            for (&extent, &stride) in layout.shape().iter().zip(layout.strides()).rev() {
-                element += rest % extent * stride;
-                rest /= extent;
-            }
-            first + element * layout.dtype().bytes()
-        })
+        let first = self.first;
+        places(&self.layout).map(move |place| first + place)
     }
 
     /// The tensor that is in these bytes after a launch.
@@ -132,6 +124,20 @@ impl Guarded {
         }
         Ok(Tensor::from_bytes(self.layout.dtype(), &packed, self.layout.shape()).expect("as many bytes"))
     }
+}
+
+/// The byte at which each element begins, counted from the first one, in row-major order.
+pub fn places(layout: &Layout) -> impl Iterator<Item = usize> + use<> {
+    let layout = layout.clone();
+    (0..layout.len()).map(move |index| {
+        let mut rest = index;
+        let mut element = 0;
+        for (&extent, &stride) in layout.shape().iter().zip(layout.strides()).rev() {
+            element += rest % extent * stride;
+            rest /= extent;
+        }
+        element * layout.dtype().bytes()
+    })
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ impl Machine {
     }
 
     /// What takes host tensors there.
-    fn session(self, kernel: Kernel) -> Session {
+    pub fn session(self, kernel: Kernel) -> Session {
         let backend = match self {
             Machine::Gpu(_) => Backend::Cuda,
             Machine::Simulator => Backend::Simulator,
@@ -183,9 +183,9 @@ impl Combination {
     }
 
     /// Whether this kernel computes gradients of it. Those of flash3 are of heads of V as long as those of K, of none of the
-    /// features that its general kernels have forward, and of wide heads their last bits differ from run to run.
-    fn has_backward(&self, kernel: Kernel) -> bool {
-        let AttentionOptions { softmax_scale, window_size, softcap, dropout, deterministic, .. } = self.options;
+    /// features that its general kernels have forward.
+    pub fn has_backward(&self, kernel: Kernel) -> bool {
+        let AttentionOptions { softmax_scale, window_size, softcap, dropout, .. } = self.options;
         let is_plain = window_size == WindowSize::default()
             && softmax_scale.is_none_or(|scale| scale > 0.0)
             && softcap.is_none()
@@ -194,7 +194,7 @@ impl Combination {
             && self.bias.is_none()
             && self.mask.is_none()
             && !self.sinks;
-        let has_flash3 = is_plain && self.headdim == self.headdim_v && (!deterministic || self.headdim <= 128);
+        let has_flash3 = is_plain && self.headdim == self.headdim_v;
         kernel.has_backward() && (kernel != Kernel::Flash3 || has_flash3)
     }
 
@@ -301,6 +301,6 @@ fn place_output<'m, M: Memory>(memory: &'m M, name: &'static str, like: &Tensor,
     Placed::new(memory, name, Guarded::output(like.dtype(), like.shape(), allowed(name, gaps)))
 }
 
-fn same_bits(name: &str, found: &Tensor, expected: &Tensor) -> Result<(), String> {
+pub(crate) fn same_bits(name: &str, found: &Tensor, expected: &Tensor) -> Result<(), String> {
     if found.bytes() == expected.bytes() { Ok(()) } else { Err(format!("{name}: other bits than by host tensors")) }
 }

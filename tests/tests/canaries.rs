@@ -65,6 +65,23 @@ fn of_the_elders_on_the_simulator() {
     check_elders(Machine::Simulator, (35, 70), &[32]);
 }
 
+/// Hopper's gradients, which the simulator chooses only where they are asked for: of wide heads too in one order of additions.
+#[test]
+fn of_gradients_of_flash3_on_the_simulator() {
+    for (i, headdim) in [64, 96, 128, 192, 256].into_iter().enumerate() {
+        for deterministic in [false, true] {
+            let mut problem = plain(DTYPES[1 + i % 2], (70, 150), (headdim, headdim));
+            problem.lengths = vec![(70, 150)];
+            problem.options = problem.options.causal(i % 2 == 0).deterministic(deterministic);
+            assert!(problem.has_backward(Kernel::Flash3), "{problem:?}");
+            let gaps = Gaps::OF_TOKENS[i % 2];
+            problem
+                .check_pointers(Machine::Simulator, Kernel::Flash3, gaps)
+                .unwrap_or_else(|reason| panic!("{reason}"));
+        }
+    }
+}
+
 /// The GPU; `None`, said aloud, where there is none.
 fn gpu(test: &str) -> Option<Machine> {
     Machine::gpu().inspect_err(|reason| println!("skipped: {test}: {reason}")).ok()

@@ -1,7 +1,7 @@
 //! Random combinations of all options, forward and backward, against f64: on the CPU, on the simulated GPU, and on a real one,
 //! where the test else says `skipped:`.
-use ferroflash::{Backend, DType, SHARED_BYTES_OF_EVERY_GPU, Session};
-use ferroflash_tests::combination::{Combination, Limits, combinations};
+use ferroflash::{Backend, DType, Kernel, SHARED_BYTES_OF_EVERY_GPU, Session};
+use ferroflash_tests::combination::{Combination, Limits, combinations, fused_combinations};
 use ferroflash_tests::grid;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -9,13 +9,25 @@ use rayon::prelude::*;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 const DTYPES: &[DType] = &grid::DTYPES;
+/// Those of which flash2 has a kernel that computes all gradients in one pass.
+const FUSED_DTYPES: &[DType] = &[DType::F16, DType::BF16];
+
+/// Draws `cases` combinations of all options.
+fn check(session: &Session, cases: u32, streams: u8, limits: Limits) {
+    check_each(cases, streams, || combinations(limits.clone()), |combination| combination.check(session));
+}
 
 /// Draws `cases` combinations, the same ones in every run, and shrinks the first that fails. They are drawn in so many
 /// streams, of which each may run beside the others.
-fn check(session: &Session, cases: u32, streams: u8, limits: Limits) {
+fn check_each<S: Strategy<Value = Combination>>(
+    cases: u32,
+    streams: u8,
+    strategy: impl Fn() -> S + Sync,
+    check: impl Fn(&Combination) -> Result<(), String> + Sync,
+) {
     let done = AtomicU32::new(0);
     let is_kept = |combination: Combination| {
-        let checked = combination.check(session);
+        let checked = check(&combination);
         let done = 1 + done.fetch_add(1, Ordering::Relaxed);
         if done.is_multiple_of(500) {
             eprintln!("{done} of {cases} combinations");
@@ -28,11 +40,33 @@ fn check(session: &Session, cases: u32, streams: u8, limits: Limits) {
             let config =
                 Config { cases: cases.div_ceil(streams.into()), failure_persistence: None, ..Config::default() };
             let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[stream; 32]);
-            TestRunner::new_with_rng(config, random).run(&combinations(limits.clone()), is_kept).err()
+            TestRunner::new_with_rng(config, random).run(&strategy(), is_kept).err()
         })
         .map(|failure| failure.to_string())
         .collect();
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Draws combinations of which flash2 computes all gradients in one pass, which others seldom meet; sees that it does, unless there
+/// are no tokens.
+fn check_fused(session: &Session, cases: u32, streams: u8, limits: Limits) {
+    let session = session.clone().kernel(Kernel::Flash2);
+    check_each(
+        cases,
+        streams,
+        || fused_combinations(limits.clone()),
+        |combination| {
+            let tensors = combination.tensors();
+            let forward = combination.forward(&session, &tensors).map_err(|error| error.to_string())?;
+            let report = combination.backward(&session, &tensors, &forward).map_err(|error| error.to_string())?.report;
+            let is_fused = report.launches.iter().any(|launch| launch.entry.starts_with("flash2_bwd_fused_"));
+            let is_empty = combination.lengths.iter().any(|&(seqlen_q, seqlen_k)| seqlen_q.min(seqlen_k) == 0);
+            if !is_fused && !is_empty {
+                return Err(format!("{combination:?}: {}", report.reason));
+            }
+            combination.check(&session)
+        },
+    );
 }
 
 #[test]
@@ -75,6 +109,38 @@ fn on_the_gpu() {
     };
     let headdims = &[8, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 256];
     check(&session, 2500, 50, Limits { dtypes: DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
+}
+
+/// Of the family that runs on all GPUs: on Hopper the choice is another where that can be.
+#[test]
+fn of_flash2_on_the_gpu() {
+    let session = match Session::new(Backend::Cuda) {
+        Ok(session) => session.kernel(Kernel::Flash2),
+        Err(reason) => return println!("skipped: of_flash2_on_the_gpu: {reason}"),
+    };
+    let headdims = &[8, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 256];
+    check(&session, 2500, 50, Limits { dtypes: DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
+}
+
+#[test]
+fn fused_gradients_on_the_gpu() {
+    let session = match Session::new(Backend::Cuda) {
+        Ok(session) => session,
+        Err(reason) => return println!("skipped: fused_gradients_on_the_gpu: {reason}"),
+    };
+    let headdims = &[8, 32, 40, 64, 80, 96, 128, 160, 192, 256];
+    check_fused(&session, 1500, 50, Limits { dtypes: FUSED_DTYPES, seqlen: 0..=300, batch: 1..=3, headdims });
+}
+
+#[test]
+fn fused_gradients_on_the_simulator() {
+    let session = Session::new(Backend::Simulator).expect("runs everywhere");
+    check_fused(
+        &session,
+        24,
+        4,
+        Limits { dtypes: FUSED_DTYPES, seqlen: 0..=100, batch: 1..=2, headdims: &[8, 40, 64, 128] },
+    );
 }
 
 #[test]

@@ -4,21 +4,27 @@ use ferroflash::{
     Attention, AttentionOptions, Backend, BackwardInputs, DType, Gradients, Inputs, Kernel, Session, SimulatorOptions,
     Tensor, TensorRef,
 };
+use ferroflash_tests::combination::Combination;
+use ferroflash_tests::everywhere::has_gpu;
 use ferroflash_tests::inputs::normal;
 use ferroflash_tests::placed::{Placed, Placement};
+use ferroflash_tests::{beside, everywhere, reruns};
+use rayon::prelude::*;
 
 const SEQLEN: usize = 83;
 const HEADDIM: usize = 64;
+/// Those of reruns: of each a family has other kernels.
+const HEAD_DIMS: [usize; 3] = [64, 128, 256];
 
-/// The backends that are here. Without a GPU this is said, and counts as skipped.
-fn sessions(test: &str) -> Vec<Session> {
-    let mut sessions: Vec<_> =
-        [Backend::Cpu, Backend::Simulator].map(|backend| Session::new(backend).expect("runs everywhere")).into();
-    match Session::new(Backend::Cuda) {
-        Ok(gpu) => sessions.push(gpu),
-        Err(reason) => println!("skipped: {test} on the GPU: {reason}"),
-    }
-    sessions
+everywhere!(
+    sequences_one_after_the_other_are_a_batch,
+    no_sequence_depends_on_the_others,
+    shared_heads_are_repeated_heads,
+    it_does_not_matter_where_tensors_lie,
+);
+
+fn sessions(backends: &[Backend]) -> impl Iterator<Item = Session> {
+    backends.iter().map(|&backend| Session::new(backend).expect("it is there"))
 }
 
 /// Gradients in one order of additions.
@@ -73,9 +79,8 @@ fn tensors(dtype: DType, batch: usize, nheads: usize, nheads_k: usize) -> [Tenso
     [of(nheads, 1), of(nheads_k, 2), of(nheads_k, 3), of(nheads, 4)]
 }
 
-#[test]
-fn sequences_one_after_the_other_are_a_batch() {
-    for session in sessions("sequences_one_after_the_other_are_a_batch") {
+fn sequences_one_after_the_other_are_a_batch(backends: &[Backend]) {
+    for session in sessions(backends) {
         let [q, k, v, dout] = tensors(DType::F16, 3, 2, 1);
         let batch = run(&session, &inputs_of(&q, &k, &v), &dout.view(), &options());
         let flat = |tensor: &Tensor| reshaped(tensor, &[3 * SEQLEN, tensor.shape()[2], HEADDIM]);
@@ -87,9 +92,8 @@ fn sequences_one_after_the_other_are_a_batch() {
     }
 }
 
-#[test]
-fn no_sequence_depends_on_the_others() {
-    for session in sessions("no_sequence_depends_on_the_others") {
+fn no_sequence_depends_on_the_others(backends: &[Backend]) {
+    for session in sessions(backends) {
         let [q, k, v, dout] = tensors(DType::BF16, 3, 2, 2);
         let all = run(&session, &inputs_of(&q, &k, &v), &dout.view(), &options());
         for order in [&[2, 0, 1][..], &[1]] {
@@ -103,9 +107,8 @@ fn no_sequence_depends_on_the_others() {
     }
 }
 
-#[test]
-fn shared_heads_are_repeated_heads() {
-    for session in sessions("shared_heads_are_repeated_heads") {
+fn shared_heads_are_repeated_heads(backends: &[Backend]) {
+    for session in sessions(backends) {
         let [q, k, v, dout] = tensors(DType::F16, 2, 4, 2);
         let shared = run(&session, &inputs_of(&q, &k, &v), &dout.view(), &options());
         // Each head of K and V twice, side by side.
@@ -134,9 +137,8 @@ fn shared_heads_are_repeated_heads() {
     }
 }
 
-#[test]
-fn it_does_not_matter_where_tensors_lie() {
-    for session in sessions("it_does_not_matter_where_tensors_lie") {
+fn it_does_not_matter_where_tensors_lie(backends: &[Backend]) {
+    for session in sessions(backends) {
         let all @ [q, k, v, dout] = &tensors(DType::BF16, 2, 2, 2);
         let packed = run(&session, &inputs_of(q, k, v), &dout.view(), &options());
         for placement in [Placement::HeadsFirst, Placement::Gaps, Placement::Unaligned] {
@@ -160,29 +162,57 @@ fn it_does_not_matter_where_tensors_lie() {
 #[test]
 fn any_order_of_threads_gives_the_same_bits() {
     let [q, k, v, dout] = tensors(DType::F16, 1, 2, 1);
-    let run = |seed| {
-        let mut order = SimulatorOptions::default();
-        order.seed = seed;
-        let session = Session::new(Backend::Simulator).expect("runs everywhere").simulator_options(order);
-        run(&session, &inputs_of(&q, &k, &v), &dout.view(), &options())
-    };
+    let run = |seed| run(&simulator(seed), &inputs_of(&q, &k, &v), &dout.view(), &options());
     let first = run(0);
     for seed in [1, 2, 3] {
         assert_eq!(first.bytes(), run(seed).bytes());
     }
 }
 
+/// Of each family that has gradients, as many as the GPU runs; the problems beside each other, so that blocks of threads of
+/// several share the multiprocessors and meet in other orders.
 #[test]
 fn a_thousand_runs_on_the_gpu_give_the_same_bits() {
-    let session = match Session::new(Backend::Cuda) {
-        Ok(session) => session.kernel(Kernel::Auto),
-        Err(reason) => return println!("skipped: a_thousand_runs_on_the_gpu_give_the_same_bits: {reason}"),
-    };
-    let of = |nheads, seed| normal(DType::BF16, &[4, 300, nheads, HEADDIM], 1.0, seed);
-    let [q, k, v, dout] = [of(8, 1), of(2, 2), of(2, 3), of(8, 4)];
-    let inputs = inputs_of(&q, &k, &v);
-    let first = run(&session, &inputs, &dout.view(), &options());
-    for _ in 0..1000 {
-        assert_eq!(first.bytes(), run(&session, &inputs, &dout.view(), &options()).bytes());
+    if !has_gpu("a_thousand_runs_on_the_gpu_give_the_same_bits") {
+        return;
     }
+    let session = Session::new(Backend::Cuda).expect("it is there");
+    for kernel in session.kernels().into_iter().filter(|kernel| kernel.has_backward()) {
+        let problems: Vec<_> = HEAD_DIMS.into_iter().flat_map(|d| reruns::problems(kernel, 4, (300, 300), d)).collect();
+        rerun(&problems, kernel, 1000, |_| session.clone());
+    }
+}
+
+/// A few runs, each with another order of threads.
+#[test]
+fn runs_of_each_family_on_the_simulator_give_the_same_bits() {
+    for kernel in [Kernel::Flash2, Kernel::Flash3] {
+        for headdim in HEAD_DIMS {
+            rerun(&reruns::problems(kernel, 1, (70, 90), headdim), kernel, 2, simulator);
+        }
+    }
+}
+
+/// Gradients of a sequence alone and beside others, of both ways in which flash2 has them: with the same bits in every run.
+#[test]
+fn gradients_of_flash2_do_not_depend_on_other_sequences() {
+    let session = |seed| simulator(seed).kernel(Kernel::Flash2);
+    for (headdim, causal) in [(64, true), (128, false)] {
+        let others: [&[_]; 3] = [&[], &[(70, 0)], &[(0, 9), (150, 180), (30, 20)]];
+        beside::check(session, (headdim, causal), (90, 100), &others, "flash2_bwd_dq_")
+            .unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+fn rerun(problems: &[Combination], kernel: Kernel, times: u64, session: impl Fn(u64) -> Session + Sync) {
+    let check = |problem: &Combination| problem.check_reruns(|run| session(run).kernel(kernel), times, kernel.name());
+    let failures: Vec<_> = problems.par_iter().filter_map(|problem| check(problem).err()).collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// One whose threads run in the order that this number draws.
+fn simulator(seed: u64) -> Session {
+    let mut order = SimulatorOptions::default();
+    order.seed = seed;
+    Session::new(Backend::Simulator).expect("runs everywhere").simulator_options(order)
 }

@@ -47,6 +47,14 @@ pub struct WindowSize {
     pub right: Option<usize>,
 }
 
+impl fmt::Display for WindowSize {
+    /// `(128, 0)`; `(128, all)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = |keys: Option<usize>| keys.map_or_else(|| "all".to_owned(), |keys| keys.to_string());
+        write!(f, "({}, {})", side(self.left), side(self.right))
+    }
+}
+
 /// Dropout of P, with numbers that depend on nothing but these, the batch, the head, the query and the key: the same on
 /// every backend, forward and backward, and never stored. The generator is Philox4x32-10.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -64,7 +64,9 @@ pub struct Dropout {
     pub p: f32,
     /// The key of the generator.
     pub seed: u64,
-    /// Where in the generator's sequence to begin: another number for each layer and step.
+    /// Where in the generator's sequence to begin: another number for each layer and step. Its low 32 bits are a word of the
+    /// counter, its high 32 bits are added to those of the key: seed s with offset 2^32 drops what seed s + 2^32 with offset 0
+    /// does. Offsets below 2^32 give each seed numbers of its own.
     pub offset: u64,
 }
 

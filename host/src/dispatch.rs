@@ -184,5 +184,8 @@ fn softmax_kernel(
     };
     let family = format!("softmax.{method}.{part}");
     let found = table.iter().find(|kernel| kernel.config.dtype == dtype && kernel.config.family == family);
-    found.ok_or_else(|| Error::DType { argument: "x", found: dtype.name(), allowed: format!("those of {family}") })
+    let dtypes =
+        || table.iter().filter(|kernel| kernel.config.family == family).map(|kernel| kernel.config.dtype.name());
+    let allowed = || dtypes().collect::<Vec<_>>().join(", ");
+    found.ok_or_else(|| Error::DType { argument: "x", found: dtype.name(), allowed: allowed() })
 }

@@ -112,8 +112,11 @@ impl<P> Table<'_, P> {
                 );
             }
             let unknown = |feature: &&Feature| !fitting().any(|kernel| knows(&kernel.config, feature));
-            let unknown = listed(features.iter().filter(unknown));
-            format!("{}: no kernel of {} and headdim {headdim} for {unknown}", self.name, problem.dtype.name())
+            let unknown = || features.iter().filter(unknown);
+            let asked = listed(unknown().map(|feature| feature.asked(problem)));
+            let allowed = listed(unknown().map(|feature| feature.allowed(problem)));
+            let (name, dtype) = (self.name, problem.dtype.name());
+            format!("{name}: no kernel of {dtype} and headdim {headdim} for {asked}; allowed: {allowed}")
         })
     }
 

@@ -1,7 +1,5 @@
 //! What a problem asks of a kernel beyond plain attention, one by one: each is a reason for which a kernel may be
 //! refused.
-use std::fmt;
-
 use crate::options::WindowSize;
 use crate::parameters::Access;
 use crate::problem::Problem;
@@ -153,27 +151,60 @@ impl Feature {
     }
 }
 
-impl fmt::Display for Feature {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Feature::Causal => "a causal mask",
-            Feature::Window => "window_size",
-            Feature::Scale => "a softmax_scale of 0 or less",
-            Feature::Softcap => "softcap",
-            Feature::ExtremeSoftcap => "a softcap below 1e-20 or above 1e20",
-            Feature::Alibi => "alibi_slopes",
-            Feature::Bias => "bias",
-            Feature::Mask => "mask",
-            Feature::Dropout => "dropout",
-            Feature::Sinks => "sinks",
-            Feature::GroupedQueries => "fewer nheads_k than nheads",
-            Feature::Varlen => "cu_seqlens",
-            Feature::NoQueries => "a seqlen_q of 0",
-            Feature::NoKeys => "a seqlen_k of 0",
-            Feature::HeaddimV => "another headdim of v",
-            Feature::OddHeaddim => "a headdim that is no multiple of 8",
-            Feature::Unaligned => "addresses and strides that are no multiples of 16 bytes",
-            Feature::Unmapped => "strides of 0 or of 2^40 bytes and more",
-        })
+impl Feature {
+    /// The argument and its value, as a problem asks for it.
+    pub fn asked(self, problem: &Problem) -> String {
+        let shape = |shape: Option<[usize; 4]>| format!("{:?}", shape.unwrap_or_default());
+        match self {
+            Feature::Causal => "causal".to_owned(),
+            Feature::Window => format!("window_size {}", problem.window),
+            Feature::Scale => format!("softmax_scale {}", problem.softmax_scale),
+            Feature::Softcap | Feature::ExtremeSoftcap => {
+                format!("softcap {}", in_units(problem.softcap.unwrap_or_default()))
+            }
+            Feature::Alibi => "alibi_slopes".to_owned(),
+            Feature::Bias => format!("bias {}", shape(problem.bias)),
+            Feature::Mask => format!("mask {}", shape(problem.mask)),
+            Feature::Dropout => format!("dropout_p {}", problem.dropout.map_or(0.0, |dropout| dropout.p)),
+            Feature::Sinks => "sinks".to_owned(),
+            Feature::GroupedQueries => format!("nheads_k {}", problem.nheads_k),
+            Feature::Varlen => format!("cu_seqlens of {} sequences", problem.batch),
+            Feature::NoQueries => "seqlen_q 0".to_owned(),
+            Feature::NoKeys => "seqlen_k 0".to_owned(),
+            Feature::HeaddimV => format!("headdim {} of v", problem.headdim_v),
+            Feature::OddHeaddim if problem.headdim.is_multiple_of(8) => format!("headdim {} of v", problem.headdim_v),
+            Feature::OddHeaddim => format!("headdim {}", problem.headdim),
+            Feature::Unaligned => "addresses or strides that are no multiples of 16 bytes".to_owned(),
+            Feature::Unmapped => "strides of 0 or of 2^40 bytes and more".to_owned(),
+        }
     }
+
+    /// What that argument may be where this is not known.
+    pub fn allowed(self, problem: &Problem) -> String {
+        match self {
+            Feature::Causal => "no causal".to_owned(),
+            Feature::Window => "no window_size, or causal".to_owned(),
+            Feature::Scale => "a softmax_scale above 0".to_owned(),
+            Feature::Softcap => "no softcap".to_owned(),
+            Feature::ExtremeSoftcap => "a softcap of 1e-20 to 1e20".to_owned(),
+            Feature::Alibi => "no alibi_slopes".to_owned(),
+            Feature::Bias => "no bias".to_owned(),
+            Feature::Mask => "no mask".to_owned(),
+            Feature::Dropout => "dropout_p 0".to_owned(),
+            Feature::Sinks => "no sinks".to_owned(),
+            Feature::GroupedQueries => format!("nheads_k {}, as nheads", problem.nheads),
+            Feature::Varlen => "no cu_seqlens".to_owned(),
+            Feature::NoQueries => "a seqlen_q of 1 or more".to_owned(),
+            Feature::NoKeys => "a seqlen_k of 1 or more".to_owned(),
+            Feature::HeaddimV => format!("headdim {} of v, as of q", problem.headdim),
+            Feature::OddHeaddim => "a headdim that is a multiple of 8".to_owned(),
+            Feature::Unaligned => "multiples of 16 bytes".to_owned(),
+            Feature::Unmapped => "strides of 1 element to 2^40 bytes".to_owned(),
+        }
+    }
+}
+
+/// A number as it was probably written: without the many zeros of one that is very large or small.
+fn in_units(x: f32) -> String {
+    if (1e-4..1e7).contains(&x) { x.to_string() } else { format!("{x:e}") }
 }

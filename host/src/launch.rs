@@ -107,3 +107,52 @@ impl Workspace {
         self.len.saturating_mul(self.dtype.bytes() as u64)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::Plan;
+    use crate::inputs::Inputs;
+    use crate::layout::Layout;
+    use crate::options::{AttentionOptions, SoftmaxMethod};
+    use crate::parameters::{self, Access};
+    use crate::problem::Problem;
+    use crate::raw::RawTensor;
+    use crate::simulator::RESOURCES;
+    use crate::target::Target;
+    use cuda_std::Global;
+
+    #[test]
+    fn a_grid_has_as_many_blocks_as_an_i32_counts() {
+        assert_eq!(Launch::check_blocks(MOST_BLOCKS), Ok(i32::MAX as u32));
+        for blocks in [MOST_BLOCKS + 1, u64::MAX] {
+            let refused = Launch::check_blocks(blocks).expect_err("too many").to_string();
+            assert_eq!(refused, format!("blocks of a kernel: {blocks}; allowed: at most 2147483647"));
+        }
+    }
+
+    /// Each extent can be counted, and so can all elements; not the blocks of its kernel.
+    #[test]
+    fn a_problem_of_more_blocks_than_a_grid_has_is_refused() {
+        let x = Layout::strided(DType::BF16, &[1 << 20, 16, 1 << 12, 64], &[0, 0, 0, 1]).expect("four strides");
+        let problem = Problem::new(&x, &x, &x, &AttentionOptions::new()).expect("each can be counted");
+        let plan = Plan::new(&problem, Access::ANY, crate::Kernel::Flash2, Target::OLDEST).expect("there is a kernel");
+        let tensor = || RawTensor { address: 0x1000, layout: x.clone() };
+        let attention = parameters::attention(&problem, &Inputs::new(tensor(), tensor(), tensor()), &tensor(), 0x1000);
+        let refused = plan.launches(&problem, attention, &[], &RESOURCES).err().map(|error| error.to_string());
+        assert_eq!(refused.as_deref(), Some("blocks of a kernel: 4294967296; allowed: at most 2147483647"));
+    }
+
+    #[test]
+    fn rows_and_columns_of_a_softmax_are_counted() {
+        let most = i32::MAX as usize;
+        let refused = |shape| {
+            let launch = crate::dispatch::softmax(DType::F32, SoftmaxMethod::Online, shape, Global::NULL, Global::NULL);
+            launch.err().map(|error| error.to_string())
+        };
+        let too_many = |what| Some(format!("{what}: 2147483648; allowed: at most 2147483647"));
+        assert_eq!(refused((most + 1, 4)), too_many("rows"));
+        assert_eq!(refused((4, most + 1)), too_many("columns"));
+        assert_eq!(refused((most, 4)), None);
+    }
+}

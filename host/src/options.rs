@@ -47,6 +47,14 @@ pub struct WindowSize {
     pub right: Option<usize>,
 }
 
+impl fmt::Display for WindowSize {
+    /// `(128, 0)`; `(128, all)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = |keys: Option<usize>| keys.map_or_else(|| "all".to_owned(), |keys| keys.to_string());
+        write!(f, "({}, {})", side(self.left), side(self.right))
+    }
+}
+
 /// Dropout of P, with numbers that depend on nothing but these, the batch, the head, the query and the key: the same on
 /// every backend, forward and backward, and never stored. The generator is Philox4x32-10.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +64,9 @@ pub struct Dropout {
     pub p: f32,
     /// The key of the generator.
     pub seed: u64,
-    /// Where in the generator's sequence to begin: another number for each layer and step.
+    /// Where in the generator's sequence to begin: another number for each layer and step. Its low 32 bits are a word of the
+    /// counter, its high 32 bits are added to those of the key: seed s with offset 2^32 drops what seed s + 2^32 with offset 0
+    /// does. Offsets below 2^32 give each seed numbers of its own.
     pub offset: u64,
 }
 

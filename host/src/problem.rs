@@ -143,7 +143,11 @@ impl Problem {
         let extents = [batch, seqlen_q.max(seqlen_k), nheads, headdim.max(headdim_v)];
         let elements = extents.into_iter().fold(1u128, |n, extent| n * extent as u128);
         if elements > MOST_ELEMENTS as u128 {
-            return Err(Error::TooLarge { what: "elements", found: elements, limit: MOST_ELEMENTS as u128 });
+            return Err(Error::TooLarge {
+                what: "elements of a tensor",
+                found: elements,
+                limit: MOST_ELEMENTS as u128,
+            });
         }
 
         let scores = [batch, nheads, seqlen_q, seqlen_k];
@@ -612,6 +616,29 @@ mod tests {
         assert_eq!(softcap, "softcap: 0; allowed: positive and finite");
         let dropout = refused(AttentionOptions::new().dropout(1.0, 0, 0));
         assert_eq!(dropout, "dropout_p: 1; allowed: at least 0, below 1");
+    }
+
+    /// Views with strides of 0 claim more than any memory holds.
+    #[test]
+    fn what_cannot_be_counted_is_refused() {
+        let posed = |q: [usize; 4], k: [usize; 4], headdim_v: usize| {
+            let view = |shape: &[usize]| Layout::strided(DType::F16, shape, &[0, 0, 0, 1]).expect("four strides");
+            let (q, k, v) = (view(&q), view(&k), view(&[k[0], k[1], k[2], headdim_v]));
+            Problem::new(&q, &k, &v, &AttentionOptions::new()).map(|_| ())
+        };
+        let refused = |q, k, headdim_v| posed(q, k, headdim_v).expect_err("too many").to_string();
+        let too_many = |what| format!("{what}: 2147483648; allowed: at most 2147483647");
+        const N: usize = MOST + 1;
+        assert_eq!(refused([N, 1, 1, 8], [N, 1, 1, 8], 8), too_many("batch"));
+        assert_eq!(refused([1, N, 1, 8], [1, 1, 1, 8], 8), too_many("seqlen_q"));
+        assert_eq!(refused([1, 1, 1, 8], [1, N, 1, 8], 8), too_many("seqlen_k"));
+        assert_eq!(refused([1, 1, N, 8], [1, 1, 1, 8], 8), too_many("nheads"));
+        assert_eq!(refused([1, 1, 1, N], [1, 1, 1, N], 8), too_many("headdim"));
+        assert_eq!(refused([1, 1, 1, 8], [1, 1, 1, 8], N), too_many("headdim_v"));
+        assert_eq!(posed([MOST, 1, 1, 8], [MOST, 1, 1, 8], 8), Ok(()));
+        let elements = refused([1 << 30, 1 << 30, 1, 8], [1 << 30, 1, 1, 8], 8);
+        let expected = format!("elements of a tensor: {}; allowed: at most {MOST_ELEMENTS}", 1u64 << 63);
+        assert_eq!(elements, expected);
     }
 
     #[test]

@@ -274,7 +274,9 @@ fn run_says_what_each_kernel_does_not_know() {
     let input = everything(&directory, Dtype::F16);
     for kernel in ["standard", "flash1"] {
         let arguments = ["run", &input, "--backend=simulator", "--kernel", kernel, "--window=3,3", "--sinks", "--bias"];
-        let reason = format!("{kernel}: no kernel of f16 and headdim 32 for window_size, bias, sinks");
+        let asked = "window_size (3, 3), bias [1, 4, 19, 23], sinks";
+        let allowed = "no window_size, or causal, no bias, no sinks";
+        let reason = format!("{kernel}: no kernel of f16 and headdim 32 for {asked}; allowed: {allowed}");
         refuses(arguments, &reason);
     }
 }
@@ -398,7 +400,8 @@ fn selftest_passes() {
     let groups = answer["groups"].as_array().expect("a list");
     assert!(groups.iter().all(|group| group["name"].as_str().is_some_and(|name| name.starts_with("flash1 "))));
     assert_eq!(answer["failed"], 0);
-    refuses(["selftest", "--quick", "--backend=cpu", "--kernel=flash2"], "--kernel: the cpu backend has no flash2");
+    let reason = "--kernel: flash2; allowed on the cpu backend: auto";
+    refuses(["selftest", "--quick", "--backend=cpu", "--kernel=flash2"], reason);
     let too_little = fails(2, ["selftest", "--shared-memory=98"]);
     assert!(too_little.contains("'--shared-memory <KIB>': 98 is not in 99..=1024"), "{too_little}");
 }
@@ -574,7 +577,10 @@ fn info_explains_which_kernels_would_run() {
     // Until PTX for Hopper has been built, Hopper runs what other GPUs do, and is told why.
     let is_built = !succeeds(["ptx", "--arch=sm_90a"]).is_empty();
     let (plain, dropped) = match is_built {
-        true => ("flash3: flash3 is the newest kernel", "no kernel of bf16 and headdim 128 for dropout"),
+        true => (
+            "flash3: flash3 is the newest kernel",
+            "no kernel of bf16 and headdim 128 for dropout_p 0.1; allowed: dropout_p 0",
+        ),
         false => (
             "flash2: flash2 is the newest kernel that can: flash3: this build embeds no PTX for sm_90a",
             "this build embeds no PTX for sm_90a",
@@ -600,7 +606,7 @@ fn info_explains_which_kernels_would_run() {
     let fused = "fused: dQ is summed by atomic additions, unless deterministic forbids it";
     let owned = "each gradient is computed where it is owned";
     let capped = match is_built {
-        true => "flash3 backward: no kernel of bf16 and headdim 128 for softcap",
+        true => "flash3 backward: no kernel of bf16 and headdim 128 for softcap 30; allowed: no softcap",
         false => "flash3: this build embeds no PTX for sm_90a",
     };
     let left = |reason| format!("flash2: flash2 is the newest kernel that can: {reason}");
@@ -611,7 +617,7 @@ fn info_explains_which_kernels_would_run() {
     // 16 heads of 512 tokens are few for a GPU of Hopper's.
     let shared = if is_built { "; 2 blocks of threads share the queries of each of 64 blocks of keys" } else { "" };
     assert_eq!(backward(&[]), format!("{plain}; {fused}{shared}"));
-    let unfused = "flash2 backward, fused: no kernel of bf16 and headdim 128 for softcap";
+    let unfused = "flash2 backward, fused: no kernel of bf16 and headdim 128 for softcap 30; allowed: no softcap";
     assert_eq!(backward(&["--softcap=30"]), format!("{}; {owned}: {unfused}", left(capped)));
     // How much the smallest of its kernels needs is their affair.
     let tight = format!("{owned}: flash2 backward, fused: ");

@@ -33,6 +33,9 @@ pub struct Options {
     /// Print what NVIDIA's assembler makes of each entry point (registers, spills, shared memory, stack), and which spill
     #[arg(long)]
     sass: bool,
+    /// Fail if any of them spills
+    #[arg(long, requires = "sass")]
+    deny_spills: bool,
     /// The GPUs to assemble for
     #[arg(long, value_delimiter = ',', default_values = ["sm_80", "sm_86", "sm_89", "sm_90"], value_name = "ARCH")]
     sass_arch: Vec<String>,
@@ -57,7 +60,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         verdict.is_failure()
     };
     if options.sass {
-        sass::print(&artefacts::read(&workspace::ptx())?, &options.sass_arch, options.ptxas.as_deref())?;
+        sass::print(
+            &artefacts::read(&workspace::ptx())?,
+            &options.sass_arch,
+            options.ptxas.as_deref(),
+            options.deny_spills,
+        )?;
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -99,7 +107,7 @@ fn build_only(archs: &[Arch], parts: &str, options: &Options) -> Result<ExitCode
         artefacts::write(&workspace::ptx(), &all)?;
     }
     if options.sass {
-        sass::print(&built, &options.sass_arch, options.ptxas.as_deref())?;
+        sass::print(&built, &options.sass_arch, options.ptxas.as_deref(), options.deny_spills)?;
     }
     Ok(if verdict.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

@@ -1,8 +1,9 @@
 //! What NVIDIA's assembler makes of the PTX.
 use crate::artefacts::{Artefacts, declared};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use cuda_builder::Arch;
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -22,9 +23,14 @@ pub struct Usage {
     pub warnings: Vec<String>,
 }
 
-/// Prints a table: each entry, assembled for each of `sass_archs`; and after it the entries that use local memory.
-pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>) -> Result<()> {
+/// Prints a table: each entry, assembled for each of `sass_archs`; after it the entries that use local memory, and last, how many
+/// of each GPU's spill.
+///
+/// # Errors
+/// With `deny_spills` if any spills, or there is no assembler to say so.
+pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>, deny_spills: bool) -> Result<()> {
     let Some(ptxas) = ptxas.map(Path::to_owned).or_else(find) else {
+        ensure!(!deny_spills, "--deny-spills: no ptxas; allowed: on the PATH, in $CUDA_HOME/bin, or by --ptxas");
         println!("sass: skipped: no ptxas on the PATH or in $CUDA_HOME/bin");
         println!("  It is part of the CUDA toolkit, and of the Python package nvidia-cuda-nvcc.");
         return Ok(());
@@ -33,7 +39,7 @@ pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>)
         "{:<44} {:>8} {:>9} {:>13} {:>12} {:>6} {:>14} {:>15}",
         "entry", "GPU", "registers", "spill stores", "spill loads", "stack", "static shared", "dynamic shared"
     );
-    let (mut count, mut spilling) = (0, Vec::new());
+    let (mut count, mut local, mut spills) = (0, Vec::new(), Spills::default());
     for (arch, build) in artefacts {
         let declared = arch.parse::<Arch>().map(declared).unwrap_or_default();
         // Code with the instructions of one GPU assembles for that alone.
@@ -52,14 +58,38 @@ pub fn print(artefacts: &Artefacts, sass_archs: &[String], ptxas: Option<&Path>)
             );
             usage.warnings.iter().for_each(|warning| println!("    {warning}"));
             count += 1;
+            spills.add(gpu, usage.spills());
             if usage.uses_local_memory() {
-                spilling.push(format!("{name} for {gpu}: {} bytes", usage.spill_stores.max(usage.stack)));
+                local.push(format!("{name} for {gpu}: {} bytes", usage.spill_stores.max(usage.stack)));
             }
         }
     }
-    println!("sass: {} of {count} use local memory", spilling.len());
-    spilling.iter().for_each(|line| println!("  {line}"));
+    println!("sass: {} of {count} use local memory", local.len());
+    local.iter().for_each(|line| println!("  {line}"));
+    println!("{}", spills.in_words());
+    ensure!(!deny_spills || spills.of_all() == 0, "--deny-spills: {} spill; allowed: 0", spills.of_all());
     Ok(())
+}
+
+/// Of the entries of each GPU, how many spill, and how many there are.
+#[derive(Default)]
+struct Spills(BTreeMap<String, (usize, usize)>);
+
+impl Spills {
+    fn add(&mut self, gpu: &str, spills: bool) {
+        let (spilling, all) = self.0.entry(gpu.to_owned()).or_default();
+        *spilling += usize::from(spills);
+        *all += 1;
+    }
+
+    fn of_all(&self) -> usize {
+        self.0.values().map(|(spilling, _)| spilling).sum()
+    }
+
+    fn in_words(&self) -> String {
+        let of_gpu = |(gpu, (spilling, all)): (&String, &(usize, usize))| format!("{gpu} {spilling} of {all}");
+        format!("sass: entries that spill: {}", self.0.iter().map(of_gpu).collect::<Vec<_>>().join(", "))
+    }
 }
 
 /// The assembler on the PATH or of the CUDA toolkit.
@@ -98,9 +128,14 @@ fn is_warning(line: &str) -> bool {
 }
 
 impl Usage {
+    /// Whether registers do not suffice.
+    fn spills(&self) -> bool {
+        self.spill_stores > 0 || self.spill_loads > 0
+    }
+
     /// Whether a thread has anything in local memory: what its registers do not hold, or what has an address.
     fn uses_local_memory(&self) -> bool {
-        self.spill_stores > 0 || self.spill_loads > 0 || self.stack > 0
+        self.spills() || self.stack > 0
     }
 
     /// Whether the assembler makes each matrix instruction wait for the one before.
@@ -151,6 +186,14 @@ mod tests {
         );
         let warned = usage("ptxas warning : Value of threads per SM is out of range");
         assert_eq!((warned.warnings.len(), warned.is_serialised()), (1, false));
+    }
+
+    #[test]
+    fn spills_are_counted_by_gpu() {
+        let mut spills = Spills::default();
+        [("sm_90", false), ("sm_80", true), ("sm_80", false)].map(|(gpu, does)| spills.add(gpu, does));
+        assert_eq!(spills.in_words(), "sass: entries that spill: sm_80 1 of 2, sm_90 0 of 1");
+        assert_eq!(spills.of_all(), 1);
     }
 
     #[test]

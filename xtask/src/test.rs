@@ -6,10 +6,12 @@ use anyhow::Result;
 use clap::Args;
 use std::io::{self, BufReader};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 /// Run all that CI runs: formatting, lints, documentation, tests, and the kernels' PTX against their sources.
 ///
-/// A step that fails does not keep the others from running. The last line counts tests, and each other step as one.
+/// A step that fails does not keep the others from running. The last line counts tests, and each other step as one. How long each
+/// step took stands beside it; of tests that take longer than they should, there is a warning.
 #[derive(Args)]
 pub struct Options {
     /// Fewer random cases, no documentation, no Python, no rebuild of the PTX
@@ -21,7 +23,14 @@ struct Step {
     name: &'static str,
     verdict: Verdict,
     counts: Counts,
+    took: Duration,
 }
+
+/// What the tests of the workspace may take on a machine with two cores, with what it takes to compile them. More is no failure, as
+/// there are slower machines.
+const TESTS_MAY_TAKE: Duration = Duration::from_secs(20 * 60);
+/// The step that is bounded so.
+const TESTS: &str = "tests";
 
 /// Runs the command.
 pub fn run(options: &Options) -> Result<ExitCode> {
@@ -54,7 +63,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
 fn step(name: &'static str, run: impl FnOnce() -> Verdict) -> Step {
     println!("\n== {name}");
+    let start = Instant::now();
     let verdict = run();
+    let took = start.elapsed();
     let one = |is| usize::from(is);
     let counts = Counts {
         passed: one(matches!(verdict, Verdict::Passed(_))),
@@ -62,13 +73,13 @@ fn step(name: &'static str, run: impl FnOnce() -> Verdict) -> Step {
         skipped: one(matches!(verdict, Verdict::Skipped(_))),
     };
     println!("{name}: {verdict}");
-    Step { name, verdict, counts }
+    Step { name, verdict, counts, took }
 }
 
 /// `cargo test`, whose tests are counted one by one.
 fn tests(quick: bool) -> Step {
     let mut counts = Counts::default();
-    let step = step("tests", || {
+    let step = step(TESTS, || {
         let mut command = workspace::cargo();
         command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]).stdout(Stdio::piped());
         if quick {
@@ -125,10 +136,40 @@ fn succeeds(command: &mut Command) -> Verdict {
 fn summary(steps: &[Step]) -> ExitCode {
     println!("\n== summary");
     let mut total = Counts::default();
-    for Step { name, verdict, counts } in steps {
-        println!("{:<8} {name}", verdict.word());
+    for Step { name, verdict, counts, took } in steps {
+        println!("{:<8} {:>8}  {name}", verdict.word(), in_words(*took));
         total += *counts;
     }
+    println!("{:<8} {:>8}", "in all", in_words(steps.iter().map(|step| step.took).sum()));
+    steps.iter().filter_map(warning).for_each(|warning| println!("{warning}"));
     println!("{total}");
     if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// What is to be said of a step that took too long.
+fn warning(&Step { name, took, .. }: &Step) -> Option<String> {
+    let (took, most) = (in_words(took), (name == TESTS && took > TESTS_MAY_TAKE).then(|| in_words(TESTS_MAY_TAKE))?);
+    Some(format!("warning: {name} took {took}; they are to take at most {most} on a machine with two cores"))
+}
+
+/// `4:05`: minutes and seconds.
+fn in_words(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64().round() as u64;
+    format!("{}:{:02}", seconds / 60, seconds % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_that_take_long_are_warned_of() {
+        let of = |name, seconds| {
+            let (verdict, counts) = (Verdict::Passed(String::new()), Counts::default());
+            warning(&Step { name, verdict, counts, took: Duration::from_secs(seconds) })
+        };
+        assert_eq!((of(TESTS, 1200), of("PTX rebuild", 5000)), (None, None));
+        let expected = "warning: tests took 21:05; they are to take at most 20:00 on a machine with two cores";
+        assert_eq!(of(TESTS, 1265).as_deref(), Some(expected));
+    }
 }

@@ -109,8 +109,9 @@ impl GradientAccuracy {
             (Some(found), Some(plain), Some(reference)) => (found, plain, reference),
             (None, None, None) => return Ok(None),
             (found, _, reference) => {
-                let (found, needed) = (found.map_or(0, Tensor::len), reference.map_or(0, <[f64]>::len).to_string());
-                return Err(Error::Length { argument: name, found, shape: vec![], strides: vec![], needed });
+                let of = |len: Option<usize>| len.map_or_else(|| "none".to_owned(), |len| format!("{len} elements"));
+                let (found, allowed) = (of(found.map(Tensor::len)), of(reference.map(<[f64]>::len)));
+                return Err(Error::Argument { argument: name, found, allowed });
             }
         };
         let accuracy = Self::unbounded(name, found, plain, reference)?;
@@ -144,7 +145,8 @@ impl fmt::Display for BackwardAccuracy {
 /// Compares gradients of attention of Q, K and V alone with the reference.
 ///
 /// # Errors
-/// As [`reference::attention_backward`], or [`Error::Length`] if the gradients are not those of these inputs.
+/// As [`reference::attention_backward`], or [`Error::Length`] or [`Error::Argument`] if the gradients are not those of
+/// these inputs.
 pub fn check_backward<'a>(
     q: impl Into<TensorRef<'a>>,
     k: impl Into<TensorRef<'a>>,
@@ -160,7 +162,8 @@ pub fn check_backward<'a>(
 /// reference.
 ///
 /// # Errors
-/// As [`reference::attention_backward_with`], or [`Error::Length`] if the gradients are not those of these inputs.
+/// As [`reference::attention_backward_with`], or [`Error::Length`] or [`Error::Argument`] if the gradients are not those of
+/// these inputs.
 pub fn check_backward_with(
     inputs: &Inputs<TensorRef>,
     dout: &TensorRef,

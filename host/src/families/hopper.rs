@@ -371,7 +371,7 @@ mod tests {
             }
         }
         let dropped = chosen([64, 64], plain().window_size(3, 5).dropout(0.5, 1, 2)).expect_err("no dropout");
-        assert_eq!(dropped, "flash3: no kernel of bf16 and headdim 64 for dropout");
+        assert_eq!(dropped, "flash3: no kernel of bf16 and headdim 64 for dropout_p 0.5; allowed: dropout_p 0");
     }
 
     #[test]

@@ -203,18 +203,19 @@ mod tests {
         let broadcast = refused(|a| {
             a.inputs.dout.layout = Layout::strided(DType::BF16, &[2, 8, 4, 64], &[0, 0, 64, 1]).expect("four strides");
         });
-        let strides_of_0 =
-            "flash3 backward: no kernel of bf16 and headdim 64 for strides of 0 or of 2^40 bytes and more";
+        let strides_of_0 = "flash3 backward: no kernel of bf16 and headdim 64 for strides of 0 or of 2^40 bytes and more; \
+             allowed: strides of 1 element to 2^40 bytes";
         assert_eq!(broadcast, strides_of_0);
         let unaligned = refused(|a| a.gradients.dq.address += 8);
-        assert!(unaligned.ends_with("for addresses and strides that are no multiples of 16 bytes"), "{unaligned}");
+        let expected = "for addresses or strides that are no multiples of 16 bytes; allowed: multiples of 16 bytes";
+        assert!(unaligned.ends_with(expected), "{unaligned}");
         let empty = refused(|a| {
             let of_queries = |address| tensor(DType::BF16, address, &[2, 0, 4, 64]);
             (a.inputs.forward.q, a.inputs.out) = (of_queries(0x1000), of_queries(0x4000));
             (a.inputs.dout, a.gradients.dq) = (of_queries(0x6000), of_queries(0x7000));
             a.inputs.softmax_lse = tensor(DType::F32, 0x5000, &[2, 4, 0]);
         });
-        assert!(empty.ends_with("for a seqlen_q of 0"), "{empty}");
+        assert!(empty.ends_with("for seqlen_q 0; allowed: a seqlen_q of 1 or more"), "{empty}");
     }
 
     #[test]

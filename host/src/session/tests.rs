@@ -107,7 +107,9 @@ fn elders_say_what_they_do_not_know() {
     for kernel in [Kernel::Flash1, Kernel::Standard] {
         let session = Session::new(Backend::Simulator).expect("always there").kernel(kernel);
         let refused = session.attention_with(&inputs, &options).expect_err("unsupported").to_string();
-        let unknown = "no kernel of f16 and headdim 32 for window_size, softcap, dropout, sinks, cu_seqlens";
+        let asked = "window_size (1, 1), softcap 30, dropout_p 0.1, sinks, cu_seqlens of 2 sequences";
+        let allowed = "no window_size, or causal, no softcap, dropout_p 0, no sinks, no cu_seqlens";
+        let unknown = format!("no kernel of f16 and headdim 32 for {asked}; allowed: {allowed}");
         assert_eq!(
             refused,
             format!("no {kernel} kernel on the simulator backend for this problem: {kernel}: {unknown}")

@@ -43,8 +43,11 @@ pub fn execute(arguments: Arguments) -> Result<()> {
     }
     let mut groups = grid::groups(session.backend(), &session.kernels(), arguments.quick);
     if arguments.kernel != Kernel::Auto {
+        let kernels = session.kernels();
+        let names: Vec<_> = [Kernel::Auto].iter().chain(&kernels).map(|kernel| kernel.name()).collect();
         groups.retain(|group| group.kernel == arguments.kernel);
-        ensure!(!groups.is_empty(), "--kernel: the {} backend has no {}", session.backend(), arguments.kernel);
+        let (kernel, backend, allowed) = (arguments.kernel, session.backend(), names.join(", "));
+        ensure!(!groups.is_empty(), "--kernel: {kernel}; allowed on the {backend} backend: {allowed}");
     }
     let begin = Instant::now();
     if !arguments.json {

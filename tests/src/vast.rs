@@ -107,7 +107,9 @@ fn near(found: &Tensor, expected: &Tensor) -> Result<(), String> {
     let (found, expected) = (found.to_f32(), expected.to_f32());
     let largest = expected.iter().fold(0f32, |largest, x| largest.max(x.abs()));
     let bound = largest * 2f32.powi(-7);
-    let wrong = found.iter().zip(&expected).filter(|(found, expected)| !((*found - *expected).abs() <= bound));
+    // NaN is near nothing.
+    let is_near = |found: f32, expected: f32| (found - expected).abs() <= bound;
+    let wrong = found.iter().zip(&expected).filter(|&(&found, &expected)| !is_near(found, expected));
     match wrong.clone().next() {
         None if largest > 0.0 => Ok(()),
         None => Err("all are 0".to_owned()),

@@ -10,7 +10,7 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 50] = sources![
+const SOURCES: [(&str, &str); 51] = sources![
     "lib",
     "attention",
     "config",

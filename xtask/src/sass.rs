@@ -191,7 +191,9 @@ mod tests {
     #[test]
     fn spills_are_counted_by_gpu() {
         let mut spills = Spills::default();
-        [("sm_90", false), ("sm_80", true), ("sm_80", false)].map(|(gpu, does)| spills.add(gpu, does));
+        for (gpu, does) in [("sm_90", false), ("sm_80", true), ("sm_80", false)] {
+            spills.add(gpu, does);
+        }
         assert_eq!(spills.in_words(), "sass: entries that spill: sm_80 1 of 2, sm_90 0 of 1");
         assert_eq!(spills.of_all(), 1);
     }

@@ -109,7 +109,38 @@ pub fn markdown() -> String {
         cells.extend(features.iter().map(Support::to_string));
         page += &line(&cells);
     }
+    page += CHOSEN;
+    page += &line(
+        &["feature", "pass"].into_iter().chain(GPUS.map(|(name, ..)| name)).map(str::to_owned).collect::<Vec<_>>(),
+    );
+    page += &line(&vec!["---".to_owned(); 2 + GPUS.len()]);
+    let nothing: Column = ("none", false, |_| ());
+    for column @ (feature, backward_only, _) in [nothing].iter().chain(&COLUMNS) {
+        for pass in [Pass::Forward, Pass::Backward] {
+            if *backward_only && matches!(pass, Pass::Forward) {
+                continue;
+            }
+            let mut cells = vec![(*feature).to_owned(), pass.name().to_owned()];
+            cells.extend(GPUS.iter().map(|(_, target, dtypes)| chosen(*target, pass, dtypes, column)));
+            page += &line(&cells);
+        }
+    }
     page
+}
+
+/// What `auto` takes for a feature, in words.
+fn chosen(target: Target, pass: Pass, dtypes: &[DType], &(_, _, ask): &Column) -> String {
+    let mut found: Vec<String> = Vec::new();
+    for &dtype in dtypes {
+        let mut probe = Probe::plain(dtype, 64);
+        ask(&mut probe);
+        let words =
+            probe.choose(Kernel::Auto, pass, target).map_or_else(|_| "none".to_owned(), |choice| choice.in_words());
+        if !found.contains(&words) {
+            found.push(words);
+        }
+    }
+    found.join(" or ")
 }
 
 const PREFACE: &str = "\
@@ -121,6 +152,22 @@ costs time; `no`: refused, with the reason. Gradients of flash2 that are `determ
 time too. flash3 runs on Hopper. `auto` takes the first family here that can run a problem.
 
 ";
+
+const CHOSEN: &str = "
+## What `auto` takes
+
+The same problems, and which kernels `auto` takes for them. `general`: those that ask their arguments for all features. In the
+backward pass, `fused` kernels of flash2 compute S and dP once and add to dQ as they come; `apart`: each gradient is computed
+where it is owned, and S and dP twice.
+
+";
+
+/// The GPUs of that table, and the dtypes.
+const GPUS: [(&str, Target, &[DType]); 3] = [
+    ("f16, bf16 on Hopper", Target::HOPPER, &[DType::F16, DType::BF16]),
+    ("f16, bf16 on sm_80", Target::OLDEST, &[DType::F16, DType::BF16]),
+    ("f32", Target::HOPPER, &[DType::F32]),
+];
 
 #[derive(Clone, Copy)]
 enum Pass {
@@ -182,7 +229,7 @@ const COLUMNS: [Column; 17] = [
     ("their gradient", true, |probe| (probe.sinks, probe.gradients.dsinks) = (true, true)),
     ("GQA, MQA", false, |probe| probe.nheads_k = 1),
     ("varlen", false, |probe| probe.varlen = true),
-    ("headdim of V", false, |probe| probe.headdim_v = 32),
+    ("headdim of V", false, |probe| probe.headdim_v = probe.headdim / 2),
     ("any strides", false, |probe| probe.aligned = false),
     ("dLSE", true, |_| ()),
     ("deterministic", false, |probe| probe.options.deterministic = true),
@@ -236,15 +283,42 @@ impl Probe {
 
     /// What a call with this problem would be answered.
     fn ask(&self, algorithm: Option<Kernel>, pass: Pass) -> Result<Support> {
-        let problem = self.problem()?;
         // The CPU refuses nothing.
-        let Some(kernel) = algorithm else { return Ok(Support::Full) };
-        let access = Access { aligned: self.aligned, mapped: true };
-        let is_general = match pass {
-            Pass::Forward => Plan::new(&problem, access, kernel, Target::HOPPER)?.is_general(),
-            Pass::Backward => BackwardPlan::new(&problem, self.gradients, access, kernel, Target::HOPPER)?.is_general(),
-        };
+        let Some(kernel) = algorithm else { return self.problem().map(|_| Support::Full) };
+        let Choice { is_general, .. } = self.choose(kernel, pass, Target::HOPPER)?;
         Ok(if is_general { Support::General } else { Support::Full })
+    }
+
+    /// What would run it.
+    fn choose(&self, kernel: Kernel, pass: Pass, target: Target) -> Result<Choice> {
+        let problem = self.problem()?;
+        let access = Access { aligned: self.aligned, mapped: true };
+        Ok(match pass {
+            Pass::Forward => {
+                let plan = Plan::new(&problem, access, kernel, target)?;
+                Choice { family: plan.algorithm(), is_general: plan.is_general(), way: None }
+            }
+            Pass::Backward => {
+                let plan = BackwardPlan::new(&problem, self.gradients, access, kernel, target)?;
+                let way = (plan.algorithm() == "flash2").then(|| if plan.is_apart() { "apart" } else { "fused" });
+                Choice { family: plan.algorithm(), is_general: plan.is_general(), way }
+            }
+        })
+    }
+}
+
+/// The kernels of a call.
+struct Choice {
+    family: &'static str,
+    is_general: bool,
+    /// Which of a family's ways, where it has several.
+    way: Option<&'static str>,
+}
+
+impl Choice {
+    fn in_words(&self) -> String {
+        let ways = self.way.into_iter().chain(self.is_general.then_some("general"));
+        ways.fold(self.family.to_owned(), |words, way| format!("{words}, {way}"))
     }
 }
 
@@ -299,6 +373,82 @@ mod tests {
             assert_eq!(known, ["causal", "GQA, MQA", "deterministic"]);
             assert_eq!(combination.headdims, "32, 64, 128");
         }
+    }
+
+    /// What the reason of a refusal calls each of the features.
+    const NAMES: [&str; COLUMNS.len()] = [
+        "causal",
+        "window_size",
+        "softmax_scale",
+        "softcap",
+        "alibi_slopes",
+        "bias",
+        "bias",
+        "mask",
+        "dropout_p",
+        "sinks",
+        "sinks",
+        "nheads_k",
+        "cu_seqlens",
+        " of v",
+        "addresses or strides",
+        "dlse",
+        "deterministic",
+    ];
+
+    /// A kernel that has each of two features has both together; and a refusal names one that it has not.
+    #[test]
+    fn features_work_together() {
+        let kernels = [Kernel::Auto, Kernel::Flash3, Kernel::Flash2, Kernel::Flash1, Kernel::Standard];
+        let mut pairs = 0;
+        for target in [Target::HOPPER, Target::OLDEST, Target::SMALLEST] {
+            for pass in [Pass::Forward, Pass::Backward] {
+                for (kernel, dtype) in
+                    kernels.into_iter().flat_map(|k| [DType::F32, DType::F16, DType::BF16].map(|d| (k, d)))
+                {
+                    for headdim in [32, 64, 96, 128, 192, 256] {
+                        pairs += check_pairs(target, pass, kernel, dtype, headdim);
+                    }
+                }
+            }
+        }
+        assert!(pairs > 5_000, "{pairs}");
+    }
+
+    /// Checks all pairs of features where plain attention runs; how many there were.
+    fn check_pairs(target: Target, pass: Pass, kernel: Kernel, dtype: DType, headdim: usize) -> usize {
+        let refusal = |features: &[usize]| {
+            let mut probe = Probe::plain(dtype, headdim);
+            features.iter().for_each(|&feature| COLUMNS[feature].2(&mut probe));
+            probe.choose(kernel, pass, target).err().map(|refused| refused.to_string())
+        };
+        if refusal(&[]).is_some() {
+            return 0;
+        }
+        let is_meant = |&feature: &usize| !COLUMNS[feature].1 || matches!(pass, Pass::Backward);
+        let features: Vec<_> = (0..COLUMNS.len()).filter(is_meant).collect();
+        let alone: Vec<_> = features.iter().map(|&feature| refusal(&[feature]).is_some()).collect();
+        let mut pairs = 0;
+        for (i, &one) in features.iter().enumerate() {
+            for (j, &other) in features.iter().enumerate().skip(i) {
+                pairs += 1;
+                let what = || {
+                    let both = [COLUMNS[one].0, COLUMNS[other].0].join(" with ");
+                    format!("{kernel} {}, {}, headdim {headdim}, {target:?}: {both}", pass.name(), dtype.name())
+                };
+                match refusal(&[one, other]) {
+                    None => (),
+                    Some(reason) => {
+                        assert!(alone[i] || alone[j], "{}: {reason}", what());
+                        let is_named = |feature: usize, is_refused: bool| is_refused && reason.contains(NAMES[feature]);
+                        assert!(is_named(one, alone[i]) || is_named(other, alone[j]), "{}: {reason}", what());
+                        assert!(reason.contains("; allowed: "), "{}: {reason}", what());
+                    }
+                }
+            }
+        }
+        assert!(kernel != Kernel::Auto || !alone.contains(&true), "{kernel}, {}, headdim {headdim}", dtype.name());
+        pairs
     }
 
     #[test]

@@ -189,6 +189,11 @@ impl BackwardPlan {
             .any(|Step { kernel, grid }| kernel.config().general && matches!(grid, Grid::Queries | Grid::Keys))
     }
 
+    /// Whether S and dP are computed twice, for gradients that are each computed where they are owned.
+    pub fn is_apart(&self) -> bool {
+        self.passes.steps.iter().any(|step| step.kernel.config().family == "flash2.keys_and_values")
+    }
+
     /// Bytes of memory besides the inputs and the gradients.
     pub fn extra_bytes(&self) -> u64 {
         self.workspace().iter().map(Workspace::bytes).fold(0, u64::saturating_add)

@@ -101,7 +101,9 @@ fn some_heads_on_the_simulator() {
 /// Problems for each kernel of a family that goes its own way through memory.
 fn problems(kernel: Kernel, lengths: (usize, usize), headdims: &[usize]) -> Vec<Combination> {
     let mut problems = Vec::new();
-    for &headdim in headdims {
+    // Standard attention and flash1 are built for up to 128.
+    let longest = if kernel.has_backward() { usize::MAX } else { 128 };
+    for &headdim in headdims.iter().filter(|&&headdim| headdim <= longest) {
         for deterministic in [false, true] {
             let mut problem = plain(DType::BF16, lengths, (headdim, headdim));
             problem.options = problem.options.causal(true).deterministic(deterministic);

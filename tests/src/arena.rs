@@ -146,19 +146,12 @@ impl Arena {
     /// # Errors
     /// What the machine says.
     pub fn forward(&self, call: &Call) -> Result<(), Error> {
-        match &self.0 {
-            Memory::Gpu { device, .. } => {
-                let workspace = DeviceTensor::<u8>::uninitialised(device, &[call.workspace_bytes() as usize])?;
-                // SAFETY: all tensors lie in the arena, whose layouts were made for it; the workspace is read below, which
-                // waits for the default stream.
-                unsafe { call.launch(device, workspace.address(), null_mut())? };
-                wait()
-            }
-            Memory::Simulator { memory, .. } => {
-                let workspace = memory.allocate::<u8>("workspace", call.workspace_bytes() as usize);
-                call.simulate(memory, workspace.global().address(), &SimulatorOptions::default()).map(drop)
-            }
-        }
+        self.with_workspace(
+            call.workspace_bytes(),
+            // SAFETY: all tensors lie in the arena, whose layouts were made for it; the launches are waited for.
+            |device, workspace| unsafe { call.launch(device, workspace, null_mut()) }.map(drop),
+            |memory, workspace| call.simulate(memory, workspace, &SimulatorOptions::default()).map(drop),
+        )
     }
 
     /// Runs a backward pass likewise.
@@ -166,16 +159,30 @@ impl Arena {
     /// # Errors
     /// What the machine says.
     pub fn backward(&self, call: &BackwardCall) -> Result<(), Error> {
+        self.with_workspace(
+            call.workspace_bytes(),
+            // SAFETY: as above.
+            |device, workspace| unsafe { call.launch(device, workspace, null_mut()) }.map(drop),
+            |memory, workspace| call.simulate(memory, workspace, &SimulatorOptions::default()).map(drop),
+        )
+    }
+
+    /// Launches or simulates with the address of a workspace, and waits.
+    fn with_workspace(
+        &self,
+        bytes: u64,
+        launch: impl FnOnce(&'static Device, u64) -> Result<(), Error>,
+        simulate: impl FnOnce(&sim::Memory, u64) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         match &self.0 {
             Memory::Gpu { device, .. } => {
-                let workspace = DeviceTensor::<u8>::uninitialised(device, &[call.workspace_bytes() as usize])?;
-                // SAFETY: as above.
-                unsafe { call.launch(device, workspace.address(), null_mut())? };
+                let workspace = DeviceTensor::<u8>::uninitialised(device, &[bytes as usize])?;
+                launch(device, workspace.address())?;
                 wait()
             }
             Memory::Simulator { memory, .. } => {
-                let workspace = memory.allocate::<u8>("workspace", call.workspace_bytes() as usize);
-                call.simulate(memory, workspace.global().address(), &SimulatorOptions::default()).map(drop)
+                let workspace = memory.allocate::<u8>("workspace", bytes as usize);
+                simulate(memory, workspace.global().address())
             }
         }
     }

@@ -319,6 +319,15 @@ mod tests {
         assert!(!is_fast([16, 1024, 16, 128], false) && !is_fast([8, 2048, 16, 128], true));
         assert!(is_fast([16, 1024, 8, 256], false) && is_fast([8, 2048, 8, 256], true));
         assert!(is_fast([32, 512, 32, 64], false) && !is_fast([32, 512, 32, 64], true));
+        // Of heads that share K and V fewer waves are enough, under a causal mask alone.
+        let shares = |nheads_k, headdim, causal| {
+            let of = |nheads| Layout::contiguous(DType::BF16, &[32, 512, nheads, headdim]).expect("small");
+            let (q, k) = (of(32), of(nheads_k));
+            let problem = Problem::new(&q, &k, &k, &AttentionOptions::new().causal(causal)).expect("valid");
+            is_fast_in_order(&problem, &of_order([32, 512, 32, headdim], 64, causal).1)
+        };
+        assert!(shares(4, 128, true) && shares(4, 64, true) && shares(4, 256, true));
+        assert!(!shares(4, 128, false) && !shares(2, 128, true));
         // Few waves: the first blocks wait, and nothing comes after them. And few queries.
         assert!(!is_fast([2, 512, 16, 128], true));
         let of = |seqlen| Layout::contiguous(DType::BF16, &[64, seqlen, 16, 128]).expect("small");

@@ -141,7 +141,7 @@ fn reason(config: &Config, problem: &Problem) -> String {
     let heads = |k: u32, v: u32| if k == v { format!("headdim {k}") } else { format!("headdim {k}, {v} of v") };
     let is_longer = |built_for: u32, asked: usize| built_for as usize > asked;
     let of_heads = match (headdim, headdim_v) {
-        (0, 0) => None,
+        (0, 0) => Some("any headdim".to_owned()),
         _ if is_longer(headdim, problem.headdim) || is_longer(headdim_v, problem.headdim_v) => {
             Some(format!("the next longer heads, {}", heads(headdim, headdim_v)))
         }
@@ -154,7 +154,7 @@ fn reason(config: &Config, problem: &Problem) -> String {
         of_mask.map(str::to_owned),
         (from_keys > 0).then(|| format!("{from_keys} keys or more")),
         few.then(|| "few queries".to_owned()),
-        general.then(|| "what no plain one can run".to_owned()),
+        general.then(|| "what its arguments ask for".to_owned()),
     ];
     all.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

@@ -646,7 +646,7 @@ fn info_explains_which_kernel_of_a_table_it_is() {
     let flash2 = |arguments: &[&str]| reasons("forward", &[&["--arch=sm_80"], arguments].concat());
     assert_eq!(flash2(&["--headdim=64"]), ["headdim 64, no mask"]);
     assert_eq!(flash2(&["--headdim=72", "--causal"]), ["the next longer heads, headdim 96, a causal mask"]);
-    assert_eq!(flash2(&["--headdim=128", "--softcap=30"]), ["headdim 128, what no plain one can run"]);
+    assert_eq!(flash2(&["--headdim=128", "--softcap=30"]), ["headdim 128, what its arguments ask for"]);
     let printed = succeeds(["info", "--explain-dispatch", "--arch=sm_80", "--headdim=64"]);
     assert!(printed.contains(" of shared memory; for headdim 64, no mask\n"), "{printed}");
     if succeeds(["ptx", "--arch=sm_90a"]).is_empty() {

@@ -169,8 +169,7 @@ fn in_words(ChosenKernel { entry, config, reason, .. }: &ChosenKernel) -> String
         (rows, 0) => format!("blocks of {rows} rows"),
         (rows, keys) => format!("tiles of {rows} queries and {keys} keys"),
     };
-    let reason = if reason.is_empty() { String::new() } else { format!("; for {reason}") };
-    format!("{entry}: {tile}, {} threads, {shared} of shared memory{reason}", config.threads)
+    format!("{entry}: {tile}, {} threads, {shared} of shared memory; for {reason}", config.threads)
 }
 
 fn of_choice(Choice { algorithm, reason, kernels, workspace_bytes, .. }: &Choice) -> Value {

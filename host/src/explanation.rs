@@ -102,6 +102,8 @@ pub struct ChosenKernel {
     pub entry: &'static str,
     /// Its configuration.
     pub config: Config,
+    /// Which of its table it is: what the problem has that it was chosen by.
+    pub reason: String,
 }
 
 impl Explanation {
@@ -115,21 +117,46 @@ impl Explanation {
             forward: forward.map(|plan| Choice {
                 algorithm: plan.algorithm(),
                 reason: plan.reason(),
-                kernels: chosen(plan.kernels()),
+                kernels: chosen(plan.kernels(), problem),
                 workspace_bytes: plan.workspace.iter().map(Workspace::bytes).fold(0, u64::saturating_add),
             }),
             backward: backward.map(|plan| Choice {
                 algorithm: plan.algorithm(),
                 reason: plan.reason(),
-                kernels: chosen(plan.kernels()),
+                kernels: chosen(plan.kernels(), problem),
                 workspace_bytes: plan.extra_bytes(),
             }),
         }
     }
 }
 
-fn chosen(kernels: Vec<(&'static str, Config)>) -> Vec<ChosenKernel> {
-    kernels.into_iter().map(|(entry, config)| ChosenKernel { entry, config }).collect()
+fn chosen(kernels: Vec<(&'static str, Config)>, problem: &Problem) -> Vec<ChosenKernel> {
+    let of = |(entry, config)| ChosenKernel { entry, config, reason: reason(&config, problem) };
+    kernels.into_iter().map(of).collect()
+}
+
+/// What a kernel is for, in the order in which a table is searched.
+fn reason(config: &Config, problem: &Problem) -> String {
+    let Config { tf32, headdim, headdim_v, causal, general, from_keys, few, .. } = *config;
+    let heads = |k: u32, v: u32| if k == v { format!("headdim {k}") } else { format!("headdim {k}, {v} of v") };
+    let is_longer = |built_for: u32, asked: usize| built_for as usize > asked;
+    let of_heads = match (headdim, headdim_v) {
+        (0, 0) => Some("any headdim".to_owned()),
+        _ if is_longer(headdim, problem.headdim) || is_longer(headdim_v, problem.headdim_v) => {
+            Some(format!("the next longer heads, {}", heads(headdim, headdim_v)))
+        }
+        _ => Some(heads(headdim, headdim_v)),
+    };
+    let of_mask = causal.map(|causal| if causal { "a causal mask" } else { "no mask" });
+    let all = [
+        tf32.then(|| "f32 that may be multiplied in tf32".to_owned()),
+        of_heads,
+        of_mask.map(str::to_owned),
+        (from_keys > 0).then(|| format!("{from_keys} keys or more")),
+        few.then(|| "few queries".to_owned()),
+        general.then(|| "what its arguments ask for".to_owned()),
+    ];
+    all.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -178,7 +205,7 @@ mod tests {
                     for (pass, choice) in [("forward", explanation.forward), ("backward", explanation.backward)] {
                         let what = format!("{pass} of {}, {problem}", dtype.name());
                         let choice = choice.unwrap_or_else(|refused| panic!("{what}: {refused}"));
-                        for ChosenKernel { entry, config } in choice.kernels {
+                        for ChosenKernel { entry, config, .. } in choice.kernels {
                             assert!(config.shared_bytes <= small.shared_memory_per_block, "{what}: {entry}");
                         }
                     }

@@ -608,7 +608,9 @@ fn info_explains_which_kernels_would_run() {
     let capped = "flash3: this build embeds no PTX for sm_90a";
     let left = |reason| format!("flash2: flash2 is the newest kernel that can: {reason}");
     let ordered = match is_built {
-        true => format!("{plain}; fused: dQ is summed in the order of the keys, the same in every run"),
+        true => format!(
+            "{plain}; fused: dQ is summed in the order of the keys, the same in every run; deterministic asks for it"
+        ),
         false => format!("{}; {owned}: deterministic asks for it", left(capped)),
     };
     // 16 heads of 512 tokens are few for a GPU of Hopper's.
@@ -631,6 +633,47 @@ fn info_explains_which_kernels_would_run() {
     for alone in ["--arch=sm_90", "--causal", "--varlen"] {
         assert!(fails(2, ["info", alone]).contains("--explain-dispatch"), "{alone}");
     }
+}
+
+/// What of the problem chose each kernel among those of its table.
+#[test]
+fn info_explains_which_kernel_of_a_table_it_is() {
+    let reasons = |pass: &str, arguments: &[&str]| {
+        let answer = answers([&["info", "--explain-dispatch", "--dtype=f16"][..], arguments].concat());
+        let launches = answer[pass]["launches"].as_array().expect("a list").clone();
+        launches.iter().map(|launch| launch["for"].as_str().expect("words").to_owned()).collect::<Vec<_>>()
+    };
+    let flash2 = |arguments: &[&str]| reasons("forward", &[&["--arch=sm_80"], arguments].concat());
+    assert_eq!(flash2(&["--headdim=64"]), ["headdim 64, no mask"]);
+    assert_eq!(flash2(&["--headdim=72", "--causal"]), ["the next longer heads, headdim 96, a causal mask"]);
+    assert_eq!(flash2(&["--headdim=128", "--softcap=30"]), ["headdim 128, what its arguments ask for"]);
+    let printed = succeeds(["info", "--explain-dispatch", "--arch=sm_80", "--headdim=64"]);
+    assert!(printed.contains(" of shared memory; for headdim 64, no mask\n"), "{printed}");
+    if succeeds(["ptx", "--arch=sm_90a"]).is_empty() {
+        return println!("skipped: this build embeds no PTX for sm_90a");
+    }
+    let flash3 = |arguments: &[&str]| reasons("forward", &[&["--arch=sm_90", "--nheads-k=4"], arguments].concat());
+    assert_eq!(flash3(&["--headdim=128", "--seqlen=1", "--seqlen-k=512"])[0], "headdim 128, no mask, few queries");
+    // Of several tiles, which are for how many keys is the table's affair.
+    let long = flash3(&["--headdim=64", "--seqlen=8192", "--causal"]);
+    let keys = long[0].strip_prefix("headdim 64, a causal mask").expect("what it is for");
+    assert!(keys.is_empty() || keys.ends_with(" keys or more"), "{keys}");
+}
+
+/// Why sums of dQ are in one place or another.
+#[test]
+fn info_explains_why_sums_are_where_they_are() {
+    if succeeds(["ptx", "--arch=sm_90a"]).is_empty() {
+        return println!("skipped: this build embeds no PTX for sm_90a");
+    }
+    let why = |arguments: &[&str]| {
+        let answer = answers([&["info", "--explain-dispatch", "--arch=sm_90", "--headdim=128"], arguments].concat());
+        answer["backward"]["reason"].as_str().expect("words").to_owned()
+    };
+    assert!(why(&["--batch=32", "--seqlen=512"]).ends_with("; fastest for many heads of few keys"));
+    assert!(why(&["--seqlen=4096", "--deterministic"]).ends_with("; deterministic asks for it"));
+    let ring = why(&["--batch=8", "--seqlen=2048"]);
+    assert!(ring.contains(" heads of K at a time, ") && ring.contains(" MiB, stay in the L2 cache"), "{ring}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //!
 //! A kernel and its twin are one function of a `bool`: whether it is right. Comments at the ends of lines name those
 //! that a report must name.
+use cuda_std::arrivals::Arrivals;
 use cuda_std::barrier::NamedBarrier;
 use cuda_std::cluster::{self, Blocks};
 use cuda_std::element::bf16;
@@ -297,6 +298,190 @@ fn writes_that_the_async_proxy_does_not_see() {
     expect(&report, FindingKind::ProxyFence, "stores the rows", Some("writes a row"), "without a fence::proxy_async");
     let late = run(64, &memory, || kernel(false, true));
     assert_eq!(late.findings[0].kind, FindingKind::ProxyFence, "a fence after the barrier is none of the writers'");
+}
+
+#[test]
+fn tiles_loaded_over_what_was_written() {
+    let (memory, map) = tensor();
+    let kernel = |right: bool| {
+        let (tile, end) = places();
+        let full = barrier(end);
+        for row in 0..64 {
+            tile.element(row, thread_idx_x()).store(0, bf16::ZERO); // writes first
+        }
+        if right {
+            fence::proxy_async();
+        }
+        sync_threads();
+        if thread_idx_x() == 0 {
+            full.arrive_expect(Tile::BYTES);
+            TensorMapRef::of(&map, &map).load_tile(tile, 0, [], full); // loads over it
+        }
+        Phases::of(full).wait();
+        assert!(tile.element(3, thread_idx_x()).load(0) == bf16::ONE);
+    };
+    expect_clean(&run(64, &memory, || kernel(true)));
+    let report = run(64, &memory, || kernel(false));
+    let says = "writes 16 bytes of shared memory at 0x0, which the other has written without a fence::proxy_async";
+    expect(&report, FindingKind::ProxyFence, "loads over it", Some("writes first"), says);
+}
+
+#[test]
+fn what_is_sent_over_what_the_other_block_wrote() {
+    let kernel = |right: bool| {
+        let (tile, end) = places();
+        let full = barrier(end);
+        let (from, to) = (tile.start::<u32>(), tile.stage(1).start::<u32>());
+        if warp_id() == 0 {
+            from.store(lane_id(), 7);
+        } else {
+            to.store(lane_id(), 8); // writes where the other sends
+        }
+        if right || warp_id() == 0 {
+            fence::proxy_async();
+        }
+        cluster::sync();
+        if thread_idx_x() == 0 {
+            full.arrive_expect(128);
+            bulk::send(to, from, 32, full, 1 - cluster::block_rank()); // sends over it
+        }
+        Phases::of(full).wait();
+        cluster::sync();
+    };
+    expect_clean(&run_clusters(2, 64, &Memory::new(), || kernel(true)));
+    let report = run_clusters(2, 64, &Memory::new(), || kernel(false));
+    let other = Some("writes where the other sends");
+    expect(&report, FindingKind::ProxyFence, "sends over it", other, "writes 16 bytes of shared memory");
+    assert_ne!(report.findings[0].block, report.findings[0].other.expect("a writer").block);
+}
+
+/// Barriers order reads before the copies that come after them: of data the reader has what it has read.
+#[test]
+fn tiles_loaded_over_what_was_read_need_no_fence() {
+    let (memory, map) = tensor();
+    expect_clean(&run(64, &memory, || {
+        let (tile, end) = places();
+        let full = barrier(end);
+        let mut filled = Phases::of(full);
+        for _ in 0..2 {
+            if thread_idx_x() == 0 {
+                full.arrive_expect(Tile::BYTES);
+                TensorMapRef::of(&map, &map).load_tile(tile, 0, [], full);
+            }
+            filled.wait();
+            tile.element(3, thread_idx_x()).load(0);
+            sync_threads();
+        }
+    }));
+}
+
+/// What a kernel does with global memory that its threads have written.
+#[derive(Clone, Copy, PartialEq)]
+enum AfterWrites {
+    Load,
+    Store,
+    Add,
+}
+
+/// A block writes x, and then a copy of its first thread uses it.
+fn uses_what_was_written(then: AfterWrites, right: bool) -> Report {
+    let memory = Memory::new();
+    let (x, counter) = (memory.upload("x", &[1f32; 64]).global(), memory.upload("counter", &[0u32]).global());
+    run(64, &memory, || {
+        let (sums, end) = (dynamic_shared::<f32>(), dynamic_shared::<u64>().offset(64));
+        let full = barrier(end);
+        sums.store(thread_idx_x(), 2.0);
+        fence::proxy_async();
+        x.store(thread_idx_x() as usize, 3.0); // writes x
+        let written = Arrivals::at(counter);
+        written.arrive();
+        sync_threads();
+        if thread_idx_x() != 0 {
+            return;
+        }
+        if right {
+            written.wait(64);
+        }
+        match then {
+            AfterWrites::Load => {
+                full.arrive_expect(256);
+                bulk::load(sums, x, 64, full); // loads x
+                Phases::of(full).wait();
+            }
+            AfterWrites::Store => {
+                bulk::store(x, sums, 64); // stores x
+            }
+            AfterWrites::Add => {
+                bulk::add(x, sums, 64); // adds to x
+            }
+        }
+        bulk::commit();
+        bulk::wait::<0>();
+    })
+}
+
+#[test]
+fn global_memory_that_the_async_proxy_does_not_see() {
+    let uses = [
+        (AfterWrites::Load, "loads x", "reads x[0], "),
+        (AfterWrites::Store, "stores x", "writes x[0], "),
+        (AfterWrites::Add, "adds to x", "atomically updates x[0], "),
+    ];
+    for (then, at, what) in uses {
+        expect_clean(&uses_what_was_written(then, true));
+        let says = format!("{what}which the other has written, with no Arrivals::wait in between");
+        expect(&uses_what_was_written(then, false), FindingKind::ProxyFence, at, Some("writes x"), &says);
+    }
+}
+
+/// What copies have written, copies see, once they have been waited for.
+#[test]
+fn global_memory_that_copies_have_written_needs_no_fence() {
+    let memory = Memory::new();
+    let x = memory.upload("x", &[1f32; 64]).global();
+    expect_clean(&run(64, &memory, || {
+        let (sums, end) = (dynamic_shared::<f32>(), dynamic_shared::<u64>().offset(64));
+        let full = barrier(end);
+        sums.store(thread_idx_x(), 2.0);
+        fence::proxy_async();
+        sync_threads();
+        if thread_idx_x() == 0 {
+            bulk::store(x, sums, 64);
+            bulk::commit();
+            bulk::wait::<0>();
+            bulk::add(x, sums, 64);
+            bulk::commit();
+            bulk::wait::<0>();
+            full.arrive_expect(256);
+            bulk::load(sums, x, 64, full);
+            Phases::of(full).wait();
+            assert_eq!(sums.load(5), 4.0);
+        }
+    }));
+}
+
+/// The example of the book's page on the simulator.
+#[test]
+fn the_book_shows_what_is_reported() {
+    const PAGE: &str = include_str!("../../docs/src/simulator.md");
+    let (memory, map) = tensor();
+    let report = run(64, &memory, || {
+        let (tile, i) = (places().0, thread_idx_x());
+        for row in 0..64 {
+            tile.element(row, i).store(0, bf16::ONE); // writes in the book
+        }
+        sync_threads();
+        if i == 0 {
+            TensorMapRef::of(&map, &map).store_tile(tile, 0, []); // stores in the book
+            bulk::commit();
+            bulk::wait_read::<0>();
+        }
+    });
+    expect(&report, FindingKind::ProxyFence, "stores in the book", Some("writes in the book"), "");
+    let Finding { kind, message, occurrences, .. } = &report.findings[0];
+    for said in [kind.name(), message, &format!("({occurrences} times)")] {
+        assert!(PAGE.contains(said), "the page lacks {said:?}");
+    }
 }
 
 #[test]

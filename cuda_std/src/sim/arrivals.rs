@@ -234,7 +234,7 @@ impl Block {
                 }
             }
             let heard = self.context.counters_in_grid.heard(address, (arrived - count) as usize);
-            let epoch = self.clocks.begin_epoch(thread);
+            let epoch = self.clocks.fence_globally(thread);
             self.news.waits.push((thread, epoch, heard));
         }
         Ok(true)

@@ -95,17 +95,21 @@ impl Block {
     }
 
     fn write_store(&mut self, store: &Store) -> Result<(), Stop> {
+        let thread = self.first_id() + self.current;
+        if self.context.race_detector {
+            self.clocks.begin_of_copy(thread);
+        }
         for (chunk, data) in store.chunks.iter().zip(&store.data) {
             if store.way == Way::Add {
                 for offset in chunk.inside.clone().step_by(4) {
                     let x = f32::from_le_bytes(std::array::from_fn(|i| data[offset as usize + i]));
                     let add = |old| (f32::from_bits(old) + x).to_bits();
-                    self.update_global_uncounted(chunk.global + offset as u64, add, store.site)?;
+                    self.update_global_async(chunk.global + offset as u64, add, store.site)?;
                 }
                 continue;
             }
             for (address, bytes) in pieces(chunk, store.element) {
-                let to = self.use_global(address, bytes, Use::Write, store.site)?;
+                let to = self.use_global_async(address, bytes, Use::Write, store.site)?;
                 let at = (address - chunk.global) as usize;
                 // SAFETY: `use_global` has checked that so many bytes lie there, and that they are aligned.
                 unsafe {
@@ -117,6 +121,9 @@ impl Block {
                     }
                 }
             }
+        }
+        if self.context.race_detector {
+            self.clocks.end_of_copy(thread);
         }
         self.count_chunks(&store.chunks, store.way);
         self.ready.progress();

@@ -15,6 +15,14 @@ const MORE_AGENTS: usize = 32;
 
 const FIRST_OF_AGENTS: u32 = 1 << 31;
 
+/// A proxy fence of global memory, by `thread`, whose next epoch is `next`: the async proxy sees what it knew by then, of each
+/// thread the last epoch.
+struct GlobalFence {
+    thread: usize,
+    next: u32,
+    known: Vec<u32>,
+}
+
 /// The vector clocks of a cluster: most are of one block.
 #[derive(Default)]
 pub(super) struct Clocks {
@@ -27,6 +35,10 @@ pub(super) struct Clocks {
     agents: Vec<usize>,
     /// By thread: the epochs that its proxy fences have ended.
     fences: Vec<Vec<u32>>,
+    /// The proxy fences of global memory.
+    global_fences: Vec<GlobalFence>,
+    /// By thread: the epochs in which copies of it wrote global memory, and nothing else did for it.
+    copied: Vec<Vec<u32>>,
     /// Epochs up to this one, of all threads, happened before the present of all threads.
     floor: u32,
     /// Whether a thread may know more of another warp than the floor says.
@@ -44,6 +56,8 @@ impl Clocks {
         self.known.resize(threads * threads, 0);
         self.agents.clear();
         self.fences.clear();
+        self.global_fences.clear();
+        self.copied.clear();
         self.scratch.resize(threads, 0);
         self.floor = 0;
         self.across_warps = false;
@@ -219,6 +233,35 @@ impl Clocks {
         let fences = self.fences.get(writer).map_or(&[][..], |fences| fences);
         let next = fences.get(fences.partition_point(|&fence| fence < epoch));
         next.is_some_and(|&fence| self.is_before(writer, fence.saturating_add(1), reader))
+    }
+
+    /// The thread makes what it knows to be written to global memory visible to the async proxy: another epoch of it begins.
+    pub fn fence_globally(&mut self, thread: usize) -> u32 {
+        let known = self.tell(thread);
+        let next = self.own[thread];
+        self.global_fences.push(GlobalFence { thread, next, known });
+        next
+    }
+
+    /// A copy of the thread writes global memory, in an epoch that begins here, and ends with `end_of_copy`.
+    pub fn begin_of_copy(&mut self, thread: usize) {
+        let epoch = self.begin_epoch(thread);
+        self.copied.resize(self.threads, Vec::new());
+        self.copied[thread].push(epoch);
+    }
+
+    pub fn end_of_copy(&mut self, thread: usize) {
+        self.begin_epoch(thread);
+    }
+
+    /// Whether the async proxy sees, on behalf of `user`, what `writer` wrote to global memory in `epoch`, if that comes first:
+    /// it wrote that itself, or a fence lies between, of any thread.
+    pub fn is_fenced_globally(&self, writer: usize, epoch: u32, user: usize) -> bool {
+        let copied = self.copied.get(writer).is_some_and(|copied| copied.binary_search(&epoch).is_ok());
+        let lies_between = |fence: &GlobalFence| {
+            fence.known.get(writer) >= Some(&epoch) && self.is_before(fence.thread, fence.next, user)
+        };
+        copied || self.global_fences.iter().any(lies_between)
     }
 
     /// Gathers in `scratch` what the `threads` know together, of the threads `of`, among which they are.

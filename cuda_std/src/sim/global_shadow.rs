@@ -38,6 +38,12 @@ struct Page {
 
 const RECENT_PAGES: usize = 256;
 
+/// Where in the cache a page is, if it is there.
+#[inline(always)]
+fn recent_slot(number: u64) -> usize {
+    (number ^ ((number >> 28) * 37)) as usize % RECENT_PAGES
+}
+
 /// The shadow of one block's view of global memory.
 pub(super) struct GlobalShadow {
     pub shadow: Shadow,
@@ -72,7 +78,7 @@ impl GlobalShadow {
     pub fn granule(&mut self, address: u64, allocation: &Allocation) -> usize {
         let granule = address / GRANULE as u64;
         let (number, index) = (granule / PAGE_GRANULES as u64, granule as usize % PAGE_GRANULES);
-        let slot = (number ^ ((number >> 28) * 37)) as usize % RECENT_PAGES;
+        let slot = recent_slot(number);
         let (cached, mut page) = self.recent[slot];
         if cached != number {
             page = self.find_page(number, allocation);
@@ -81,6 +87,17 @@ impl GlobalShadow {
         let page = &mut self.pages[page as usize];
         page.used[index / 64] |= 1 << (index % 64);
         page.first_granule + index
+    }
+
+    /// That at `address`, if its page has been used.
+    pub fn used_granule(&self, address: u64) -> Option<usize> {
+        let granule = address / GRANULE as u64;
+        let number = granule / PAGE_GRANULES as u64;
+        let page = match self.recent[recent_slot(number)] {
+            (cached, page) if cached == number => page,
+            _ => *self.by_number.get(&number)?,
+        };
+        Some(self.pages[page as usize].first_granule + granule as usize % PAGE_GRANULES)
     }
 
     #[inline(never)]

@@ -35,8 +35,9 @@
 //!   tensor copy engine bring their data when the first thread that waits for their phase could go on; stores read
 //!   shared memory when their thread waits for that, and write global memory when it waits for their end, or exits.
 //!   Products of warpgroups read shared memory when the first thread waits for them. To the race detector all these are
-//!   done by agents, which are known to those alone that have waited; what threads write is known to them after a fence
-//!   of the writer.
+//!   done by agents, which are known to those alone that have waited; what threads write to shared memory is known to them
+//!   after a fence of the writer, and what they write to global memory after a wait of
+//!   [`Arrivals`](crate::arrivals::Arrivals), which has a fence.
 //! - **Clusters** run on one thread of the host: each block as far as it can, then the next.
 //! - **Atomics** on global memory are done block by block, in the order of the blocks: the first of a block waits until
 //!   all blocks before it have ended. So sums of floats are the same in each run. A block that waits for a later one is

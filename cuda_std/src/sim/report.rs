@@ -55,7 +55,7 @@ pub enum FindingKind {
     Uninitialised,
     /// The destination of an asynchronous copy is used before its wait, or the copy is never waited for.
     UnfinishedCopy,
-    /// The async proxy reads what a thread has written without a fence afterwards.
+    /// The async proxy reads what a thread has written, or writes over it, without a fence in between.
     ProxyFence,
     /// A copy of a tensor that no tensor map, place in shared memory or place in global memory allows. It ends the
     /// block.

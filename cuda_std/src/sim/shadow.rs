@@ -10,8 +10,10 @@ pub(super) enum Wrong {
     Uninitialised,
     /// A copy is on its way here, issued by this actor.
     UnfinishedCopy(Actor),
-    /// The async proxy need not see what this actor has written.
+    /// The async proxy need not see what this actor has written to shared memory.
     Invisible(Actor),
+    /// Nor to global memory.
+    Unfenced(Actor),
 }
 
 /// Bytes of a granule.
@@ -95,6 +97,14 @@ impl Shadow {
         wrong
     }
 
+    /// As [`begin_copy`](Self::begin_copy), of the tensor copy engine: what was written here before must be visible to the async
+    /// proxy, lest it comes after the data of the copy.
+    pub fn begin_transfer(&mut self, granule: usize, actor: Actor, clocks: &Clocks) -> Option<Wrong> {
+        let invisible = self.invisible_write(granule, actor.thread(), clocks);
+        let wrong = self.begin_copy(granule, actor, clocks);
+        wrong.or(invisible.map(Wrong::Invisible))
+    }
+
     /// The issuer of a copy has waited for it.
     pub fn end_copy(&mut self, granule: usize, actor: Actor, clocks: &Clocks) {
         self.units[granule].set_in_flight(false);
@@ -112,20 +122,31 @@ impl Shadow {
     /// Notes a read of a whole granule by the async proxy, for a thread.
     pub fn read_async(&mut self, granule: usize, actor: Actor, clocks: &Clocks) -> Option<Wrong> {
         let wrong = self.access(granule, Span::WHOLE, Use::Read, actor, clocks);
-        wrong.or_else(|| self.invisible_write(granule, GRANULE as u32, actor.thread(), clocks).map(Wrong::Invisible))
+        wrong.or_else(|| self.invisible_write(granule, actor.thread(), clocks).map(Wrong::Invisible))
     }
 
-    fn invisible_write(&self, unit: usize, size: u32, reader: usize, clocks: &Clocks) -> Option<Actor> {
+    /// Who has written to a granule of shared memory what the async proxy need not see on behalf of `user`.
+    fn invisible_write(&self, granule: usize, user: usize, clocks: &Clocks) -> Option<Actor> {
+        self.find_write(granule, Span::WHOLE, Span::WHOLE, &|writer, epoch| !clocks.is_visible(writer, epoch, user))
+    }
+
+    /// Who has written to a part of a granule of global memory, before the present of `user`, what the async proxy need not see
+    /// on its behalf.
+    pub fn unfenced_write(&self, granule: usize, span: Span, user: usize, clocks: &Clocks) -> Option<Actor> {
+        self.find_write(granule, Span::WHOLE, span, &|writer, epoch| {
+            clocks.is_before(writer, epoch, user) && !clocks.is_fenced_globally(writer, epoch, user)
+        })
+    }
+
+    /// The writer of one of the last writes to `wanted`, of a unit that is at `of`, that `is_it` says yes to.
+    fn find_write(&self, unit: usize, of: Span, wanted: Span, is_it: &impl Fn(usize, u32) -> bool) -> Option<Actor> {
         let known = &self.units[unit];
         if known.is_split() {
-            let bytes = bytes_of_parts(size);
-            let parts = 0..(size / bytes) as usize;
-            return parts
-                .into_iter()
-                .find_map(|i| self.invisible_write(known.link as usize + i, bytes, reader, clocks));
+            let mut wanted_parts = parts(of).filter(|(_, part)| part.mask() & wanted.mask() != 0);
+            return wanted_parts.find_map(|(i, part)| self.find_write(known.link as usize + i, part, wanted, is_it));
         }
         let (writer, epoch) = known.last_write()?;
-        (!clocks.is_visible(writer.thread(), epoch, reader)).then_some(writer)
+        is_it(writer.thread(), epoch).then_some(writer)
     }
 
     /// Calls `found` for all threads that have used a granule since its last write, and for those that wrote it, with the epoch

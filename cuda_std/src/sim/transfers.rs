@@ -105,8 +105,8 @@ impl Block {
             }
             let wrong = match self.peer(rank).map(|peer| &raw mut *peer) {
                 // SAFETY: another block than this one, whose clocks are used.
-                Some(peer) => unsafe { &mut *peer }.shared.shadow.begin_copy(granule, issuer, &self.clocks),
-                None => self.shared.shadow.begin_copy(granule, issuer, &self.clocks),
+                Some(peer) => unsafe { &mut *peer }.shared.shadow.begin_transfer(granule, issuer, &self.clocks),
+                None => self.shared.shadow.begin_transfer(granule, issuer, &self.clocks),
             };
             if let Some(wrong) = wrong {
                 self.wrong_shared(self.current, chunk.shared, GRANULE as u32, Use::Write, site, wrong);
@@ -177,7 +177,7 @@ impl Block {
     fn read_globally(&mut self, chunks: &[Chunk], from: &Source, site: Site) -> Result<(), Stop> {
         for chunk in chunks {
             for (address, bytes) in pieces(chunk, from.element()) {
-                self.use_global(address, bytes, Use::Read, site)?;
+                self.use_global_async(address, bytes, Use::Read, site)?;
             }
         }
         Ok(())

@@ -266,7 +266,7 @@ impl Passes {
             return Self::flash3_heads(wanted.problem, heads);
         }
         if is_deterministic || is_ordered {
-            return Self::flash3_ordered(wanted);
+            return Self::flash3_ordered(wanted, is_ordered);
         }
         if let Ok(pass) = find(&[flash3::RING])
             && let Some(turns) = hopper::backward::ring(wanted.problem, &pass.config)
@@ -303,8 +303,9 @@ impl Passes {
     }
 
     /// FlashAttention-3's, whose blocks of keys add to dQ in their order. What goes for a sequence does not depend on those
-    /// that it is in a batch with: not on the longest of them either, where they are not equally long.
-    fn flash3_ordered(wanted: &Wanted) -> Result<Self, String> {
+    /// that it is in a batch with: not on the longest of them either, where they are not equally long. `is_fast`: whether that
+    /// is the fastest way, whether or not `deterministic` asks for it.
+    fn flash3_ordered(wanted: &Wanted, is_fast: bool) -> Result<Self, String> {
         let problem = wanted.problem;
         let (kernels, known) = (&[flash3::ORDERED, flash3::ORDERED_SPLIT][..], Feature::OF_HOPPER_BACKWARD);
         let table = Table { name: "flash3 backward, in order", kernels, plain: known, general: known, pads: true };
@@ -322,7 +323,8 @@ impl Passes {
             steps.push(Step { kernel: Entry::Plain(in_step(flash3::FINISH, pass)?), grid: Grid::Queries });
         }
         let sums = Sums::InOrder { finishes };
-        Ok(Passes { family: "flash3", steps, how: ORDERED.to_owned(), workspace, sums, sharing: None })
+        let how = format!("{ORDERED}; {}", if is_fast { "fastest for many heads of few keys" } else { ASKED_FOR });
+        Ok(Passes { family: "flash3", steps, how, workspace, sums, sharing: None })
     }
 
     /// FlashAttention-3's, by blocks of threads that take whole heads.
@@ -352,6 +354,9 @@ impl Passes {
         let heads = hopper::backward::heads_of_k(problem);
         workspace.push(Workspace { name: D_Q_SUMS, dtype: DType::F32, len: turns.sums });
         workspace.push(Workspace { name: COUNTERS, dtype: DType::I32, len: heads.saturating_mul(2) });
+        let mebibytes = (4 * turns.sums) as f64 / f64::from(1 << 20);
+        let ring =
+            format!("{RING}; those of {} heads of K at a time, {mebibytes:.1} MiB, stay in the L2 cache", turns.heads);
         let (of_keys, sharing) = shared(problem, pass, &[flash3::SHARED_RING]);
         workspace.extend(sharing.into_iter().flat_map(Sharing::workspace));
         Ok(Passes {
@@ -364,7 +369,7 @@ impl Passes {
                     grid: Grid::LastQueries(turns.left),
                 },
             ],
-            how: with_shares(RING, sharing),
+            how: with_shares(&ring, sharing),
             workspace,
             sums: Sums::InRing(turns),
             sharing,
@@ -451,6 +456,9 @@ const WHOLE_HEADS: &str = "fused, short heads one after the other: dQ is summed 
 
 /// How a pass whose blocks of keys add to dQ in their order is one.
 const ORDERED: &str = "fused: dQ is summed in the order of the keys, the same in every run";
+
+/// Why such a pass, where another would be faster.
+const ASKED_FOR: &str = "deterministic asks for it";
 
 /// How a pass whose heads take turns at the sums of dQ is one.
 const RING: &str =
@@ -590,5 +598,77 @@ mod tests {
             assert_eq!(pass(&[batch, 4096], 64, true), "flash3_bwd_ordered_bf16_d64_m128_causal");
             assert_eq!(pass(&[batch, 4096], 256, true), "flash3_bwd_ordered_bf16_d256_m64_causal");
         }
+    }
+
+    /// What passes work in, in bytes, by its names.
+    fn bytes_of(plan: &BackwardPlan, names: &[&str]) -> u64 {
+        plan.workspace().iter().filter(|part| names.contains(&part.name)).map(Workspace::bytes).sum()
+    }
+
+    /// The table of the book's page on FlashAttention-3.
+    #[test]
+    fn the_book_says_how_much_memory_gradients_take() {
+        const PAGE: &str = include_str!("../../../docs/src/algorithm/flash3.md");
+        let mebibytes = |bytes: u64| format!("{:.2}", bytes as f64 / f64::from(1 << 20));
+        let row = |[batch, seqlen, nheads, headdim]: [usize; 4], causal: bool| {
+            let plan = |deterministic| {
+                let x = Layout::contiguous(DType::BF16, &[batch, seqlen, nheads, headdim]).expect("small");
+                let options = AttentionOptions::new().causal(causal).deterministic(deterministic);
+                let problem = Problem::new(&x, &x, &x, &options).expect("valid");
+                BackwardPlan::new(&problem, Optional::default(), Access::ANY, Kernel::Auto, Target::HOPPER)
+            };
+            let [plan, ordered] = [false, true].map(|deterministic| plan(deterministic).expect("there are kernels"));
+            let of = |names: &[&str]| mebibytes(bytes_of(&plan, names));
+            let pass = match plan.passes.sums {
+                Sums::InOrder { .. } => "order",
+                Sums::InRing(_) => "ring",
+                Sums::AsTheyCome if plan.kernels()[1].0.contains("_heads_") => "whole heads",
+                Sums::AsTheyCome => "sums",
+            };
+            let mask = if causal { ", causal" } else { "" };
+            let counters = bytes_of(&plan, &[COUNTERS, shares::COUNTERS]);
+            format!(
+                "| {batch} x {seqlen}, {nheads} heads of {headdim}{mask} | {pass} | {} | {} | {} | {:.1} KiB | {} | {} |",
+                of(&[STATISTICS]),
+                of(&[D_Q_SUMS]),
+                of(&[shares::LEFT]),
+                counters as f64 / 1024.0,
+                mebibytes(plan.extra_bytes()),
+                mebibytes(ordered.extra_bytes())
+            )
+        };
+        let shapes =
+            [[1, 16384, 32, 64], [1, 16384, 16, 128], [1, 16384, 8, 256], [8, 2048, 16, 128], [1, 2048, 4, 128]];
+        let rows: Vec<_> = shapes.iter().flat_map(|&shape| [false, true].map(|causal| row(shape, causal))).collect();
+        let table = rows.join("\n");
+        assert!(PAGE.contains(&table), "docs/src/algorithm/flash3.md should have\n{table}");
+    }
+
+    /// As the book says: what sums take, and what a block of keys that is shared leaves.
+    #[test]
+    fn memory_is_what_the_formulas_of_the_book_say() {
+        let plan = |[batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim]: [usize; 6], deterministic| {
+            let of = |seqlen, heads| Layout::contiguous(DType::BF16, &[batch, seqlen, heads, headdim]).expect("small");
+            let (q, k) = (of(seqlen_q, nheads), of(seqlen_k, nheads_k));
+            let options = AttentionOptions::new().deterministic(deterministic);
+            let problem = Problem::new(&q, &k, &k, &options).expect("valid");
+            let plan = BackwardPlan::new(&problem, Optional::default(), Access::ANY, Kernel::Auto, Target::HOPPER);
+            plan.expect("there are kernels")
+        };
+        // 64 rows a block of queries, so 1024 for 1000; and 80, so 1040.
+        for (seqlen_k, rows) in [(1000, 1024), (4000, 1040)] {
+            let ordered = plan([2, 1000, seqlen_k, 8, 4, 128], true);
+            let places = 2 * 8 * rows;
+            assert_eq!(bytes_of(&ordered, &[STATISTICS]), 8 * places, "{seqlen_k}");
+            assert_eq!(bytes_of(&ordered, &[D_Q_SUMS]), 4 * 128 * places, "{seqlen_k}");
+            assert_eq!(bytes_of(&ordered, &[COUNTERS]), 16 * 2 * 4 * (seqlen_k as u64).div_ceil(128), "{seqlen_k}");
+        }
+        let ring = plan([8, 2048, 2048, 16, 16, 128], false);
+        let Sums::InRing(turns) = ring.passes.sums else { panic!("{}", ring.reason()) };
+        assert_eq!(bytes_of(&ring, &[D_Q_SUMS]), 4 * 128 * 2048 * u64::from(turns.heads));
+        assert_eq!(bytes_of(&ring, &[COUNTERS]), 8 * 8 * 16);
+        let shared = plan([1, 2048, 2048, 4, 4, 128], false);
+        let Sharing { count, parts, .. } = shared.passes.sharing.expect("shares");
+        assert_eq!(bytes_of(&shared, &[shares::LEFT]), 4 * 128 * (128 + 128) * u64::from(count * (parts - 1)));
     }
 }

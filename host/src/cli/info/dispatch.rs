@@ -163,17 +163,17 @@ impl DispatchArguments {
     }
 }
 
-fn in_words(ChosenKernel { entry, config, .. }: &ChosenKernel) -> String {
+fn in_words(ChosenKernel { entry, config, reason, .. }: &ChosenKernel) -> String {
     let shared = units::bytes(u64::from(config.shared_bytes));
     let tile = match (config.block_m, config.block_n) {
         (rows, 0) => format!("blocks of {rows} rows"),
         (rows, keys) => format!("tiles of {rows} queries and {keys} keys"),
     };
-    format!("{entry}: {tile}, {} threads, {shared} of shared memory", config.threads)
+    format!("{entry}: {tile}, {} threads, {shared} of shared memory; for {reason}", config.threads)
 }
 
 fn of_choice(Choice { algorithm, reason, kernels, workspace_bytes, .. }: &Choice) -> Value {
-    let of_kernel = |ChosenKernel { entry, config, .. }: &ChosenKernel| {
+    let of_kernel = |ChosenKernel { entry, config, reason, .. }: &ChosenKernel| {
         json!({
             "entry": entry,
             "block_m": config.block_m,
@@ -181,6 +181,7 @@ fn of_choice(Choice { algorithm, reason, kernels, workspace_bytes, .. }: &Choice
             "threads": config.threads,
             "shared_bytes": config.shared_bytes,
             "general": config.general,
+            "for": reason,
         })
     };
     json!({

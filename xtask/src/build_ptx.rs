@@ -8,6 +8,7 @@ use cuda_builder::{Arch, CudaBuilder, Toolchain};
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::{panic, thread};
 
 /// Build the kernels for the GPU, and keep their PTX in host/ptx, one file for each entry point.
 ///
@@ -132,9 +133,8 @@ fn build(archs: &[Arch], force: bool) -> Result<Verdict> {
     // Of the architectures that are not built now, those stay that still have entry points.
     after.retain(|name, _| Arch::ALL.iter().any(|arch| arch.name() == name && !declared(*arch).is_empty()));
     let mut complaints = Vec::new();
-    for arch in archs {
-        let build = build_one(*arch, choose(&toolchains, before.get(arch.name())), None)?;
-        complaints.extend(build.complaints(&declared(*arch)).iter().map(|complaint| format!("{arch} {complaint}")));
+    for (arch, build) in build_all(archs, |arch| choose(&toolchains, before.get(arch.name())))? {
+        complaints.extend(build.complaints(&declared(arch)).iter().map(|complaint| format!("{arch} {complaint}")));
         after.insert(arch.to_string(), build);
     }
     let verdict = Verdict::of(complaints);
@@ -153,6 +153,22 @@ fn build(archs: &[Arch], force: bool) -> Result<Verdict> {
 pub fn choose<'a>(toolchains: &'a [Toolchain], kept: Option<&Build>) -> &'a Toolchain {
     let same = |toolchain: &&Toolchain| kept.is_some_and(|kept| kept.toolchain == toolchain.version);
     toolchains.iter().find(same).unwrap_or(&toolchains[0])
+}
+
+/// All entry points of several architectures, each with its toolchain. Side by side: one architecture keeps one core busy.
+fn build_all<'a>(archs: &[Arch], toolchain: impl Fn(Arch) -> &'a Toolchain) -> Result<Vec<(Arch, Build)>> {
+    thread::scope(|scope| {
+        let start = |arch: Arch| {
+            let toolchain = toolchain(arch);
+            (arch, scope.spawn(move || build_one(arch, toolchain, None)))
+        };
+        let started: Vec<_> = archs.iter().copied().map(start).collect();
+        let join = |(arch, thread): (Arch, thread::ScopedJoinHandle<'_, Result<Build>>)| {
+            let build = thread.join().unwrap_or_else(|panic| panic::resume_unwind(panic))?;
+            Ok((arch, build))
+        };
+        started.into_iter().map(join).collect()
+    })
 }
 
 /// The entry points whose name contains one of the parts `only`, or all.
@@ -199,10 +215,10 @@ pub fn rebuild(archs: &[Arch]) -> Verdict {
         let artefacts = artefacts::read(&workspace::ptx())?;
         let mut complaints = Vec::new();
         let mut remarks = Vec::new();
-        for arch in archs {
-            let Some(kept) = artefacts.get(arch.name()) else { continue };
-            let build = build_one(*arch, choose(&toolchains, Some(kept)), None)?;
-            let mut wrong = build.complaints(&declared(*arch));
+        let kept: Vec<Arch> = archs.iter().copied().filter(|arch| artefacts.contains_key(arch.name())).collect();
+        for (arch, build) in build_all(&kept, |arch| choose(&toolchains, artefacts.get(arch.name())))? {
+            let kept = &artefacts[arch.name()];
+            let mut wrong = build.complaints(&declared(arch));
             if build.toolchain == kept.toolchain {
                 wrong.extend(kept.differences(&build));
             } else {

@@ -27,15 +27,15 @@ const fn prepare_config<T: MatrixElement, const HEADDIM: usize>() -> Config {
     }
 }
 
-/// Eight elements a lane: one access of 16 bytes.
+/// Eight elements a lane: one access of 16 bytes. As many lanes as reductions take; of rows of 96 and 192 a quarter is idle.
 const fn lanes_a_row(headdim: usize) -> u32 {
-    (headdim / 8) as u32
+    (headdim / 8).next_power_of_two() as u32
 }
 
 /// The statistics of all rows, and zeros in their sums of dQ. Grid: `ceil(seqlen_q / ROWS) * nheads * batch`.
 #[kernel(
     name = "flash2_bwd_fused_prepare_{T}_d{HEADDIM}",
-    for T in [f16, bf16], HEADDIM in [32, 64, 128, 256],
+    for T in [f16, bf16], HEADDIM in [32, 64, 96, 128, 192, 256],
     config = prepare_config,
     table = PREPARE,
 )]
@@ -63,7 +63,7 @@ pub(crate) fn prepare_block<T: MatrixElement, const HEADDIM: usize, const BLOCK_
         let row = first_row + i * rows_at_once + thread_idx_x() / lanes;
         let place = first_place + row;
         let is_row = row < sequence.seqlen_q;
-        if clears {
+        if clears && column < HEADDIM as u32 {
             let sums = p.d_q_sums.offset(place as usize * HEADDIM + column as usize);
             sums.store_vector(0, [0.0; 4]);
             sums.store_vector(4, [0.0; 4]);

@@ -64,9 +64,12 @@ const SPLIT_THREADS: u32 = 256;
     name = "flash2_bwd_fused_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     for T in [f16, bf16],
         (HEADDIM, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS, Q_ROWS, Q_COLUMNS) in [
+            (96, 64, 128, 2, 4, 12, 1, 6),
             (128, 64, 128, 2, 4, 16, 2, 4),
+            (192, 64, 64, 2, 4, 12, 2, 6),
             (256, 64, 64, 2, 4, 16, 2, 8),
             // For where there is no more than 163 KB of shared memory.
+            (192, 32, 64, 2, 2, 12, 1, 6),
             (256, 32, 64, 2, 2, 16, 2, 4),
         ],
         CAUSAL in [false, true],

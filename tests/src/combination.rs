@@ -265,17 +265,6 @@ impl Combination {
         session.attention_backward_with(&tensors.backward_inputs(forward), &self.options)
     }
 
-    /// Runs it forward and backward, and compares with f64.
-    ///
-    /// # Errors
-    /// What the backend says.
-    pub fn run(&self, session: &Session) -> Result<(Accuracy, BackwardAccuracy), Error> {
-        let tensors = self.tensors();
-        let forward = self.forward(session, &tensors)?;
-        let gradients = self.backward(session, &tensors, &forward)?;
-        Ok((self.accuracy(&tensors, &forward)?, self.backward_accuracy(&tensors, &gradients)?))
-    }
-
     /// How far a forward pass of these tensors is from f64.
     ///
     /// # Errors
@@ -298,10 +287,21 @@ impl Combination {
     /// # Errors
     /// That, or what the backend says.
     pub fn check(&self, session: &Session) -> Result<(), String> {
+        self.check_and_see(session, |_| ())
+    }
+
+    /// As [`check`](Self::check), and shows the gradients of each run to `see`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn check_and_see(&self, session: &Session, see: impl Fn(&Gradients)) -> Result<(), String> {
         self.hold(|combination| {
-            let (forward, backward) = combination.run(session)?;
-            Broken::unless(&forward)?;
-            Broken::unless_gradients(&backward)
+            let tensors = combination.tensors();
+            let forward = combination.forward(session, &tensors)?;
+            let gradients = combination.backward(session, &tensors, &forward)?;
+            see(&gradients);
+            Broken::unless(&combination.accuracy(&tensors, &forward)?)?;
+            Broken::unless_gradients(&combination.backward_accuracy(&tensors, &gradients)?)
         })
     }
 

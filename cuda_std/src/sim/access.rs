@@ -88,31 +88,18 @@ impl Block {
         update: impl FnOnce(u32) -> u32,
         site: Site,
     ) -> Result<(u32, u32), Stop> {
-        self.take_turn();
-        let data = self.use_global(address, u32::BYTES, Use::Atomic, site)?;
-        Ok(update_word(data, update))
-    }
-
-    /// As [`update_global_uncounted`](Self::update_global_uncounted), by the tensor copy engine for the running thread.
-    pub fn update_global_async(
-        &mut self,
-        address: u64,
-        update: impl FnOnce(u32) -> u32,
-        site: Site,
-    ) -> Result<(u32, u32), Stop> {
-        self.take_turn();
-        let data = self.use_global_async(address, u32::BYTES, Use::Atomic, site)?;
-        Ok(update_word(data, update))
-    }
-
-    /// Waits until all clusters before this one have ended, so that none updates anything before this one has.
-    #[inline(always)]
-    fn take_turn(&mut self) {
         if !self.is_first {
             // The blocks of a cluster take their turn together.
             self.context.order.wait_for_turn(self.number - self.rank);
             self.is_first = true;
         }
+        let data = self.use_global(address, u32::BYTES, Use::Atomic, site)?;
+        // SAFETY: as in `load_global`. No other cluster updates anything before this one has ended.
+        let old = unsafe { u32::load(data) };
+        let new = update(old);
+        // SAFETY: as above.
+        unsafe { new.store(data) };
+        Ok((old, new))
     }
 
     /// Whether an atomic update changes anything: what other threads may wait for.
@@ -258,6 +245,13 @@ impl Block {
 
     /// As [`use_global`](Self::use_global), by the tensor copy engine for the running thread.
     pub fn use_global_async(&mut self, address: u64, bytes: u32, usage: Use, site: Site) -> Result<*mut u8, Stop> {
+        self.check_global_fence(address, bytes, usage, site);
+        self.use_global(address, bytes, usage, site)
+    }
+
+    /// Says if the tensor copy engine, which is about to use global memory for the running thread, need not see what was written
+    /// there.
+    pub fn check_global_fence(&mut self, address: u64, bytes: u32, usage: Use, site: Site) {
         if self.context.race_detector
             && let Some(granule) = self.global.used_granule(address)
         {
@@ -267,7 +261,6 @@ impl Block {
                 self.wrong_global(address, bytes, usage, site, Wrong::Unfenced(writer));
             }
         }
-        self.use_global(address, bytes, usage, site)
     }
 
     /// Counts an access of the running thread.
@@ -341,17 +334,6 @@ impl Block {
         let message = |block: &Block| format!("{} {}, {why}", verb(usage), place(block));
         self.report_lazily(thread, kind, site, other, message);
     }
-}
-
-/// Replaces a word of global memory, which has been checked, by `update` of it. Gives the old one and the new one.
-#[inline(always)]
-fn update_word(data: *mut u8, update: impl FnOnce(u32) -> u32) -> (u32, u32) {
-    // SAFETY: `use_global` has checked that four bytes lie there, and that they are aligned. Clusters take turns.
-    let old = unsafe { u32::load(data) };
-    let new = update(old);
-    // SAFETY: as above.
-    unsafe { new.store(data) };
-    (old, new)
 }
 
 /// What a thread does that uses memory.

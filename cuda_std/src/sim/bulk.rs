@@ -104,7 +104,9 @@ impl Block {
                 for offset in chunk.inside.clone().step_by(4) {
                     let x = f32::from_le_bytes(std::array::from_fn(|i| data[offset as usize + i]));
                     let add = |old| (f32::from_bits(old) + x).to_bits();
-                    self.update_global_async(chunk.global + offset as u64, add, store.site)?;
+                    let address = chunk.global + offset as u64;
+                    self.check_global_fence(address, u32::BYTES, Use::Atomic, store.site);
+                    self.update_global_uncounted(address, add, store.site)?;
                 }
                 continue;
             }

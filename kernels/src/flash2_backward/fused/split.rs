@@ -64,8 +64,10 @@ const SPLIT_THREADS: u32 = 256;
     name = "flash2_bwd_fused_{T}_d{HEADDIM}_m{BLOCK_M}{CAUSAL?_causal}",
     for T in [f16, bf16],
         (HEADDIM, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS, Q_ROWS, Q_COLUMNS) in [
+            // On an H100, bf16, 512 to 16384 tokens, beside PyTorch's FlashAttention-2: 1.06, causal 1.18.
             (96, 64, 128, 2, 4, 12, 1, 6),
             (128, 64, 128, 2, 4, 16, 2, 4),
+            // 1.18, causal 1.16.
             (192, 64, 64, 2, 4, 12, 2, 6),
             (256, 64, 64, 2, 4, 16, 2, 8),
             // For where there is no more than 163 KB of shared memory.

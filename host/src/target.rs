@@ -3,7 +3,7 @@ use std::fmt;
 
 use cuda_std::sim;
 use cuda_std::tensor::{TensorMap, TensorMapDescription};
-use kernels::SHARED_BYTES_OF_EVERY_GPU;
+use kernels::{SHARED_BYTES_OF_EVERY_GPU, SHARED_BYTES_OF_LARGEST_GPU};
 
 use crate::backend::Backend;
 use crate::error::Result;
@@ -36,7 +36,8 @@ pub(crate) enum AgainstHopper {
 
 impl Target {
     /// A GPU of Hopper's, and a build with all kernels.
-    pub const HOPPER: Target = Target { backend: Backend::Cuda, shared_memory: 227 << 10, against_hopper: None };
+    pub const HOPPER: Target =
+        Target { backend: Backend::Cuda, shared_memory: SHARED_BYTES_OF_LARGEST_GPU, against_hopper: None };
 
     /// The oldest GPU that any kernel here runs on.
     pub const OLDEST: Target = Target {

@@ -59,6 +59,8 @@ const fn config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>(
         sequences: 0,
         threads: THREADS,
         min_blocks_per_sm: 1,
+        claimed_registers: 0,
+        accumulators: (Accumulator::<1, COLUMNS>::REGISTERS + Accumulator::<1, O_COLUMNS>::REGISTERS) as u32,
         shared_bytes: (3 * BLOCK * HEADDIM * size_of::<T>()) as u32,
         barriers: 2,
     }

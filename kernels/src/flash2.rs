@@ -15,7 +15,7 @@
 //!
 //! HBM traffic: Q and O once, LSE once, and K and V once a query block: `2 d (2 seqlen_q + 2 seqlen_k * blocks)` bytes a head.
 use crate::attention::{Attention, Sequence};
-use crate::config::Config;
+use crate::config::{Config, blocks_of_all_registers};
 use crate::dropout::Dropout;
 use crate::mask::Mask;
 use crate::online_softmax::OnlineSoftmax;
@@ -58,7 +58,8 @@ const fn config<
     // O's tile takes the place of Q's. Dropout takes 32 keys at a time.
     assert!(HEADDIM_V <= HEADDIM && (!GENERAL || BLOCK_N.is_multiple_of(32)));
     let elements = BLOCK_M * HEADDIM + STAGES as usize * BLOCK_N * (HEADDIM + HEADDIM_V);
-    let threads = threads(BLOCK_M, M);
+    let (threads, shared_bytes) = (threads(BLOCK_M, M), (elements * size_of::<T>()) as u32);
+    let sums = Accumulator::<M, S_COLUMNS>::REGISTERS + Accumulator::<M, O_COLUMNS>::REGISTERS;
     Config {
         family: "flash2",
         dtype: T::DTYPE,
@@ -73,9 +74,10 @@ const fn config<
         few: false,
         sequences: 0,
         threads,
-        // 255 registers a thread.
-        min_blocks_per_sm: 256 / threads,
-        shared_bytes: (elements * size_of::<T>()) as u32,
+        min_blocks_per_sm: blocks_of_all_registers(threads, shared_bytes),
+        claimed_registers: 0,
+        accumulators: (sums + Q_STEPS * LeftOperand::<T, M>::REGISTERS) as u32,
+        shared_bytes,
         barriers: if STAGES == 1 || Q_STEPS > 0 { 3 } else { 2 },
     }
 }

@@ -23,8 +23,9 @@ pub mod scores;
 pub mod softmax;
 pub mod spoiled_rows;
 pub mod standard;
+mod stored;
 
-pub use config::{Config, SHARED_BYTES_OF_EVERY_GPU};
+pub use config::{Config, SHARED_BYTES_OF_EVERY_GPU, SHARED_BYTES_OF_LARGEST_GPU};
 pub use entries::{EntryInfo, entries};
 pub use online_softmax::OnlineSoftmax;
 pub use row_softmax::{Rescale, RowSoftmax};

@@ -5,10 +5,11 @@
 //! Gemma 2; ALiBi: Press, Smith and Lewis, "Train short, test long", 2022.
 use crate::attention::{Attention, Sequence};
 use crate::mask::Mask;
+use crate::stored::Stored;
+use cuda_std::Element;
 use cuda_std::fragment::Accumulator;
 use cuda_std::math::{LOG2_E, fma, rcp, tanh, tanh_of_quarters, tanh_of_small_quarter, unknown_before};
 use cuda_std::warp::{ALL, any};
-use cuda_std::{Element, Global};
 
 /// The scores of one head of one sequence.
 #[derive(Clone, Copy)]
@@ -18,12 +19,9 @@ pub struct Scores<T> {
     pub softcap: f32,
     /// ALiBi's slope; 0: none.
     pub slope: f32,
-    /// The bias of query 0 and key 0; null: none.
-    bias: Global<T>,
-    bias_stride: u64,
-    /// The mask of query 0 and key 0; null: none.
-    visible: Global<u8>,
-    visible_stride: u64,
+    bias: Stored<T>,
+    /// The mask: 0 where it hides a key.
+    visible: Stored<u8>,
     /// Which keys queries see.
     pub mask: Mask,
 }
@@ -48,10 +46,8 @@ impl<T: Element> Scores<T> {
             softmax_scale: a.softmax_scale,
             softcap: a.softcap,
             slope: Self::slope_of(a, sequence, head),
-            bias: if a.bias.data.is_null() { Global::NULL } else { a.bias.row(sequence.batch, head, 0) },
-            bias_stride: a.bias.row_stride,
-            visible: if a.mask.data.is_null() { Global::NULL } else { a.mask.row(sequence.batch, head, 0) },
-            visible_stride: a.mask.row_stride,
+            bias: Stored::of(&a.bias, sequence.batch, head),
+            visible: Stored::of(&a.mask, sequence.batch, head),
             mask,
         }
     }
@@ -177,12 +173,13 @@ impl<T: Element> Scores<T> {
     pub fn sees(&self, row: u32, key: u32) -> bool {
         row < self.mask.seqlen_q
             && self.mask.sees(row, key)
-            && (self.bias.is_null() || self.bias_of(row, key) != f32::NEG_INFINITY)
-            && (self.visible.is_null() || self.is_visible(row, key))
+            && (self.bias.is_null() || self.bias.load(row, key).to_f32() != f32::NEG_INFINITY)
+            && (self.visible.is_null() || self.visible.load(row, key) != 0)
     }
 
     /// Capped scores become those of the softmax, in log2 units: with ALiBi and bias added, and -inf where the key is hidden.
-    /// The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides a part of it.
+    /// The matrix begins at row `first_row` and key `first_key`; `partial`: the window hides a part of it. A pass for each thing
+    /// that there may be.
     #[inline(always)]
     #[track_caller]
     pub fn finish<const M: usize, const N: usize>(
@@ -191,7 +188,30 @@ impl<T: Element> Scores<T> {
         (first_row, first_key): (u32, u32),
         partial: bool,
     ) {
-        self.finish_at(s, partial, |row, column| (first_row + row, first_key + column));
+        let place = (first_row, first_key);
+        let inside = !partial && first_row + 16 * M as u32 <= self.mask.seqlen_q;
+        self.mask(s, inside || !partial && !self.depend_on_place(), |row, column| {
+            (first_row + row, first_key + column)
+        });
+        if self.slope != 0.0 {
+            for m in 0..M {
+                for half in 0..2 {
+                    let row = first_row + Accumulator::<M, N>::row(m, half);
+                    self.add_alibi(
+                        s,
+                        (m, half),
+                        self.distance(row, first_key + Accumulator::<M, N>::column(0, 0)),
+                        -1.0,
+                    );
+                }
+            }
+        }
+        if !self.bias.is_null() {
+            self.bias.zip(s, place, inside, &self.mask, add_bias);
+        }
+        if !self.visible.is_null() {
+            self.visible.zip(s, place, inside, &self.mask, hide);
+        }
     }
 
     /// As [`finish`](Self::finish) for a transposed matrix, whose rows are keys and whose columns are queries.
@@ -205,74 +225,100 @@ impl<T: Element> Scores<T> {
     ) {
         // A walk over queries meets the same keys in each step: what follows from them is found anew, and takes no registers.
         let first_key = unknown_before(first_key, first_row);
-        self.finish_at(s, partial, |row, column| (first_row + column, first_key + row));
+        let place = (first_key, first_row);
+        let inside = !partial && first_row + 8 * N as u32 <= self.mask.seqlen_q;
+        self.mask(s, inside || !partial && !self.depend_on_place(), |row, column| {
+            (first_row + column, first_key + row)
+        });
+        if self.slope != 0.0 {
+            for m in 0..M {
+                for half in 0..2 {
+                    let key = first_key + Accumulator::<M, N>::row(m, half);
+                    self.add_alibi(
+                        s,
+                        (m, half),
+                        self.distance(first_row + Accumulator::<M, N>::column(0, 0), key),
+                        1.0,
+                    );
+                }
+            }
+        }
+        if !self.bias.is_null() {
+            self.bias.zip_transposed(s, place, inside, &self.mask, add_bias);
+        }
+        if !self.visible.is_null() {
+            self.visible.zip_transposed(s, place, inside, &self.mask, hide);
+        }
     }
 
-    /// What the softmax takes for one product `q_k` of query `row` and key `key`, in log2 units.
+    /// What the softmax takes for the product `q_k` of query `row` and a key that it sees, in log2 units.
     #[inline(always)]
     #[track_caller]
     pub fn score(&self, row: u32, key: u32, q_k: f32) -> f32 {
         let mut s = Accumulator::<1, 1>::zero();
         s.map(|_, _, _| q_k);
         self.cap(&mut s);
-        self.finish_at(&mut s, true, |_, _| (row, key));
-        *s.element_mut(0, 0, 0, 0)
+        let mut s = *s.element_mut(0, 0, 0, 0) * LOG2_E;
+        if self.slope != 0.0 {
+            s -= self.slope * LOG2_E * (self.distance(row, key) as f32).abs();
+        }
+        if self.bias.is_null() { s } else { add_bias(s, self.bias.load(row, key)) }
     }
 
-    /// A pass for each thing that there may be. What is hidden stays so. Beyond the last query and the last key neither bias
-    /// nor mask are in memory: there the last ones' are loaded, since a branch would make each load wait for the one before.
+    /// Capped scores in log2 units, and -inf where the window hides a key or a row is beyond the last; `shown`: nowhere.
     #[inline(always)]
-    #[track_caller]
-    fn finish_at<const M: usize, const N: usize>(
+    fn mask<const M: usize, const N: usize>(
         &self,
         s: &mut Accumulator<M, N>,
-        partial: bool,
+        shown: bool,
         place: impl Fn(u32, u32) -> (u32, u32),
     ) {
-        if !partial && !self.depend_on_place() {
+        if shown {
             s.map(|_, _, s| s * LOG2_E);
-            return;
-        }
-        const HIDDEN: f32 = f32::NEG_INFINITY;
-        let Mask { seqlen_q, seqlen_k, .. } = self.mask;
-        let last = |x: u32, count: u32| if x < count { x } else { count - 1 };
-        let stored = |(row, key): (u32, u32)| (last(row, seqlen_q), last(key, seqlen_k));
-        s.map(|row, column, s| {
-            let (row, key) = place(row, column);
-            if row < seqlen_q && self.mask.sees(row, key) { s * LOG2_E } else { HIDDEN }
-        });
-        if self.slope != 0.0 {
-            let slope = self.slope * LOG2_E;
+        } else {
             s.map(|row, column, s| {
                 let (row, key) = place(row, column);
-                let distance = (row + seqlen_k) as i32 - (seqlen_q + key) as i32;
-                s - slope * distance.unsigned_abs() as f32
-            });
-        }
-        if !self.bias.is_null() {
-            s.map(|row, column, s| {
-                let (row, key) = stored(place(row, column));
-                let bias = self.bias_of(row, key);
-                if s == HIDDEN { s } else { s + bias * LOG2_E }
-            });
-        }
-        if !self.visible.is_null() {
-            s.map(|row, column, s| {
-                let (row, key) = stored(place(row, column));
-                if self.is_visible(row, key) { s } else { HIDDEN }
+                if row < self.mask.seqlen_q && self.mask.sees(row, key) { s * LOG2_E } else { HIDDEN }
             });
         }
     }
 
+    /// How far a query's own place is to the right of a key.
     #[inline(always)]
-    #[track_caller]
-    fn bias_of(&self, row: u32, key: u32) -> f32 {
-        self.bias.load((row as u64 * self.bias_stride + key as u64) as usize).to_f32()
+    fn distance(&self, row: u32, key: u32) -> i32 {
+        (row + self.mask.seqlen_k) as i32 - (self.mask.seqlen_q + key) as i32
     }
 
+    /// ALiBi for one of a lane's rows: `distance` is that of its first column, which from one column to the next grows by `step`.
+    /// Distances are converted once a row: a conversion takes longer than a sum.
     #[inline(always)]
-    #[track_caller]
-    fn is_visible(&self, row: u32, key: u32) -> bool {
-        self.visible.load((row as u64 * self.visible_stride + key as u64) as usize) != 0
+    fn add_alibi<const M: usize, const N: usize>(
+        &self,
+        s: &mut Accumulator<M, N>,
+        (m, half): (usize, usize),
+        distance: i32,
+        step: f32,
+    ) {
+        let (distance, slope) = (distance as f32, -self.slope * LOG2_E);
+        let first = Accumulator::<M, N>::column(0, 0);
+        s.map_pairs(m, half, |column, s| {
+            let of = |i: u32| fma(step, (column - first + i) as f32, distance).abs();
+            [fma(of(0), slope, s[0]), fma(of(1), slope, s[1])]
+        });
     }
+}
+
+/// The score of a key that is hidden, and stays so.
+const HIDDEN: f32 = f32::NEG_INFINITY;
+
+/// A score in log2 units with its bias.
+#[inline(always)]
+fn add_bias<T: Element>(s: f32, bias: T) -> f32 {
+    if s == HIDDEN { s } else { fma(bias.to_f32(), LOG2_E, s) }
+}
+
+/// A score whose key a mask may hide.
+#[inline(always)]
+fn hide(s: f32, visible: u8) -> f32 {
+    if visible != 0 { s } else { HIDDEN }
 }

@@ -58,6 +58,8 @@ const fn config<T: Element, const ONLINE: bool>(family: &'static str, block_m: u
         sequences: 0,
         threads: THREADS,
         min_blocks_per_sm: 8,
+        claimed_registers: 0,
+        accumulators: 0,
         shared_bytes: 0,
         barriers,
     }

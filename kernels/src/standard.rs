@@ -67,13 +67,16 @@ const fn config<T: MatrixElement>(family: &'static str, headdim: usize, tiles: u
         sequences: 0,
         threads: THREADS,
         min_blocks_per_sm: 2,
+        claimed_registers: 0,
+        accumulators: 0,
         shared_bytes: (tiles * size_of::<T>()) as u32,
         barriers,
     }
 }
 
 const fn scores_config<T: MatrixElement, const HEADDIM: usize>() -> Config {
-    config::<T>("standard.scores", HEADDIM, 2 * BLOCK * HEADDIM + BLOCK * BLOCK, 1)
+    let accumulators = Accumulator::<1, COLUMNS>::REGISTERS as u32;
+    Config { accumulators, ..config::<T>("standard.scores", HEADDIM, 2 * BLOCK * HEADDIM + BLOCK * BLOCK, 1) }
 }
 
 /// S = softmax_scale · Q Kᵀ, a tile a block. Grid: `ceil(seqlen_k / 64) * ceil(seqlen_q / 64) * nheads * batch`.
@@ -158,7 +161,8 @@ pub fn probabilities<T: MatrixElement>(p: Params) {
 
 const fn output_config<T: MatrixElement, const HEADDIM: usize, const O_COLUMNS: usize>() -> Config {
     assert!(O_COLUMNS * 8 == HEADDIM);
-    config::<T>("standard.output", HEADDIM, BLOCK * BLOCK + 2 * BLOCK * HEADDIM, 2)
+    let accumulators = Accumulator::<1, O_COLUMNS>::REGISTERS as u32;
+    Config { accumulators, ..config::<T>("standard.output", HEADDIM, BLOCK * BLOCK + 2 * BLOCK * HEADDIM, 2) }
 }
 
 /// O = P V, a tile of rows a block. Grid: `ceil(seqlen_q / 64) * nheads * batch`.

@@ -10,7 +10,7 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: [(&str, &str); 51] = sources![
+const SOURCES: [(&str, &str); 52] = sources![
     "lib",
     "attention",
     "config",
@@ -62,6 +62,7 @@ const SOURCES: [(&str, &str); 51] = sources![
     "softmax",
     "spoiled_rows",
     "standard",
+    "stored",
 ];
 
 #[test]

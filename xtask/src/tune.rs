@@ -188,6 +188,8 @@ impl Good<'_> {
             "threads": configured.threads,
             "sequences": configured.sequences,
             "min_blocks_per_sm": configured.min_blocks_per_sm,
+            "claimed_registers": configured.claimed_registers,
+            "accumulators": configured.accumulators,
             "shared_bytes": configured.shared_bytes,
             "barriers": configured.barriers,
             "registers": usage.as_ref().map(|usage| usage.registers),

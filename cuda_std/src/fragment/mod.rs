@@ -249,6 +249,9 @@ impl<const M: usize, const N: usize> Accumulator<M, N> {
         }
     }
 
+    /// What the matrix takes of a thread's registers.
+    pub const REGISTERS: usize = 4 * M * N;
+
     /// What the matrix takes of memory in the order of the registers, in elements.
     pub const ELEMENTS: usize = 16 * M * 8 * N;
 
@@ -372,6 +375,9 @@ impl<const N: usize> ColumnVector<N> {
 pub struct LeftOperand<T: MatrixElement, const M: usize>([T::Left; M]);
 
 impl<T: MatrixElement, const M: usize> LeftOperand<T, M> {
+    /// What it takes of a thread's registers.
+    pub const REGISTERS: usize = M * size_of::<T::Left>() / 4;
+
     /// Rows `row` to `row + 16 M` of a tile, at columns `step * T::DEPTH` and on.
     #[inline(always)]
     #[track_caller]

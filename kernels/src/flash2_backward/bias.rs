@@ -36,6 +36,7 @@ const fn bias_config<
         block_n: BLOCK_N as u32,
         from_keys: 0,
         threads: threads(BLOCK_M, 1),
+        accumulators: 3 * Accumulator::<1, S_COLUMNS>::REGISTERS as u32,
         shared_bytes: (tiles + column_sums) as u32,
         barriers: 3,
         ..config::<T>(HEADDIM, HEADDIM_V, false, true)
@@ -180,7 +181,7 @@ pub fn bias<
         for depth in 0..HEADDIM / T::DEPTH {
             s.add_product_transposed(&LeftOperand::<T, 1>::load(q, own_row, depth), k, 0, depth);
         }
-        probabilities.of_scores(&mut s, &bases, place, true);
+        probabilities.of_scores(&mut s, &bases, place, blocks.is_partial(block));
         let p = s;
 
         let mut d_s = Accumulator::<1, S_COLUMNS>::zero();

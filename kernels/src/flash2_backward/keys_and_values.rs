@@ -25,12 +25,14 @@ const fn keys_and_values_config<
     const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_M && D_COLUMNS * 8 == HEADDIM && BLOCK_N.is_multiple_of(16 * M));
+    let scores = 2 * Accumulator::<M, S_COLUMNS>::REGISTERS;
     Config {
         family: "flash2.keys_and_values",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
         threads: threads(BLOCK_N, M),
+        accumulators: (scores + 2 * Accumulator::<M, D_COLUMNS>::REGISTERS) as u32,
         shared_bytes: (QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES) as u32,
         barriers: QueryWalk::<T, HEADDIM, HEADDIM, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS,
         ..config::<T>(HEADDIM, HEADDIM, CAUSAL, GENERAL)

@@ -100,6 +100,8 @@ const fn config<T: MatrixElement>(headdim: usize, headdim_v: usize, causal: bool
         sequences: 0,
         threads: 0,
         min_blocks_per_sm: 1,
+        claimed_registers: 0,
+        accumulators: 0,
         shared_bytes: 0,
         barriers: 0,
     }

@@ -24,18 +24,19 @@ const fn queries_config<
     const D_COLUMNS: usize,
     const CAUSAL: bool,
     const GENERAL: bool,
-    const LEAN: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && D_COLUMNS * 8 == HEADDIM && BLOCK_M.is_multiple_of(16 * M));
     let rows = BLOCK_M + STAGES as usize * BLOCK_N;
     let bytes = (rows * (HEADDIM + HEADDIM_V) * size_of::<T>()) as u32;
-    assert!(!LEAN || bytes <= SHARED_BYTES_OF_EVERY_GPU);
+    assert!(!GENERAL || bytes <= SHARED_BYTES_OF_EVERY_GPU);
+    let scores = 2 * Accumulator::<M, S_COLUMNS>::REGISTERS;
     Config {
         family: "flash2.queries",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
         threads: threads(BLOCK_M, M),
+        accumulators: (scores + Accumulator::<M, D_COLUMNS>::REGISTERS) as u32,
         shared_bytes: bytes,
         barriers: if CAUSAL || GENERAL { 3 } else { 2 },
         ..config::<T>(HEADDIM, HEADDIM_V, CAUSAL, GENERAL)
@@ -44,10 +45,9 @@ const fn queries_config<
 
 /// dQ of `BLOCK_M` queries of one head.
 ///
-/// Grid: `ceil(seqlen_q / BLOCK_M) * nheads * batch`. A warp has 16 `M` queries. `LEAN`: every GPU has the shared memory; the
-/// others are faster where it is there.
+/// Grid: `ceil(seqlen_q / BLOCK_M) * nheads * batch`. A warp has 16 `M` queries.
 #[kernel(
-    name = "flash2_bwd_dq_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}{LEAN?_lean}",
+    name = "flash2_bwd_dq_{T}_d{HEADDIM}{HEADDIM_V!=HEADDIM?_v}{CAUSAL?_causal}{GENERAL?_general}",
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             // On an H100, TFLOP/s of this kernel alone (three products) at 4k tokens, not causal: 339.
@@ -65,7 +65,7 @@ const fn queries_config<
             // 282.
             (256, 256, 64, 32, 1, 4, 32),
         ],
-        (CAUSAL, GENERAL, LEAN) in [(false, false, false), (true, false, false)],
+        (CAUSAL, GENERAL) in [(false, false), (true, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 32, 1, 4, 4),
@@ -74,23 +74,17 @@ const fn queries_config<
             (128, 128, 64, 32, 1, 4, 16),
             (192, 192, 64, 32, 1, 4, 24),
             (192, 128, 64, 32, 1, 4, 24),
-            (256, 256, 64, 32, 1, 4, 32),
+            (256, 256, 64, 16, 1, 2, 32),
         ],
-        (CAUSAL, GENERAL, LEAN) in [(false, true, false)],
-    for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [(256, 256, 64, 16, 1, 2, 32)],
-        (CAUSAL, GENERAL, LEAN) in [(false, true, true)],
+        (CAUSAL, GENERAL) in [(false, true)],
     for T in [f32, tf32],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [
             (32, 32, 64, 32, 1, 4, 4),
             (64, 64, 64, 32, 1, 4, 8),
-            (128, 128, 64, 32, 1, 4, 16),
+            (128, 128, 64, 16, 1, 2, 16),
             (256, 256, 16, 16, 1, 2, 32),
         ],
-        (CAUSAL, GENERAL, LEAN) in [(false, true, false)],
-    for T in [f32],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, M, S_COLUMNS, D_COLUMNS) in [(128, 128, 64, 16, 1, 2, 16)],
-        (CAUSAL, GENERAL, LEAN) in [(false, true, true)],
+        (CAUSAL, GENERAL) in [(false, true)],
     config = queries_config,
     table = QUERIES,
 )]
@@ -105,7 +99,6 @@ pub fn queries<
     const D_COLUMNS: usize,
     const CAUSAL: bool,
     const GENERAL: bool,
-    const LEAN: bool,
 >(
     p: Params,
 ) {

@@ -39,12 +39,14 @@ const fn wide_keys_and_values_config<
     let weights = BLOCK_N * BLOCK_M * size_of::<f32>();
     let bytes = weights as u32 + QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BYTES as u32;
     assert!(!LEAN || bytes <= SHARED_BYTES_OF_EVERY_GPU);
+    let scores = 2 * Accumulator::<1, S_COLUMNS>::REGISTERS;
     Config {
         family: "flash2.keys_and_values",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
         threads: 2 * threads(BLOCK_N, 1),
+        accumulators: (scores + Accumulator::<1, D_COLUMNS>::REGISTERS) as u32,
         shared_bytes: bytes,
         barriers: 2 * QueryWalk::<T, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, CAUSAL, GENERAL>::BARRIERS + 2,
         ..config::<T>(HEADDIM, HEADDIM_V, CAUSAL, GENERAL)
@@ -69,16 +71,13 @@ const fn wide_keys_and_values_config<
         (CAUSAL, GENERAL, LEAN) in [(false, false, false), (true, false, false)],
     for T in [f16, bf16],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
-            (192, 192, 32, 64, 4, 24, 24),
-            (192, 128, 32, 64, 4, 24, 16),
+            (192, 192, 32, 32, 4, 24, 24),
+            (192, 128, 32, 32, 4, 24, 16),
             (256, 256, 32, 64, 4, 32, 32),
         ],
         (CAUSAL, GENERAL, LEAN) in [(false, true, false)],
     for T in [f16, bf16],
-        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [
-            (192, 192, 32, 32, 4, 24, 24),
-            (256, 256, 16, 32, 2, 32, 32),
-        ],
+        (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 32, 2, 32, 32)],
         (CAUSAL, GENERAL, LEAN) in [(false, true, true)],
     for T in [f32, tf32],
         (HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, S_COLUMNS, D_COLUMNS, V_COLUMNS) in [(256, 256, 16, 16, 2, 32, 32)],

@@ -66,6 +66,8 @@ const fn config<T: Element, const GENERAL: bool>() -> Config {
         sequences: 0,
         threads: ROWS * WARP,
         min_blocks_per_sm: 1,
+        claimed_registers: 0,
+        accumulators: 0,
         shared_bytes: 0,
         barriers: 0,
     }

@@ -24,6 +24,7 @@ use crate::attention::Attention;
 use crate::config::Config;
 pub use combine::COMBINE;
 use cuda_std::element::{bf16, f16};
+use cuda_std::fragment::{Accumulator, LeftOperand, PackedMatrixElement};
 use cuda_std::matrix::PackedElement;
 use cuda_std::tensor::TensorMap;
 use cuda_std::thread::{sync_threads, thread_idx_x};
@@ -65,8 +66,16 @@ pub struct Params {
     pub parts: Parts,
 }
 
+/// Registers that a thread of two, three and four warpgroups of consumers claims.
+const CLAIMED: [u32; 3] = [232, 160, 112];
+
+/// [`CLAIMED`] where there are so many warpgroups of consumers.
+pub const fn claimed_registers(groups: u32) -> u32 {
+    CLAIMED[groups as usize - 2]
+}
+
 const fn config<
-    T: PackedElement,
+    T: PackedMatrixElement,
     const HEADDIM: usize,
     const HEADDIM_V: usize,
     const GROUPS: u32,
@@ -82,6 +91,8 @@ const fn config<
     const GENERAL: bool,
 >() -> Config {
     assert!(S_COLUMNS * 8 == BLOCK_N && STEPS * 16 == BLOCK_N && O_COLUMNS * 8 == HEADDIM_V);
+    // S of the next block of keys, P of this one, which is packed, and O.
+    let products = Accumulator::<1, S_COLUMNS>::REGISTERS + STEPS * LeftOperand::<T, 1>::REGISTERS;
     Config {
         family: "flash3",
         dtype: T::DTYPE,
@@ -94,6 +105,8 @@ const fn config<
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
         min_blocks_per_sm: 1,
+        claimed_registers: claimed_registers(GROUPS),
+        accumulators: (products + Accumulator::<1, O_COLUMNS>::REGISTERS) as u32,
         shared_bytes: Memory::<T, HEADDIM, HEADDIM_V, QUERIES, BLOCK_N, STAGES>::BYTES,
         from_keys: FROM_KEYS,
         few: FEW,
@@ -232,9 +245,9 @@ pub fn forward<
         }
         group => {
             match GROUPS {
-                2 => claim_registers::<232>(),
-                3 => claim_registers::<160>(),
-                _ => claim_registers::<112>(),
+                2 => claim_registers::<{ CLAIMED[0] }>(),
+                3 => claim_registers::<{ CLAIMED[1] }>(),
+                _ => claim_registers::<{ CLAIMED[2] }>(),
             }
             let consumer = consumer::Consumer::<
                 T,

@@ -32,6 +32,7 @@ const fn finish_config<
         family: "flash3.backward.finish",
         block_m: BLOCK_M as u32,
         threads: 32 * WARPS,
+        accumulators: Accumulator::<1, COLUMNS>::REGISTERS as u32,
         shared_bytes: SmemTile::<T, BLOCK_M, HEADDIM>::BYTES,
         barriers: 1,
         ..config_of(T::DTYPE, HEADDIM, None)

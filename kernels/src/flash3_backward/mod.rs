@@ -143,10 +143,15 @@ const fn config_of(dtype: DType, headdim: usize, causal: Option<bool>) -> Config
         block_n: 0,
         threads: 0,
         min_blocks_per_sm: 1,
+        claimed_registers: 0,
+        accumulators: 0,
         shared_bytes: 0,
         barriers: 0,
     }
 }
+
+/// Registers that a thread which multiplies claims: where the others give up all that they can, and else.
+const CLAIMED: [u32; 2] = [240, 232];
 
 /// Whether S, dP, dK and dV leave so few registers that the threads that copy have to give all up that they can.
 const fn is_tight(headdim: usize, block_m: usize) -> bool {

@@ -1,7 +1,8 @@
 //! The configurations to try.
 use anyhow::{Context, Result, ensure};
-use kernels::flash3::GROUP_ROWS;
+use kernels::SHARED_BYTES_OF_LARGEST_GPU;
 use kernels::flash3::order::{self, Order};
+use kernels::flash3::{GROUP_ROWS, claimed_registers};
 use std::fmt;
 use std::str::FromStr;
 
@@ -13,8 +14,6 @@ const STEP: u32 = 16;
 const ELEMENT: u32 = 2;
 const BARRIER: u32 = 8;
 const PLACE: u32 = 16;
-/// The most shared memory that a block may have on Hopper.
-const SHARED_BYTES: u32 = 227 * 1024;
 
 /// The head dimensions of Q and K, and of V: `128` or `192/128`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -134,14 +133,8 @@ impl Variant {
 
     /// Whether a multiprocessor has the shared memory for it, and a thread the registers for S and O, which are f32.
     pub fn fits(&self) -> bool {
-        // What `flash3::forward` claims.
-        let registers = match self.groups {
-            2 => 232,
-            3 => 160,
-            _ => 112,
-        };
         let accumulators = (self.block_n + self.headdims.headdim_v) * GROUP_ROWS / WARPGROUP;
-        self.shared_bytes() <= SHARED_BYTES && accumulators < registers
+        self.shared_bytes() <= SHARED_BYTES_OF_LARGEST_GPU && accumulators < claimed_registers(self.groups)
     }
 
     /// The name of its entry point.

@@ -29,13 +29,24 @@ pub struct Configured {
     pub threads: u32,
     pub sequences: u32,
     pub min_blocks_per_sm: u32,
+    pub claimed_registers: u32,
+    pub accumulators: u32,
     pub shared_bytes: u32,
     pub barriers: u32,
 }
 
 /// Its fields, in the order in which the PTX has them.
-const FIELDS: [&str; 7] =
-    ["block_m", "block_n", "threads", "sequences", "min_blocks_per_sm", "shared_bytes", "barriers"];
+const FIELDS: [&str; 9] = [
+    "block_m",
+    "block_n",
+    "threads",
+    "sequences",
+    "min_blocks_per_sm",
+    "claimed_registers",
+    "accumulators",
+    "shared_bytes",
+    "barriers",
+];
 
 impl Configured {
     pub fn declared(&self) -> Declared {
@@ -205,10 +216,32 @@ fn parse(comment: &str) -> Result<(String, Configured)> {
     let mut words = comment.split_whitespace();
     let name = words.next().context("it has no name")?.to_owned();
     let numbers = words.map(str::parse).collect::<Result<Vec<u32>, _>>()?;
-    let [block_m, block_n, threads, sequences, min_blocks_per_sm, shared_bytes, barriers] = numbers[..] else {
+    let Ok(numbers) = <[u32; FIELDS.len()]>::try_from(&numbers[..]) else {
         anyhow::bail!("{} numbers; allowed: {}", numbers.len(), FIELDS.len());
     };
-    Ok((name, Configured { block_m, block_n, threads, sequences, min_blocks_per_sm, shared_bytes, barriers }))
+    let [
+        block_m,
+        block_n,
+        threads,
+        sequences,
+        min_blocks_per_sm,
+        claimed_registers,
+        accumulators,
+        shared_bytes,
+        barriers,
+    ] = numbers;
+    let configured = Configured {
+        block_m,
+        block_n,
+        threads,
+        sequences,
+        min_blocks_per_sm,
+        claimed_registers,
+        accumulators,
+        shared_bytes,
+        barriers,
+    };
+    Ok((name, configured))
 }
 
 #[cfg(test)]
@@ -298,18 +331,21 @@ mod tests {
 
     #[test]
     fn configurations_are_read_from_comments() {
-        let ptx = "\t// begin inline asm\n\t// .configured f 128 96 384 1024 1 180000 9\n// .launch_bounds f 384 1\n";
+        let ptx =
+            "\t// begin inline asm\n\t// .configured f 128 96 384 1024 1 232 168 180000 9\n// .launch_bounds f 384 1\n";
         let f = Configured {
             block_m: 128,
             block_n: 96,
             threads: 384,
             sequences: 1024,
             min_blocks_per_sm: 1,
+            claimed_registers: 232,
+            accumulators: 168,
             shared_bytes: 180000,
             barriers: 9,
         };
         assert_eq!(configured(ptx).unwrap(), BTreeMap::from([("f".to_owned(), f)]));
         let error = configured("// .configured f 1 2").unwrap_err();
-        assert_eq!(format!("{error:#}"), "`// .configured f 1 2`: 2 numbers; allowed: 7");
+        assert_eq!(format!("{error:#}"), "`// .configured f 1 2`: 2 numbers; allowed: 9");
     }
 }

@@ -130,6 +130,8 @@ mod tests {
             sequences: 0,
             threads: (1 + groups) * 128,
             min_blocks_per_sm: 1,
+            claimed_registers: 0,
+            accumulators: 0,
             shared_bytes: 0,
             barriers: 0,
         };

@@ -72,6 +72,8 @@ fn named_config(value: &Value) -> Result<(String, Config)> {
         sequences: of("sequences")?,
         threads: of("threads")?,
         min_blocks_per_sm: of("min_blocks_per_sm")?,
+        claimed_registers: of("claimed_registers")?,
+        accumulators: of("accumulators")?,
         shared_bytes: of("shared_bytes")?,
         barriers: of("barriers")?,
     };
@@ -92,7 +94,8 @@ mod tests {
         json!({
             "name": "flash3_fwd_bf16_d64_2x128x4q4", "dtype": "bf16", "headdim": 64, "headdim_v": 64, "causal": true,
             "groups": 2, "queries": 4, "block_n": 128, "stages": 4, "block_m": 128, "threads": 384,
-            "sequences": 1024, "min_blocks_per_sm": 1, "shared_bytes": 164032, "barriers": 9,
+            "sequences": 1024, "min_blocks_per_sm": 1, "claimed_registers": 232,
+            "accumulators": 192, "shared_bytes": 164032, "barriers": 9,
             "registers": 168, "spill_bytes": null, "in_table": true,
         })
     }

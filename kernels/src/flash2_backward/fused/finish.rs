@@ -24,6 +24,7 @@ const fn finish_config<
         causal: None,
         block_m: BLOCK_M as u32,
         threads: (BLOCK_M * HEADDIM / (16 * Q_ROWS * 8 * Q_COLUMNS) * 32) as u32,
+        accumulators: Accumulator::<Q_ROWS, Q_COLUMNS>::REGISTERS as u32,
         shared_bytes: (BLOCK_M * HEADDIM * size_of::<T>()) as u32,
         barriers: 1,
         ..config::<T>(HEADDIM, HEADDIM, false, false)

@@ -34,13 +34,14 @@ const fn split_config<
     let barriers = 4 + 2 * parts + if is_shared { 2 } else { 0 };
     let scores = if is_shared { 3 } else { 2 };
     let tiles = BLOCK_N * (2 * HEADDIM + scores * BLOCK_M) * size_of::<T>();
+    let of_scores = 2 * Accumulator::<M, S_COLUMNS>::REGISTERS;
     Config {
         family: "flash2.fused",
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         from_keys: 0,
         threads: SPLIT_THREADS,
-        min_blocks_per_sm: 1,
+        accumulators: (of_scores + Accumulator::<M, D_COLUMNS>::REGISTERS) as u32,
         shared_bytes: (tiles + QueryStream::<T, BLOCK_M, HEADDIM>::BYTES) as u32,
         barriers: barriers as u32,
         ..config::<T>(HEADDIM, HEADDIM, CAUSAL, false)

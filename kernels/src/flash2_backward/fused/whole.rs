@@ -30,6 +30,7 @@ const fn whole_config<
     assert!(D_COLUMNS * 8 == HEADDIM && BLOCK_M.is_multiple_of(8 * S_COLUMNS) && BLOCK_N.is_multiple_of(16 * M));
     assert!(Q_ROWS * 16 * Q_COLUMNS * 8 * BLOCK_N == BLOCK_M * HEADDIM * 16 * M);
     let tiles = BLOCK_N * (2 * HEADDIM + BLOCK_M) * size_of::<T>();
+    let scores = 2 * Accumulator::<M, S_COLUMNS>::REGISTERS;
     Config {
         family: "flash2.fused",
         block_m: BLOCK_M as u32,
@@ -37,6 +38,7 @@ const fn whole_config<
         from_keys: 0,
         threads: (BLOCK_N / (16 * M) * 32) as u32,
         min_blocks_per_sm: BLOCKS,
+        accumulators: (scores + 2 * Accumulator::<M, D_COLUMNS>::REGISTERS) as u32,
         shared_bytes: (tiles + QueryStream::<T, BLOCK_M, HEADDIM>::BYTES) as u32,
         barriers: 3,
         ..config::<T>(HEADDIM, HEADDIM, CAUSAL, false)

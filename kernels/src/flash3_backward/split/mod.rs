@@ -14,12 +14,13 @@ use super::memory::Destinations;
 use super::order::key_block_in_order;
 use super::producer::load;
 use super::shares::{of_two_passes, own_work};
-use super::{GROUP_ROWS, GROUPS, Params, config_of, key_block_at, walk};
+use super::{CLAIMED, GROUP_ROWS, GROUPS, Params, config_of, key_block_at, walk};
 use crate::attention::Attention;
 use crate::config::Config;
 use crate::schedule::{self, KeyBlock};
 use consumer::SplitConsumer;
 use cuda_std::element::{bf16, f16};
+use cuda_std::fragment::Accumulator;
 use cuda_std::matrix::PackedElement;
 use cuda_std::thread::{block_idx_x, lane_id, thread_idx_x};
 use cuda_std::warp::{ALL, shuffle};
@@ -53,6 +54,9 @@ const fn config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
+        claimed_registers: CLAIMED[1],
+        // P and dP of those that sum dK, and dK.
+        accumulators: (2 * Accumulator::<1, S_COLUMNS>::REGISTERS + Accumulator::<1, D_COLUMNS>::REGISTERS) as u32,
         shared_bytes: Memory::<T, HEADDIM, HALF, BLOCK_M, BLOCK_N>::BYTES,
         barriers: 10,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
@@ -325,7 +329,7 @@ fn pass<
             }
         }
         1 => {
-            claim_registers::<232>();
+            claim_registers::<{ CLAIMED[1] }>();
             let consumer = if WALK == walk::ORDERED { consumer.anew::<CAUSAL>(lane_id()) } else { consumer };
             let mut d_v = consumer.values::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, CAUSAL, WALK>();
             // What the blocks tell each other finds them until both have ended.
@@ -340,7 +344,7 @@ fn pass<
             cluster::wait();
         }
         _ => {
-            claim_registers::<232>();
+            claim_registers::<{ CLAIMED[1] }>();
             let mut d_k = consumer.keys::<STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, WALK>();
             cluster::arrive();
             if !walk::is_shared(WALK) || p.shares.sum(p.shares.own(CLUSTER), CLUSTER, [&mut d_k]) {

@@ -10,7 +10,9 @@ use super::general::Probabilities;
 use super::order::{key_block_in_order, sum_in_order};
 use super::producer::{add_queries, load};
 use super::shares::{of_two_passes, own_work};
-use super::{GROUP_ROWS, GROUPS, Params, config_of, is_tight, key_block_at, mask_of, next_keys, release, walk};
+use super::{
+    CLAIMED, GROUP_ROWS, GROUPS, Params, config_of, is_tight, key_block_at, mask_of, next_keys, release, walk,
+};
 use crate::attention::{Attention, Tensor, Untyped};
 use crate::config::Config;
 use crate::mask::Mask;
@@ -49,6 +51,9 @@ const fn config<
         block_m: BLOCK_M as u32,
         block_n: BLOCK_N as u32,
         threads: (1 + GROUPS) * WARPGROUP,
+        claimed_registers: if is_tight(HEADDIM, BLOCK_M) { CLAIMED[0] } else { CLAIMED[1] },
+        // S and dP, dK and dV.
+        accumulators: 2 * (Accumulator::<1, S_COLUMNS>::REGISTERS + Accumulator::<1, D_COLUMNS>::REGISTERS) as u32,
         shared_bytes: Memory::<T, HEADDIM, BLOCK_M, BLOCK_N>::BYTES,
         barriers: 5,
         ..config_of(T::DTYPE, HEADDIM, Some(CAUSAL))
@@ -86,7 +91,7 @@ const fn general_config<
     const TRANSPOSED: bool,
 >() -> Config {
     let whole = config::<T, HEADDIM, BLOCK_M, BLOCK_N, STEPS, S_COLUMNS, D_COLUMNS, Q_COLUMNS, TRANSPOSED, false, 0>();
-    Config { causal: None, general: true, ..whole }
+    Config { causal: None, general: true, claimed_registers: CLAIMED[0], ..whole }
 }
 
 const fn shared_config<
@@ -540,9 +545,9 @@ fn pass<
         }
         group => {
             if const { is_tight(HEADDIM, BLOCK_M) || WALK == walk::GENERAL } {
-                claim_registers::<240>();
+                claim_registers::<{ CLAIMED[0] }>();
             } else {
-                claim_registers::<232>();
+                claim_registers::<{ CLAIMED[1] }>();
             }
             let block = first_block();
             if block.rows() == 0 {

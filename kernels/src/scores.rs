@@ -278,7 +278,8 @@ impl<T: Element> Scores<T> {
         } else {
             s.map(|row, column, s| {
                 let (row, key) = place(row, column);
-                if row < self.mask.seqlen_q && self.mask.sees(row, key) { s * LOG2_E } else { HIDDEN }
+                let sees = (row < self.mask.seqlen_q) & (self.mask.begin(row) <= key) & (key < self.mask.end(row));
+                if sees { s * LOG2_E } else { HIDDEN }
             });
         }
     }
@@ -302,7 +303,7 @@ impl<T: Element> Scores<T> {
         let (distance, slope) = (distance as f32, -self.slope * LOG2_E);
         let first = Accumulator::<M, N>::column(0, 0);
         s.map_pairs(m, half, |column, s| {
-            let of = |i: u32| fma(step, (column - first + i) as f32, distance).abs();
+            let of = |i: u32| (distance + step * (column - first + i) as f32).abs();
             [fma(of(0), slope, s[0]), fma(of(1), slope, s[1])]
         });
     }

@@ -1,6 +1,7 @@
 //! What is in memory for each score of a head, a row a query and a column a key: a bias, or a mask.
 use crate::attention::Tensor;
 use crate::mask::Mask;
+use core::array::from_fn;
 use cuda_std::Global;
 use cuda_std::element::Scalar;
 use cuda_std::fragment::Accumulator;
@@ -59,7 +60,7 @@ impl<E: Scalar> Stored<E> {
     }
 
     /// Replaces each score by `f` of it and of what is here for it. The scores begin at row `first_row` and key `first_key`, which
-    /// is even. `inside`: all their rows are queries, and all their columns keys.
+    /// is even. `inside`: all their rows are queries, and all their columns keys. A warp says this together.
     #[inline(always)]
     #[track_caller]
     pub fn zip<const M: usize, const N: usize>(
@@ -70,26 +71,25 @@ impl<E: Scalar> Stored<E> {
         mask: &Mask,
         f: impl Fn(f32, E) -> f32,
     ) {
-        if inside && self.has_pairs(s.element_mut(0, 0, 0, 0).to_bits()) {
-            for m in 0..M {
-                for half in 0..2 {
-                    let row = self.row(first_row + Accumulator::<M, N>::row(m, half)).offset(first_key as usize);
-                    s.map_pairs(m, half, |column, s| {
-                        let stored = row.load_vector::<2>(column as usize);
-                        [f(s[0], stored[0]), f(s[1], stored[1])]
-                    });
-                }
-            }
-        } else {
-            for m in 0..M {
-                // Only so many loads are under way at once: each takes a register, and its address two.
-                sync_warp(ALL);
-                for half in 0..2 {
-                    let row = first_row + Accumulator::<M, N>::row(m, half);
-                    s.map_pairs(m, half, |column, s| {
-                        let of = |i| self.load_nearest(row, first_key + column + i, mask);
-                        [f(s[0], of(0)), f(s[1], of(1))]
-                    });
+        let in_pairs = inside && self.has_pairs(s.element_mut(0, 0, 0, 0).to_bits());
+        for m in 0..M {
+            let row = |half| first_row + Accumulator::<M, N>::row(m, half);
+            let key = |n, i| first_key + Accumulator::<M, N>::column(n, i);
+            let stored: [[[E; 2]; N]; 2] = if in_pairs {
+                from_fn(|half| {
+                    let row = self.row(row(half));
+                    from_fn(|n| row.load_vector(key(n, 0) as usize))
+                })
+            } else {
+                from_fn(|half| from_fn(|n| from_fn(|i| self.load_nearest(row(half), key(n, i), mask))))
+            };
+            all_loaded();
+            for half in 0..2 {
+                for n in 0..N {
+                    for i in 0..2 {
+                        let s = s.element_mut(m, n, half, i);
+                        *s = f(*s, stored[half][n][i]);
+                    }
                 }
             }
         }
@@ -106,22 +106,30 @@ impl<E: Scalar> Stored<E> {
         mask: &Mask,
         f: impl Fn(f32, E) -> f32,
     ) {
-        if inside {
-            let key = (first_key + Accumulator::<M, N>::row(0, 0)) as usize;
-            for n in 0..N {
-                for i in 0..2 {
-                    // Of one query: what lies further in the row is a constant further.
-                    let row = self.row(first_row + Accumulator::<M, N>::column(n, i)).offset(key);
-                    for m in 0..M {
-                        for half in 0..2 {
-                            let s = s.element_mut(m, n, half, i);
-                            *s = f(*s, row.load(16 * m + 8 * half));
-                        }
+        let row = |n, i| first_row + Accumulator::<M, N>::column(n, i);
+        let stored: [[[[E; 2]; M]; 2]; N] = if inside {
+            let first_key = (first_key + Accumulator::<M, N>::row(0, 0)) as usize;
+            from_fn(|n| {
+                from_fn(|i| {
+                    // What lies further in the row is a constant further.
+                    let row = self.row(row(n, i)).offset(first_key);
+                    from_fn(|m| from_fn(|half| row.load(16 * m + 8 * half)))
+                })
+            })
+        } else {
+            let key = |m, half| first_key + Accumulator::<M, N>::row(m, half);
+            from_fn(|n| from_fn(|i| from_fn(|m| from_fn(|half| self.load_nearest(row(n, i), key(m, half), mask)))))
+        };
+        all_loaded();
+        for n in 0..N {
+            for i in 0..2 {
+                for m in 0..M {
+                    for half in 0..2 {
+                        let s = s.element_mut(m, n, half, i);
+                        *s = f(*s, stored[n][i][m][half]);
                     }
                 }
             }
-        } else {
-            s.map(|row, column, s| f(s, self.load_nearest(first_row + column, first_key + row, mask)));
         }
     }
 
@@ -133,4 +141,11 @@ impl<E: Scalar> Stored<E> {
         let last = |x: u32, count: u32| if x < count { x } else { count - 1 };
         self.load(last(row, mask.seqlen_q), last(key, mask.seqlen_k))
     }
+}
+
+/// What was loaded is used from here on: so all loads are under way at once, and none waits for the use of another.
+#[inline(always)]
+#[track_caller]
+fn all_loaded() {
+    sync_warp(ALL);
 }

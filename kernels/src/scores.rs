@@ -226,7 +226,9 @@ impl<T: Element> Scores<T> {
         // A walk over queries meets the same keys in each step: what follows from them is found anew, and takes no registers.
         let first_key = unknown_before(first_key, first_row);
         let place = (first_key, first_row);
-        let inside = !partial && first_row + 8 * N as u32 <= self.mask.seqlen_q;
+        // Keys beyond the last are seen whole, where there is no window: nobody needs their gradients.
+        let Mask { seqlen_q, seqlen_k, .. } = self.mask;
+        let inside = !partial && first_row + 8 * N as u32 <= seqlen_q && first_key + 16 * M as u32 <= seqlen_k;
         self.mask(s, inside || !partial && !self.depend_on_place(), |row, column| {
             (first_row + column, first_key + row)
         });

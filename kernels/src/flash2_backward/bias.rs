@@ -214,14 +214,24 @@ pub fn bias<
         }
     } else {
         let first_row = tile.row_blocks.begin * BLOCK_M as u32;
+        let (whole, pair) = (first_key + BLOCK_N as u32 <= a.seqlen_k, 2 * size_of::<T>() as u64);
         for half in 0..2 {
             let row = first_row + own_row + Accumulator::<1, S_COLUMNS>::row(0, half);
+            if row >= a.seqlen_q {
+                continue;
+            }
             let to = d_bias.row(batch, head, row as u64);
+            let in_pairs = whole && to.address().is_multiple_of(pair);
             for n in 0..S_COLUMNS {
-                for i in 0..2 {
-                    let key = first_key + Accumulator::<1, S_COLUMNS>::column(n, i);
-                    if row < a.seqlen_q && key < a.seqlen_k {
-                        to.store(key as usize, T::from_f32(*sum.element_mut(0, n, half, i)));
+                let key = first_key + Accumulator::<1, S_COLUMNS>::column(n, 0);
+                let d_bias = [0, 1].map(|i| T::from_f32(*sum.element_mut(0, n, half, i)));
+                if in_pairs {
+                    to.store_vector(key as usize, d_bias);
+                } else {
+                    for i in 0..2 {
+                        if key + (i as u32) < a.seqlen_k {
+                            to.store(key as usize + i, d_bias[i]);
+                        }
                     }
                 }
             }

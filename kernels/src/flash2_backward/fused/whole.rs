@@ -55,7 +55,9 @@ const fn whole_config<
     name = "flash2_bwd_fused_{T}_d{HEADDIM}{CAUSAL?_causal}",
     for T in [f16, bf16],
         (HEADDIM, BLOCK_M, BLOCK_N, BLOCKS, M, S_COLUMNS, D_COLUMNS, Q_ROWS, Q_COLUMNS) in [
+            // On an H100, bf16, 512 to 16384 tokens, beside PyTorch's FlashAttention-2: 1.31, causal 1.40.
             (32, 64, 128, 2, 2, 4, 4, 1, 4),
+            // 1.22, causal 1.31.
             (64, 64, 128, 2, 2, 4, 8, 2, 4),
         ],
         CAUSAL in [false, true],

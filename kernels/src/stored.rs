@@ -55,7 +55,7 @@ impl<E: Scalar> Stored<E> {
     #[inline(always)]
     fn has_pairs(self, x: u32) -> bool {
         let pair = 2 * size_of::<E>() as u32;
-        (unknown_before(self.first.address() as u32, x) | self.row_stride as u32 * size_of::<E>() as u32)
+        (unknown_before(self.first.address() as u32, x) | (self.row_stride as u32 * size_of::<E>() as u32))
             .is_multiple_of(pair)
     }
 

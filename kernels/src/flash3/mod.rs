@@ -69,7 +69,7 @@ pub struct Params {
 /// Registers that a thread of two, three and four warpgroups of consumers claims.
 const CLAIMED: [u32; 3] = [232, 160, 112];
 
-/// [`CLAIMED`] where there are so many warpgroups of consumers.
+/// Registers that a thread of a consumer claims where there are so many warpgroups of them: two to four.
 pub const fn claimed_registers(groups: u32) -> u32 {
     CLAIMED[groups as usize - 2]
 }

@@ -9,22 +9,23 @@ alone of these; for the others its memory-efficient attention is the peer, which
 Needs the Python package of ferroflash and PyTorch with CUDA, on a GPU of compute capability 8.0 or newer.
 
 Before anything is timed, O and the gradients of both are compared: their largest difference is at most a fiftieth of the largest
-element. With dropout, whose random numbers are each one's own, nothing can be compared.
-Both take turns in a new random order in each round, and the GPU rests before each. A time is the median over rounds of the median
-over repetitions, by CUDA's events, each launch behind a kernel that sleeps, so that the host's share stays out.
+element; of ALiBi, which is rounded where it is a bias in bf16, a tenth. With dropout, whose random numbers are each one's own, nothing can be compared.
+Times are found as in `benches/peers.py`.
 """
 import argparse
 import json
 import random
 import statistics
-import time
 
 import ferroflash
 import torch
 import torch.nn.functional as F
+from peers import list_of_positive, positive, seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DROPOUT = 0.1
+# Seconds that the GPU rests before each measurement.
+REST = 0.1
 OURS, PEER = "ferroflash", "PyTorch"
 FEATURES = ("bias", "mask", "ALiBi", "dropout")
 
@@ -78,19 +79,6 @@ def check(feature, needed, ways, d_o):
             raise SystemExit(f"{feature}: tensor {i} differs by {difference:.3g} of its largest; allowed: {allowed}")
 
 
-def seconds(call, repetitions):
-    time.sleep(0.1)
-    call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
-    torch.cuda._sleep(10_000_000)
-    for begin, end in events:
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
-
-
 def measure(options, feature, headdim, seqlen):
     tensors, d_o = inputs(options, headdim, seqlen)
     needed, ways = problem(feature, tensors)
@@ -99,9 +87,9 @@ def measure(options, feature, headdim, seqlen):
     times = {name: ([], []) for name in ways}
     for _ in range(options.rounds):
         for name in random.sample(list(ways), len(ways)):
-            times[name][0].append(seconds(ways[name], options.repetitions))
+            times[name][0].append(seconds(ways[name], options.repetitions, REST))
             gradients = lambda: torch.autograd.grad(outs[name], needed, d_o, retain_graph=True)
-            times[name][1].append(seconds(gradients, options.repetitions))
+            times[name][1].append(seconds(gradients, options.repetitions, REST))
     medians = {name: [statistics.median(t) for t in both] for name, both in times.items()}
     return {"feature": feature, "headdim": headdim, "seqlen": seqlen, "seconds": medians}
 
@@ -114,19 +102,15 @@ def row(found):
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def numbers(text):
-    return [int(part) for part in text.split(",")]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=lambda text: text.split(","), default=list(FEATURES), help=f"of {', '.join(FEATURES)}")
-    parser.add_argument("--headdim", type=numbers, default=[64, 128], help="head dimensions (default: 64,128)")
-    parser.add_argument("--seqlens", type=numbers, default=[1024, 4096], help="sequence lengths (default: 1024,4096)")
-    parser.add_argument("--batch", type=int, default=2, help="sequences (default: 2)")
-    parser.add_argument("--hidden", type=int, default=2048, help="heads times headdim (default: 2048)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--repetitions", type=int, default=10, help="(default: 10)")
+    parser.add_argument("--headdim", type=list_of_positive, default=[64, 128], help="head dimensions (default: 64,128)")
+    parser.add_argument("--seqlens", type=list_of_positive, default=[1024, 4096], help="sequence lengths (default: 1024,4096)")
+    parser.add_argument("--batch", type=positive, default=2, help="sequences (default: 2)")
+    parser.add_argument("--hidden", type=positive, default=2048, help="heads times headdim (default: 2048)")
+    parser.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
+    parser.add_argument("--repetitions", type=positive, default=10, help="(default: 10)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     options = parser.parse_args()
     for feature in options.features:

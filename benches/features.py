@@ -9,7 +9,8 @@ alone of these; for the others its memory-efficient attention is the peer, which
 Needs the Python package of ferroflash and PyTorch with CUDA, on a GPU of compute capability 8.0 or newer.
 
 Before anything is timed, O and the gradients of both are compared: their largest difference is at most a fiftieth of the largest
-element; of ALiBi, which is rounded where it is a bias in bf16, a tenth. With dropout, whose random numbers are each one's own, nothing can be compared.
+element; of ALiBi, which is rounded where it is a bias in bf16, a tenth. With dropout, whose random numbers are each one's own,
+nothing can be compared.
 Times are found as in `benches/peers.py`.
 """
 import argparse

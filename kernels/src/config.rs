@@ -116,6 +116,7 @@ pub(crate) const fn check<P>(table: &[Kernel<P, Config>]) {
     let mut i = 0;
     while i < table.len() {
         let Kernel { name, config, .. } = &table[i];
+        // One `if` for each, so that the compiler's line says which it is: a panic at compile time shows a text alone, unformatted.
         if !config.has_allowed_threads() {
             panic!("{}", *name);
         }

@@ -200,7 +200,7 @@ impl<T: Element> Scores<T> {
                     self.add_alibi(
                         s,
                         (m, half),
-                        self.distance(row, first_key + Accumulator::<M, N>::column(0, 0)),
+                        self.mask.distance(row, first_key + Accumulator::<M, N>::column(0, 0)),
                         -1.0,
                     );
                 }
@@ -239,7 +239,7 @@ impl<T: Element> Scores<T> {
                     self.add_alibi(
                         s,
                         (m, half),
-                        self.distance(first_row + Accumulator::<M, N>::column(0, 0), key),
+                        self.mask.distance(first_row + Accumulator::<M, N>::column(0, 0), key),
                         1.0,
                     );
                 }
@@ -262,7 +262,7 @@ impl<T: Element> Scores<T> {
         self.cap(&mut s);
         let mut s = *s.element_mut(0, 0, 0, 0) * LOG2_E;
         if self.slope != 0.0 {
-            s -= self.slope * LOG2_E * (self.distance(row, key) as f32).abs();
+            s -= self.slope * LOG2_E * (self.mask.distance(row, key) as f32).abs();
         }
         if self.bias.is_null() { s } else { add_bias(s, self.bias.load(row, key)) }
     }
@@ -284,12 +284,6 @@ impl<T: Element> Scores<T> {
                 if sees { s * LOG2_E } else { HIDDEN }
             });
         }
-    }
-
-    /// How far a query's own place is to the right of a key.
-    #[inline(always)]
-    fn distance(&self, row: u32, key: u32) -> i32 {
-        (row + self.mask.seqlen_k) as i32 - (self.mask.seqlen_q + key) as i32
     }
 
     /// ALiBi for one of a lane's rows: `distance` is that of its first column, which from one column to the next grows by `step`.

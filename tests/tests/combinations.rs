@@ -1,8 +1,9 @@
 //! Random combinations of all options, forward and backward, against f64: on the CPU, on the simulated GPU, and on a real one,
 //! where the test else says `skipped:`.
-use ferroflash::{Backend, DType, Kernel, SHARED_BYTES_OF_EVERY_GPU, Session};
+use ferroflash::{AttentionOptions, Backend, DType, Kernel, SHARED_BYTES_OF_EVERY_GPU, Session};
 use ferroflash_tests::combination::{Combination, Limits, combinations, fused_combinations};
 use ferroflash_tests::grid;
+use ferroflash_tests::placed::Placement;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use rayon::prelude::*;
@@ -99,6 +100,34 @@ fn wide_heads_on_the_simulator() {
 fn wide_heads_on_a_small_simulator() {
     let session = Session::new(Backend::Simulator).expect("runs everywhere").shared_memory(SHARED_BYTES_OF_EVERY_GPU);
     check(&session, 16, 2, Limits { dtypes: DTYPES, seqlen: 1..=50, batch: 1..=1, headdims: &[96, 128, 192, 256] });
+}
+
+/// Of one key dS = P ∘ (dP - D) is a difference of equal sums: so D must be of dO as the product dP takes it, rounded.
+#[test]
+fn one_key_in_tf32_on_the_simulator() {
+    let session = Session::new(Backend::Simulator).expect("runs everywhere");
+    for headdim in [8, 64] {
+        for seed in 0..4 {
+            let combination = Combination {
+                dtype: DType::F32,
+                lengths: vec![(1, 1)],
+                varlen: false,
+                nheads_k: 1,
+                group: 1,
+                headdim,
+                headdim_v: headdim,
+                options: AttentionOptions::new().allow_tf32(true),
+                bias: None,
+                mask: None,
+                alibi: None,
+                sinks: false,
+                dlse: false,
+                placement: Placement::default(),
+                seed,
+            };
+            combination.check(&session).unwrap();
+        }
+    }
 }
 
 #[test]

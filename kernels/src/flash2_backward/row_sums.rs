@@ -5,9 +5,9 @@ use super::{Params, Rows, config};
 use crate::attention::divisor;
 use crate::config::Config;
 use crate::schedule::head_of;
-use cuda_std::element::{bf16, f16};
+use cuda_std::element::{bf16, f16, tf32};
 use cuda_std::fragment::MatrixElement;
-use cuda_std::math::fma;
+use cuda_std::math::{fma, round_to_tf32};
 use cuda_std::thread::{block_idx_x, thread_idx_x};
 use cuda_std::warp::reduce;
 use cuda_std::{Element, Global, kernel};
@@ -27,11 +27,11 @@ const fn row_sums_config<T: MatrixElement>() -> Config {
     }
 }
 
-/// D = rowsum(dO ∘ O) - dLSE. Grid: `ceil(tokens * nheads * batches / block_m)`, with `seqlen_q` tokens in each batch, or all
+/// D = rowsum(dO ∘ O) - dLSE, of dO as the product dP = dO Vᵀ takes it: dS = P ∘ (dP - D) is a small difference. Grid: `ceil(tokens * nheads * batches / block_m)`, with `seqlen_q` tokens in each batch, or all
 /// tokens and 1 batch where sequences follow each other.
 #[kernel(
     name = "flash2_bwd_row_sums_{T}",
-    for T in [f16, bf16, f32],
+    for T in [f16, bf16, f32, tf32],
     config = row_sums_config,
     table = ROW_SUMS,
 )]
@@ -52,7 +52,8 @@ pub fn row_sums<T: MatrixElement>(p: Params) {
             let whole = a.aligned != 0 && column + ELEMENTS <= a.headdim_v;
             let (x, y) = (elements(o, column, a.headdim_v, whole), elements(d_o, column, a.headdim_v, whole));
             for i in 0..ELEMENTS as usize {
-                sum = fma(x[i], y[i], sum);
+                let y = if T::TF32 { round_to_tf32(y[i]) } else { y[i] };
+                sum = fma(x[i], y, sum);
             }
             column += LANES * ELEMENTS;
         }

@@ -219,17 +219,8 @@ fn parse(comment: &str) -> Result<(String, Configured)> {
     let Ok(numbers) = <[u32; FIELDS.len()]>::try_from(&numbers[..]) else {
         anyhow::bail!("{} numbers; allowed: {}", numbers.len(), FIELDS.len());
     };
-    let [
-        block_m,
-        block_n,
-        threads,
-        sequences,
-        min_blocks_per_sm,
-        claimed_registers,
-        accumulators,
-        shared_bytes,
-        barriers,
-    ] = numbers;
+    let [block_m, block_n, threads, sequences, min_blocks_per_sm, rest @ ..] = numbers;
+    let [claimed_registers, accumulators, shared_bytes, barriers] = rest;
     let configured = Configured {
         block_m,
         block_n,

@@ -122,7 +122,7 @@ fn one_key_in_tf32_on_the_simulator() {
                 alibi: None,
                 sinks: false,
                 dlse: false,
-                placement: Placement::default(),
+                placement: Placement::Packed,
                 seed,
             };
             combination.check(&session).unwrap();
